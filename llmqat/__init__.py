@@ -1,0 +1,44 @@
+"""llmqat fine-tunes a language model through its own integer grid, and ships exactly what it trained."""
+
+from typing import TYPE_CHECKING, Any
+
+from llmqat.errors import LlmqatError
+from llmqat.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from llmqat.api import (
+        add_lora,
+        finetune,
+        load,
+        pack,
+        perplexity,
+        prepare,
+        smooth,
+        throughput,
+        verify,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LlmqatError",
+    "QuantScheme",
+    "add_lora",
+    "finetune",
+    "load",
+    "pack",
+    "perplexity",
+    "prepare",
+    "smooth",
+    "throughput",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the notebook surface on first use: `import llmqat` alone stays light."""
+    if name not in __all__:
+        raise AttributeError(f"module 'llmqat' has no attribute {name!r}")
+    from llmqat import api
+
+    return getattr(api, name)

@@ -1,0 +1,167 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) for group-wise grids, as a pure function.
+
+Differences from the paper, each measured to help or to be needed for training:
+
+- act-order with *static groups*: columns are visited by falling ``diag(H)``, while a column keeps the scale of the group
+  it lies in, so inference needs no permutation;
+- scales come from a search over shrunken ranges that weighs each column by ``diag(H)``, on scales already rounded to
+  their storage dtype;
+- columns that calibration never excited keep their round-to-nearest value instead of becoming zero;
+- the compensated weight just before rounding is returned too: the latent that training starts from.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmqat.errors import LlmqatError
+from llmqat.quant.affine import choose_scale, code_values, dequantize, grouped
+from llmqat.scheme import QuantScheme
+
+SHRINK_GRID = tuple(1 - i / 40 for i in range(24))
+BLOCK_COLUMNS = 128
+MAX_DAMP = 1.0
+# A latent beyond the ends of the grid is pulled back to this many codes outside: it keeps its code, and can return.
+LATENT_MARGIN = 0.49
+
+
+class GPTQResult(NamedTuple):
+    """What `gptq` found for one layer.
+
+    Attributes:
+        codes: ``(out, in)``, float32 holding integers of the scheme.
+        scale: ``(out, groups)`` in the storage dtype.
+        zero_point: ``(out, groups)`` float32 holding integers, or None.
+        latent: ``(out, in)`` float32, the compensated weight before rounding; quantizing it gives `codes` exactly.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    latent: Tensor
+
+
+def search_scale(
+    weight: Tensor, importance: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of the least weighted error ``sum_j importance_j (W_j - W_hat_j)^2`` in each group.
+
+    Args:
+        weight: ``(out, in)``.
+        importance: ``(in,)``, non-negative; ``diag(H)``, or ones for plain squared error.
+    """
+    best = scale = zero_point = None
+    flips = (False, True) if scheme.symmetric else (False,)
+    for shrink in SHRINK_GRID:
+        for flip in flips:
+            s, z = choose_scale(weight, scheme, scale_dtype, shrink, flip)
+            w_hat = dequantize(code_values(weight, s, z, scheme), s, z, scheme)
+            error = grouped((w_hat.float() - weight).square_().mul_(importance), scheme).sum(-1)
+            if best is None or scale is None:
+                best, scale, zero_point = error, s, z
+                continue
+            better = error < best
+            best, scale = torch.where(better, error, best), torch.where(better, s, scale)
+            if z is not None and zero_point is not None:
+                zero_point = torch.where(better, z, zero_point)
+    assert scale is not None
+    return scale, zero_point
+
+
+def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
+    """Upper Cholesky factor ``U`` of ``(H + damp * mean(diag H) * I)^-1``.
+
+    Damping is raised tenfold, with a warning, while the factorization fails.
+
+    Raises:
+        LlmqatError: if it fails even at a damping of 1.
+    """
+    mean = hessian.diagonal().mean()
+    eye = torch.eye(len(hessian), device=hessian.device)
+    while True:
+        try:
+            lower = torch.linalg.cholesky(hessian + damp * mean * eye)
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        except torch.linalg.LinAlgError as error:
+            if damp >= MAX_DAMP:
+                raise LlmqatError(
+                    f"GPTQ cannot invert the Hessian of {layer}, even at damping {damp:g}; give it more or more varied "
+                    "calibration tokens (--calibration-samples), or keep the layer out of it with an override"
+                ) from error
+            damp = min(MAX_DAMP, max(damp, 1e-3) * 10)
+            warnings.warn(f"GPTQ: the Hessian of {layer} is not positive definite; damping raised to {damp:g}", stacklevel=2)
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, damp: float = 0.01, layer: str = "layer"
+) -> GPTQResult:
+    """Quantize one layer so that ``||(W - W_hat) X||^2`` stays small, given ``H = 2/n X X^T``.
+
+    Args:
+        weight: ``(out, in)``.
+        hessian: ``(in, in)`` float32, symmetric, from the layer's calibration inputs.
+        scheme: the grid.
+        scale_dtype: dtype in which scales are stored.
+        damp: added to the diagonal of H, as a fraction of its mean.
+        layer: name for messages.
+
+    Raises:
+        LlmqatError: if H holds a non-finite value or cannot be inverted.
+    """
+    W = weight.detach().float()
+    H = hessian.float().clone()
+    if not torch.isfinite(H).all():
+        raise LlmqatError(f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype")
+    importance = H.diagonal().clone()
+    dead = importance == 0
+    H.diagonal()[dead] = 1.0  # nothing to compensate with or for: the column keeps its round-to-nearest code
+    scale, zero_point = search_scale(W, importance + importance.mean() * 1e-6 + 1e-30, scheme, scale_dtype)
+
+    perm = H.diagonal().argsort(descending=True)
+    group = torch.div(perm, scheme.group_length(W.shape[1]), rounding_mode="floor")
+    U = inverse_cholesky(H[perm][:, perm], damp, layer)
+    s = scale[:, group]
+    z = None if zero_point is None else zero_point[:, group]
+    latent, codes = _quantize_columns(W[:, perm], U, s, z, scheme)
+
+    inverse = perm.argsort()
+    codes, latent = codes[:, inverse], latent[:, inverse]
+    return GPTQResult(codes, scale, zero_point, _anchor(latent, codes, scale, zero_point, scheme))
+
+
+def _quantize_columns(W: Tensor, U: Tensor, s: Tensor, z: Tensor | None, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The column loop (paper, algorithm 1) on permuted columns with one scale per column: ``s``, ``z (out, in)``.
+
+    Returns:
+        the weight of each column just before it was rounded, and its codes.
+    """
+    per_column = QuantScheme(scheme.bits, 1, scheme.symmetric)
+    latent, codes = W.clone(), torch.empty_like(W)
+    columns = W.shape[1]
+    for i1 in range(0, columns, BLOCK_COLUMNS):
+        i2 = min(i1 + BLOCK_COLUMNS, columns)
+        W1, Err1 = latent[:, i1:i2], torch.empty_like(latent[:, i1:i2])
+        for j in range(i2 - i1):
+            c = slice(i1 + j, i1 + j + 1)
+            w, zc = W1[:, j : j + 1], None if z is None else z[:, c]
+            codes[:, c] = code_values(w, s[:, c], zc, per_column)
+            q = dequantize(codes[:, c], s[:, c], zc, per_column).float()
+            Err1[:, j : j + 1] = err = (w - q) / U[i1 + j, i1 + j]
+            W1[:, j + 1 :] -= err * U[i1 + j, i1 + j + 1 : i2]
+        latent[:, i2:] -= Err1 @ U[i1:i2, i2:]
+    return latent, codes
+
+
+def _anchor(
+    latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme
+) -> Tensor:
+    """Keep latents within reach of the grid, and make sure each still rounds to its code."""
+    length = scheme.group_length(latent.shape[1])
+    s = scale.float().repeat_interleave(length, 1)
+    z = torch.zeros(()) if zero_point is None else zero_point.repeat_interleave(length, 1)
+    v = (latent / s).clamp(scheme.qmin - z - LATENT_MARGIN, scheme.qmax - z + LATENT_MARGIN)
+    latent = v * s
+    moved = code_values(latent, scale, zero_point, scheme) != codes
+    return torch.where(moved, (codes - z) * s, latent)

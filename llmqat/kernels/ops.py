@@ -1,0 +1,118 @@
+"""The operator `llmqat::packed_linear`: schema, shape function and the pure-torch reference.
+
+A compiled kernel registers under this same operator for its device; nothing above this layer knows which one runs.
+"""
+
+import torch
+from torch import Tensor
+
+from llmqat.quant.affine import dequantize, fake_quantize_activation
+from llmqat.quant.packing import from_unsigned, packed_width, unpack_rows
+from llmqat.scheme import QuantScheme
+
+# The reference dequantizes this many weights at a time: no dense copy of the layer is ever held.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def unpack_weight(
+    weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, scheme: QuantScheme, in_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """Codes ``(out, in)`` and integer zero points ``(out, groups)`` of a packed layer (layout in `packed_linear`)."""
+    codes = from_unsigned(unpack_rows(weight_packed, scheme.bits, in_features), scheme)
+    if weight_zero_point is None:
+        return codes, None
+    out_features = weight_packed.shape[0]
+    return codes, unpack_rows(weight_zero_point.T.contiguous(), scheme.bits, out_features).T.contiguous()
+
+
+def _scheme(
+    weight_scale: Tensor, weight_zero_point: Tensor | None, bits: int, in_features: int, act_bits: int | None
+) -> QuantScheme:
+    return QuantScheme(bits, in_features // weight_scale.shape[1], weight_zero_point is None, act_bits)
+
+
+@torch.library.custom_op("llmqat::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Tensor:
+    """``x @ W_hat.T + bias`` with ``W_hat = scale * (codes - zero_point)`` read from packed codes. Inference only.
+
+    Args:
+        x: ``(..., in)``, float16, bfloat16, float32 or float64; also the dtype of the result.
+        weight_packed: int32 ``(out, ceil(in * bits / 32))``, bit order of `llmqat.quant.packing`.
+        weight_scale: ``(out, groups)`` in its storage dtype, in which ``W_hat`` is rounded.
+        weight_zero_point: int32 ``(ceil(out * bits / 32), groups)``, packed along `out`; None if symmetric.
+        bias: ``(out,)`` or None.
+        bits: width of a code.
+        in_features: weights per row.
+        act_bits: 8 quantizes `x` per token first, exactly as in training; None leaves it alone.
+    """
+    _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
+    scheme = _scheme(weight_scale, weight_zero_point, bits, in_features, act_bits)
+    out_features = weight_packed.shape[0]
+    x_hat = x if act_bits is None else fake_quantize_activation(x)
+    x_hat = x_hat.reshape(-1, in_features)
+    y = torch.empty(x_hat.shape[0], out_features, dtype=x.dtype, device=x.device)
+    z = None
+    if weight_zero_point is not None:
+        z = unpack_rows(weight_zero_point.T.contiguous(), bits, out_features).T
+    step = max(1, CHUNK_ELEMENTS // in_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        codes = from_unsigned(unpack_rows(weight_packed[rows], bits, in_features), scheme)
+        w_hat = dequantize(codes, weight_scale[rows], None if z is None else z[rows], scheme)
+        y[:, rows] = torch.nn.functional.linear(x_hat, w_hat.to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _check(
+    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, bits: int, in_features: int
+) -> None:
+    """Shapes and dtypes, once, before any pointer is read."""
+    out_features, words = weight_packed.shape
+    groups = weight_scale.shape[1]
+    torch._check(
+        weight_packed.dtype == torch.int32, lambda: f"weight_packed must be int32 words, got {weight_packed.dtype}"
+    )
+    torch._check(
+        x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}"
+    )
+    torch._check(
+        words == packed_width(in_features, bits),
+        lambda: f"{in_features} codes of {bits} bits take {packed_width(in_features, bits)} words a row, got {words}",
+    )
+    torch._check(
+        weight_scale.shape[0] == out_features and in_features % groups == 0,
+        lambda: f"weight_scale {tuple(weight_scale.shape)} does not fit a weight of ({out_features}, {in_features})",
+    )
+    torch._check(
+        weight_zero_point is None or weight_zero_point.shape == (packed_width(out_features, bits), groups),
+        lambda: f"weight_zero_point must be packed along the rows: ({packed_width(out_features, bits)}, {groups})",
+    )
+
+
+@packed_linear.register_fake
+def _(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Tensor:
+    _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
+    return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+
+
+def kernel_name() -> str:
+    """Name of the implementation that `packed_linear` runs here, as reports print it."""
+    return "reference"

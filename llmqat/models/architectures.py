@@ -1,0 +1,63 @@
+"""What llmqat knows about model families, as data. A new family is a row.
+
+Every `PreTrainedModel` with `nn.Linear` layers can be prepared with round-to-nearest; a row is needed where order and
+neighbourhood matter: GPTQ (block by block) and SmoothQuant (which norm feeds which layers).
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmqat.errors import LlmqatError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family.
+
+    Attributes:
+        blocks: path of the ModuleList of decoder blocks.
+        smooth_sites: norm -> the linears that read it and nothing else does, paths relative to a block. Scaling the
+            norm's weight by 1/s and the linears' columns by s leaves the float model as it was.
+    """
+
+    blocks: str
+    smooth_sites: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+LLAMA = Architecture(
+    blocks="model.layers",
+    smooth_sites=(
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+)
+
+# config.model_type -> row. Qwen3's q_norm and k_norm sit behind the projections: inputs may be scaled, outputs not.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+
+
+def architecture_of(model: PreTrainedModel, purpose: str, remedy: str) -> Architecture:
+    """The row of `model`.
+
+    Raises:
+        LlmqatError: if its family has none; the message says what `purpose` needs it for, and `remedy`.
+    """
+    model_type = model.config.model_type
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise LlmqatError(f"{purpose} does not know the model type {model_type!r} (known: {known}); {remedy}")
+    return ARCHITECTURES[model_type]
+
+
+def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
+    """The decoder blocks of `model`, in order."""
+    blocks = model.get_submodule(architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks

@@ -1,0 +1,65 @@
+"""What was and was not quantized, layer by layer."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from llmqat.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """One Linear: its name, shape ``(out, in)``, and the scheme it got, or why it stays float."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme | None
+    reason: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the layer."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """All Linear layers of a model, and how much of it they are.
+
+    Attributes:
+        layers: every Linear in model order.
+        total_parameters: parameters of the whole model, a tied one counted once.
+        errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran.
+    """
+
+    layers: tuple[LayerCoverage, ...]
+    total_parameters: int
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[LayerCoverage]:
+        """Layers on the grid."""
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+    @property
+    def skipped(self) -> list[LayerCoverage]:
+        """Layers that stay float."""
+        return [layer for layer in self.layers if layer.scheme is None]
+
+    @property
+    def parameters_quantized(self) -> float:
+        """Share of all parameters that is on the grid."""
+        return sum(layer.parameters for layer in self.quantized) / self.total_parameters
+
+    def summary(self) -> str:
+        """The report in a few lines: schemes with their layers counted, skipped layers with their reasons."""
+        lines = [f"{len(self.quantized)} layers quantized, {self.parameters_quantized:.1%} of all parameters"]
+        schemes = [str(layer.scheme) for layer in self.quantized]
+        lines += [f"  {scheme}: {schemes.count(scheme)} layers" for scheme in dict.fromkeys(schemes)]
+        lines += [f"  float: {layer.name} ({layer.reason})" for layer in self.skipped]
+        return "\n".join(lines)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Parameters of `model`, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,192 @@
+"""`prepare`: put a model's Linear layers on their grid. `convert`: turn them into what ships."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat.algorithms.calibration import gptq_model
+from llmqat.algorithms.smoothquant import smooth_model
+from llmqat.errors import LlmqatError
+from llmqat.models.architectures import architecture_of, blocks_of
+from llmqat.models.coverage import CoverageReport, LayerCoverage, total_parameters
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.scheme import QuantScheme
+
+INITS = ("gptq", "rtn")
+# Pattern -> changes to the scheme, or "float". Later patterns win.
+Overrides = Mapping[str, Mapping[str, Any] | str]
+
+
+def scheme_of(name: str, scheme: QuantScheme, overrides: Overrides) -> QuantScheme | None:
+    """The scheme of layer `name` after `overrides`; None for float.
+
+    Raises:
+        LlmqatError: if a change is neither "float" nor fields of a scheme.
+    """
+    result: QuantScheme | None = scheme
+    for pattern, change in overrides.items():
+        if not re.search(pattern, name):
+            continue
+        if change == "float":
+            result = None
+        elif isinstance(change, Mapping) and set(change) <= set(scheme.to_dict()):
+            result = replace(result or scheme, **change)
+        else:
+            fields = ", ".join(scheme.to_dict())
+            raise LlmqatError(f"override {pattern!r}: write float, or any of {fields} with a value; got {change!r}")
+    return result
+
+
+def plan(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None) -> CoverageReport:
+    """Which Linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
+
+    Raises:
+        LlmqatError: if an override is malformed or matches no layer.
+    """
+    overrides = overrides or {}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise LlmqatError(f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    layers = []
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        own, reason = scheme_of(name, scheme, overrides), "override"
+        if module is head or module.weight is getattr(embedding, "weight", None):
+            own = None
+            tied = module.weight is getattr(embedding, "weight", None)
+            reason = "output head, tied to the embedding" if tied else "output head"
+        shape = (module.out_features, module.in_features)
+        layers.append(LayerCoverage(name, shape, own, "" if own else reason))
+    return CoverageReport(tuple(layers), total_parameters(model))
+
+
+def check_divisible(report: CoverageReport) -> None:
+    """Every group size must divide its rows.
+
+    Raises:
+        LlmqatError: naming all layers that do not, and the remedies.
+    """
+    bad = [layer for layer in report.quantized if layer.scheme and not layer.scheme.divides(layer.shape[1])]
+    if not bad:
+        return
+    named = ", ".join(f"{layer.name} (in_features {layer.shape[1]})" for layer in bad)
+    common = gcd(*(layer.shape[1] for layer in report.quantized))
+    leaves = sorted({layer.name.rsplit(".", 1)[-1] for layer in bad})
+    overrides = " ".join(f"--override '{leaf}$:group_size=-1'" for leaf in leaves)
+    assert bad[0].scheme is not None
+    raise LlmqatError(
+        f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per row "
+        f"with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
+        f"'{leaves[0]}$:float', or choose a --group-size that divides {common}"
+    )
+
+
+def smooth(model: PreTrainedModel, batches: list[Tensor], alpha: float = 0.5) -> dict[str, float]:
+    """SmoothQuant: fold activation outliers into the weights of a float `model`, in place; see `smooth_model`.
+
+    Raises:
+        LlmqatError: if the family has no row, alpha is out of range, or a fold changed the float logits.
+    """
+    architecture = architecture_of(model, "SmoothQuant", "leave --smooth out, or add a row to models/architectures.py")
+    sites = []
+    for index in range(len(blocks_of(model, architecture))):
+        prefix = f"{architecture.blocks}.{index}."
+        sites += [(prefix + norm, [prefix + path for path in paths]) for norm, paths in architecture.smooth_sites]
+    return smooth_model(model, sites, batches, alpha)
+
+
+def prepare(
+    model: PreTrainedModel,
+    scheme: QuantScheme,
+    *,
+    init: str = "rtn",
+    calibration: list[Tensor] | None = None,
+    overrides: Overrides | None = None,
+    storage_dtype: torch.dtype | None = None,
+    damp: float = 0.01,
+    clip_mask: bool = False,
+    keep_float: bool = False,
+) -> CoverageReport:
+    """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
+
+    Args:
+        model: any model with `nn.Linear`. Its output head (and so a tied embedding) stays float.
+        scheme: the grid of every layer, unless overridden.
+        init: "rtn" rounds to nearest; "gptq" also needs `calibration` and a known model family.
+        calibration: token ids ``(batch, length)``, all of one shape.
+        overrides: regular expression on layer names -> ``{"bits": 8}`` and the like, or ``"float"``.
+        storage_dtype: dtype of scales and float parts in the packed file; by default the model's.
+        damp: GPTQ's damping.
+        clip_mask: see `fake_quant_linear`.
+        keep_float: GPTQ leaves weights as they are and keeps its change apart (half the bytes of a float32 weight), so
+            that `disable_quantizers` runs the float model: distillation without a second copy.
+
+    Raises:
+        LlmqatError: if a group size does not divide, the model is prepared already, or GPTQ lacks what it needs.
+    """
+    if init not in INITS:
+        raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
+    if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
+        raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
+    report = plan(model, scheme, overrides)
+    check_divisible(report)
+    dtype = storage_dtype or model.dtype
+    for layer in report.quantized:
+        linear = model.get_submodule(layer.name)
+        assert isinstance(linear, nn.Linear) and layer.scheme is not None
+        model.set_submodule(layer.name, FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask))
+    if init == "gptq":
+        report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
+    return report
+
+
+def run_gptq(
+    model: PreTrainedModel, batches: list[Tensor], damp: float = 0.01, keep_float: bool = False
+) -> dict[str, tuple[float, float]]:
+    """GPTQ on a model prepared with round-to-nearest, in place.
+
+    Returns:
+        layer -> relative output error of round-to-nearest, and of GPTQ.
+
+    Raises:
+        LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
+    """
+    architecture = architecture_of(model, "GPTQ", "use --init rtn, or add a row to models/architectures.py")
+    errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float)
+    return {error.layer: (error.rtn, error.gptq) for error in errors}
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear, dict[str, Any]]]:
+    """Every layer on a grid: its name in the plain model, the layer, and its adapters as arguments of the forward."""
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, module in root.named_modules():
+        if isinstance(module, LoraFakeQuantLinear):
+            yield name, module.base_layer, module.adapters()
+        elif isinstance(module, FakeQuantLinear) and not name.endswith(".base_layer"):
+            yield name, module, {}
+
+
+def convert(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every `FakeQuantLinear` by a `PackedLinear` holding the codes of its forward, in place.
+
+    Raises:
+        LlmqatError: if no layer of the model is on a grid.
+    """
+    layers = list(quantized_layers(model))
+    if not layers:
+        raise LlmqatError("nothing to convert: no layer of this model is quantized; call llmqat.prepare first")
+    root: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, layer, lora in layers:
+        root.set_submodule(name, PackedLinear.from_fake_quant(layer, **lora))
+    return root

@@ -1,0 +1,138 @@
+"""`FakeQuantLinear`: an `nn.Linear` on its integer grid, for training."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.nn.dtypes import keep_dtype
+from llmqat.quant.affine import choose_scale, quantize
+from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows, row_chunks, rounded_zero_point
+from llmqat.scheme import QuantScheme
+
+
+class FakeQuantLinear(nn.Module):
+    """Linear layer whose forward runs on the grid of `scheme` and whose weight stays a trainable float32 master.
+
+    Not an `nn.Linear`, on purpose: libraries that treat one specially (a LoRA added beside the quantizer, a second
+    quantization) must not take this layer for it.
+
+    Attributes:
+        weight: ``(out, in)`` float32 master; the Parameter object of the layer it replaces.
+        bias: ``(out,)`` or None; likewise.
+        scale: ``(out, groups)`` float32, rounded to `scale_dtype` in each forward.
+        zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
+        code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
+        compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
+        enabled: False runs the plain float layer, without grid and compensation.
+    """
+
+    code_scale: Tensor | None
+    compensation: Tensor | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        clip_mask: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scheme, self.scale_dtype, self.clip_mask, self.enabled = scheme, scale_dtype, clip_mask, True
+        self.weight, self.bias = weight, bias
+        groups = self.in_features // scheme.group_length(self.in_features)
+        shape = (self.out_features, groups)
+        self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
+        zero_point = None if scheme.symmetric else torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
+        self.register_buffer("code_scale", None)
+        self.register_buffer("compensation", None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype, clip_mask: bool = False
+    ) -> Self:
+        """Take over the Parameters of `linear` (the objects, made float32) with round-to-nearest scales."""
+        for parameter in linear.parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float64:
+                parameter.data = parameter.data.float()
+        module = cls(linear.weight, linear.bias, scheme, scale_dtype, clip_mask)
+        if not linear.weight.is_meta:
+            module.set_grid(*choose_scale(linear.weight.detach(), scheme, scale_dtype))
+        return module.train(linear.training)
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor | None, compensation: Tensor | None = None) -> None:
+        """Put a new grid in place; codes follow the new scale."""
+        self.scale.copy_(scale)
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.copy_(zero_point)
+        self.code_scale, self.compensation = None, compensation
+
+    def decouple_scale(self) -> None:
+        """From now on codes are found with today's scale, and training the scale moves none of them."""
+        if self.code_scale is None:
+            self.code_scale = self.stored_scale().float()
+
+    def latent(self) -> Tensor:
+        """The float32 weight that is quantized, ``(out, in)``: weight plus compensation, at full size."""
+        return latent_rows(slice(None), self.weight.detach(), self.compensation, None, None, 1.0)
+
+    def stored_scale(self) -> Tensor:
+        """The scale as it is stored, ``(out, groups)`` in `scale_dtype`."""
+        return self.scale.detach().to(self.scale_dtype)
+
+    def stored_zero_point(self) -> Tensor | None:
+        """The zero point as it is stored, uint8 ``(out, groups)``, or None."""
+        if self.zero_point is None:
+            return None
+        return rounded_zero_point(self.zero_point.detach(), self.scheme).to(torch.uint8)
+
+    @torch.no_grad()
+    def codes(self, **lora: Any) -> Tensor:
+        """The codes of this forward, ``(out, in)``: int8 if symmetric, else uint8; with adapters if given."""
+        s0 = self.stored_scale() if self.code_scale is None else self.code_scale
+        z = self.stored_zero_point()
+        dtype = torch.int8 if self.scheme.symmetric else torch.uint8
+        codes = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        adapters = (lora.get("lora_a"), lora.get("lora_b"), lora.get("lora_scaling", 1.0))
+        for rows in row_chunks(*self.weight.shape):
+            latent = latent_rows(rows, self.weight, self.compensation, *adapters)
+            codes[rows] = quantize(latent, s0[rows], None if z is None else z[rows], self.scheme)
+        return codes
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """``W_hat`` of this forward, ``(out, in)`` in `scale_dtype`."""
+        return fake_quantize(
+            self.weight, self.scale, self.zero_point, self.scheme, self.scale_dtype, self.code_scale, self.compensation
+        )
+
+    def forward(self, x: Tensor, **lora: Any) -> Tensor:
+        """``(..., in)`` to ``(..., out)``; `lora` are the adapter arguments of `fake_quant_linear`."""
+        if not self.enabled:
+            dtype = x.dtype
+            return nn.functional.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return fake_quant_linear(
+            x,
+            self.weight,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            self.scheme,
+            self.scale_dtype,
+            code_scale=self.code_scale,
+            compensation=self.compensation,
+            clip_mask=self.clip_mask,
+            **lora,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"

@@ -1,0 +1,72 @@
+"""LoRA inside the quantizer: ``Q(W + (alpha / r) B A) x``, as a peft layer.
+
+An adapter beside the quantizer, ``Q(W) x + B A x``, is lost when it is merged into int4. Inside, the adapted weight is
+what gets codes, so packing loses nothing (LR-QAT, arXiv 2406.06385, section 3).
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from llmqat.errors import LlmqatError
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+
+
+class LoraFakeQuantLinear(nn.Module, LoraLayer):
+    """A `FakeQuantLinear` with adapters inside its quantizer. `lora_A` ``(r, in)`` and `lora_B` ``(out, r)`` are saved
+    and loaded by peft like those of any Linear."""
+
+    base_layer: FakeQuantLinear
+
+    def __init__(
+        self, base_layer: FakeQuantLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        if config.lora_dropout or config.use_dora or config.lora_bias:
+            raise LlmqatError(
+                "lora_dropout, use_dora and lora_bias have no meaning for an adapter inside the quantizer; leave them out"
+            )
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def adapters(self) -> dict[str, Any]:
+        """The active, unmerged adapters as arguments of `fake_quant_linear`: several are laid side by side along r."""
+        names = [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
+        if self.disable_adapters or not names:
+            return {}
+        a = [self.lora_A[name].weight for name in names]
+        b = [self.lora_B[name].weight for name in names]
+        if len(names) == 1:
+            return {"lora_a": a[0], "lora_b": b[0], "lora_scaling": self.scaling[names[0]]}
+        scaled = [weight * self.scaling[name] for name, weight in zip(names, b, strict=True)]
+        return {"lora_a": torch.cat(a), "lora_b": torch.cat(scaled, dim=1), "lora_scaling": 1.0}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        y: Tensor = self.base_layer(x, **self.adapters())
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``(alpha / r) B A``, ``(out, in)`` float32."""
+        return self.scaling[adapter] * (self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float())
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the float master, inside the quantizer: the codes stay as they are."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            delta = self.get_delta_weight(name)
+            if safe_merge and not torch.isfinite(delta).all():
+                raise LlmqatError(f"adapter {name!r} holds non-finite weights; train again with a lower learning rate")
+            self.base_layer.weight.data += delta
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take merged adapters out of the master again, up to float32 rounding."""
+        while self.merged_adapters:
+            self.base_layer.weight.data -= self.get_delta_weight(self.merged_adapters.pop())

@@ -1,0 +1,100 @@
+"""`PackedLinear`: the layer that ships. Its state dict is the file format."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.kernels import ops
+from llmqat.nn.dtypes import keep_dtype
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.quant.packing import pack_rows, packed_width, to_unsigned
+from llmqat.scheme import QuantScheme
+
+
+class PackedLinear(nn.Module):
+    """Linear layer on packed codes, run by the operator ``llmqat::packed_linear``. Inference only.
+
+    Attributes:
+        weight_packed: int32 ``(out, ceil(in * bits / 32))``.
+        weight_scale: ``(out, groups)`` in its storage dtype, whatever the model is cast to.
+        weight_zero_point: int32 ``(ceil(out * bits / 32), groups)``, packed along `out`, or None.
+        weight_shape: int64, ``[out, in]``.
+        bias: ``(out,)`` or None.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        scale_dtype: torch.dtype,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        groups = in_features // scheme.group_length(in_features)
+        words, zero_words = packed_width(in_features, scheme.bits), packed_width(out_features, scheme.bits)
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.register_buffer("weight_packed", empty(out_features, words, dtype=torch.int32))
+        self.register_buffer("weight_scale", empty(out_features, groups, dtype=scale_dtype))
+        zero_point = None if scheme.symmetric else empty(zero_words, groups, dtype=torch.int32)
+        self.register_buffer("weight_zero_point", zero_point)
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        self.register_buffer("bias", empty(out_features, dtype=scale_dtype) if bias else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_fake_quant(cls, module: FakeQuantLinear, **lora: Any) -> Self:
+        """Pack the codes of `module`'s forward (with these adapters); nothing is quantized again."""
+        scheme, bits = module.scheme, module.scheme.bits
+        packed = cls(
+            module.in_features, module.out_features, scheme, module.scale_dtype, module.bias is not None, "meta"
+        )
+        packed.weight_packed = pack_rows(to_unsigned(module.codes(**lora), scheme), bits)
+        packed.weight_scale = module.stored_scale()
+        packed.weight_shape = torch.tensor([module.out_features, module.in_features])
+        zero_point = module.stored_zero_point()
+        if zero_point is not None:
+            packed.weight_zero_point = pack_rows(zero_point.T.contiguous(), bits).T.contiguous()
+        packed.bias = None if module.bias is None else module.bias.detach().to(module.scale_dtype)
+        return packed
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes ``(out, in)``, scale ``(out, groups)`` and zero point ``(out, groups)`` or None."""
+        codes, zero_point = ops.unpack_weight(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, self.scheme, self.in_features
+        )
+        return codes, self.weight_scale, zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
+        y: Tensor = ops.packed_linear(
+            x,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            self.scheme.bits,
+            self.in_features,
+            self.scheme.act_bits,
+        )
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"

@@ -1,0 +1,100 @@
+"""Choose scales, quantize, dequantize: the arithmetic every other part of llmqat calls, and none repeats.
+
+Shapes, everywhere in this package: `weight` and `codes` are ``(out, in)``, `scale` and `zero_point` are
+``(out, in / group)``. A zero point is ``None`` for a symmetric scheme.
+
+Two dtypes matter. Codes are found in float32 (float64 if the weight is float64). The dequantized weight is computed *in
+the dtype of the scale*, the dtype it is stored in: ``codes - zero_point`` is exact there (at most 9 bits), so the product
+is rounded once, and every reader of the file that multiplies in the file's dtype gets the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from llmqat.scheme import QuantScheme
+
+# A group of zeros among ordinary weights still needs a scale: this fraction of the largest weight of the tensor.
+RELATIVE_SCALE_FLOOR = 1e-5
+
+
+def grouped(tensor: Tensor, scheme: QuantScheme) -> Tensor:
+    """View ``(out, in)`` as ``(out, groups, group)``."""
+    return tensor.unflatten(-1, (-1, scheme.group_length(tensor.shape[-1])))
+
+
+def store(scale: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """`scale` kept at least `floor` away from zero (its sign survives) and rounded to its storage dtype."""
+    tiny = torch.finfo(dtype).tiny
+    magnitude = scale.abs().clamp(min=tiny).maximum(torch.as_tensor(floor, dtype=scale.dtype, device=scale.device))
+    return torch.where(scale < 0, -magnitude, magnitude).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+def scale_floor(weight: Tensor) -> Tensor:
+    """Smallest scale magnitude allowed for `weight`: relative to its largest entry; 1 where all of it is zero."""
+    largest = weight.abs().amax().to(torch.float32)
+    return torch.where(largest > 0, largest * RELATIVE_SCALE_FLOOR, torch.ones_like(largest))
+
+
+def choose_scale(
+    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, shrink: float = 1.0, flip: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of round-to-nearest: the range of each group, times `shrink`.
+
+    Symmetric: the entry of largest magnitude maps to ``-2^(bits-1)``, so the scale is negative where that entry is
+    positive and the whole range is used (the convention of GGUF's Q4_0). `flip` takes the opposite sign. Asymmetric: the
+    range from the least to the greatest entry, widened to hold zero.
+
+    Returns:
+        scale ``(out, groups)`` in `dtype`; zero_point ``(out, groups)`` float32 holding integers, or None.
+    """
+    w = grouped(weight.float(), scheme)
+    floor = scale_floor(weight)
+    if scheme.symmetric:
+        extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        sign = -1.0 if flip else 1.0
+        return store(extreme * (sign * shrink / scheme.qmin), floor, dtype), None
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    scale = store((high - low) * (shrink / scheme.qmax), floor, dtype)
+    zero_point = (-shrink * low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
+    return scale, zero_point
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """Codes ``clamp(round(weight / scale) + zero_point)``, half to even; int8 if symmetric, else uint8."""
+    codes = code_values(weight, scale, zero_point, scheme)
+    return codes.to(torch.int8 if scheme.symmetric else torch.uint8)
+
+
+def code_values(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """The codes of `quantize`, still in floating point (float32, or float64 for a float64 weight)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    v = (grouped(weight.to(dtype), scheme) / scale.to(dtype).unsqueeze(-1)).round_()
+    if zero_point is not None:
+        v += zero_point.to(dtype).unsqueeze(-1)
+    return v.clamp_(scheme.qmin, scheme.qmax).flatten(-2)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """``scale * (codes - zero_point)`` in the dtype of `scale`, rounded once."""
+    c = grouped(codes.to(scale.dtype), scheme)
+    if zero_point is not None:
+        c = c - zero_point.to(scale.dtype).unsqueeze(-1)
+    return (c * scale.unsqueeze(-1)).flatten(-2)
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic int8, per token and symmetric: ``scale = absmax / 127`` over the last dimension.
+
+    Returns:
+        codes, int8, shaped like `x`; scale ``(..., 1)``, float32 or wider. A token of zeros gets scale 1.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    absmax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def fake_quantize_activation(x: Tensor) -> Tensor:
+    """`x` after a trip through `quantize_activation`, in its own dtype."""
+    codes, scale = quantize_activation(x)
+    return (codes * scale).to(x.dtype)

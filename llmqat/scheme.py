@@ -1,0 +1,76 @@
+"""`QuantScheme`: how a weight (and optionally its input) becomes integers. A frozen value, used like a dtype."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmqat.errors import LlmqatError
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """One integer grid: ``W_hat = scale * (codes - zero_point)`` with one scale per group of a row.
+
+    Attributes:
+        bits: width of a code: 2, 3, 4 or 8.
+        group_size: weights of a row that share a scale, counted along `in_features`; -1 is one group per row.
+        symmetric: True: codes in ``[-2^(bits-1), 2^(bits-1) - 1]``, no zero point, a scale of either sign.
+            False: codes in ``[0, 2^bits - 1]`` and an integer zero point in the same range.
+        act_bits: 8 quantizes the layer's input to int8, per token and symmetric, with a scale found at run time;
+            None leaves it alone.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    act_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise LlmqatError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise LlmqatError(f"group_size must be positive, or -1 for one group per row; got {self.group_size}")
+        if self.act_bits not in (None, 8):
+            raise LlmqatError(f"act_bits must be 8, or left out for float activations; got {self.act_bits}")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def divides(self, in_features: int) -> bool:
+        """Whether rows of `in_features` weights split into whole groups."""
+        return self.group_size == -1 or in_features % self.group_size == 0
+
+    def group_length(self, in_features: int) -> int:
+        """Weights per group in a row of `in_features`.
+
+        Raises:
+            LlmqatError: if the row does not split into whole groups.
+        """
+        if not self.divides(in_features):
+            raise LlmqatError(
+                f"group_size {self.group_size} does not divide in_features {in_features}; choose a divisor of "
+                f"{in_features}, or -1 for one group per row"
+            )
+        return in_features if self.group_size == -1 else self.group_size
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight of one row, scales and zero points included."""
+        per_group = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + per_group / self.group_length(in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, in field order."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
+        acts = f"A{self.act_bits}" if self.act_bits else "A16"
+        return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
