@@ -8,6 +8,7 @@ from llmqat.scheme import QuantScheme
 if TYPE_CHECKING:
     from llmqat.api import (
         add_lora,
+        convert,
         finetune,
         load,
         pack,
@@ -24,6 +25,7 @@ __all__ = [
     "LlmqatError",
     "QuantScheme",
     "add_lora",
+    "convert",
     "finetune",
     "load",
     "pack",

@@ -167,10 +167,15 @@ def run_gptq(
     return {error.layer: (error.rtn, error.gptq) for error in errors}
 
 
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, out of its `PeftModel` if it is in one."""
+    root: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return root
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear, dict[str, Any]]]:
     """Every layer on a grid: its name in the plain model, the layer, and its adapters as arguments of the forward."""
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, module in root.named_modules():
+    for name, module in plain_model(model).named_modules():
         if isinstance(module, LoraFakeQuantLinear):
             yield name, module.base_layer, module.adapters()
         elif isinstance(module, FakeQuantLinear) and not name.endswith(".base_layer"):
@@ -186,7 +191,26 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     layers = list(quantized_layers(model))
     if not layers:
         raise LlmqatError("nothing to convert: no layer of this model is quantized; call llmqat.prepare first")
-    root: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = plain_model(model)
     for name, layer, lora in layers:
         root.set_submodule(name, PackedLinear.from_fake_quant(layer, **lora))
     return root
+
+
+def float_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters outside the grid: norms, embeddings, the output head, biases; neither quantizers nor adapters."""
+    layers = [layer for _, layer, _ in quantized_layers(model)]
+    on_grid = {id(p) for layer in layers for p in (layer.weight, layer.scale, layer.zero_point)}
+    on_grid |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
+    return [p for p in plain_model(model).parameters() if id(p) not in on_grid]
+
+
+@torch.no_grad()
+def round_float_parts(model: nn.Module) -> None:
+    """Round every float parameter outside the grid to the dtype it will be stored in.
+
+    Called once after training, so that what is measured and verified is to the bit what is written.
+    """
+    dtype = next(layer.scale_dtype for _, layer, _ in quantized_layers(model))
+    for parameter in float_parameters(model):
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.nn.dtypes import keep_dtype
-from llmqat.quant.affine import choose_scale, quantize
+from llmqat.quant.affine import choose_scale, grouped, quantize
 from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows, row_chunks, rounded_zero_point
 from llmqat.scheme import QuantScheme
 
@@ -105,6 +105,18 @@ class FakeQuantLinear(nn.Module):
         return codes
 
     @torch.no_grad()
+    def clipped(self, **lora: Any) -> int:
+        """How many latent weights lie more than half a code beyond the ends of the grid."""
+        s0 = self.stored_scale() if self.code_scale is None else self.code_scale
+        adapters = (lora.get("lora_a"), lora.get("lora_b"), lora.get("lora_scaling", 1.0))
+        count = 0
+        for rows in row_chunks(*self.weight.shape):
+            v = grouped(latent_rows(rows, self.weight, self.compensation, *adapters), self.scheme) / s0[rows, :, None]
+            u = v if self.zero_point is None else v + self.zero_point[rows, :, None]
+            count += int(((u < self.scheme.qmin - 0.5) | (u > self.scheme.qmax + 0.5)).sum())
+        return count
+
+    @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """``W_hat`` of this forward, ``(out, in)`` in `scale_dtype`."""
         return fake_quantize(
@@ -129,6 +141,13 @@ class FakeQuantLinear(nn.Module):
             clip_mask=self.clip_mask,
             **lora,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take over `code_scale` and `compensation` as they are in the state: there, or not."""
+        for name in ("code_scale", "compensation"):
+            value = state_dict.get(prefix + name)
+            setattr(self, name, None if value is None else value.to(self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(keep_dtype(fn), recurse)

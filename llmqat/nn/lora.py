@@ -46,6 +46,10 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
         scaled = [weight * self.scaling[name] for name, weight in zip(names, b, strict=True)]
         return {"lora_a": torch.cat(a), "lora_b": torch.cat(scaled, dim=1), "lora_scaling": 1.0}
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Weights of all adapters, active or not."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters()]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
         y: Tensor = self.base_layer(x, **self.adapters())

@@ -1,0 +1,52 @@
+# Everything a fresh machine needs is Python 3.11 or newer with pip, and make. Each target builds its own virtual
+# environment on first use and again when pyproject.toml changes; `rm -rf .venv .venv-dev` starts over.
+PYTHON ?= python3
+
+DEMO := .venv
+DEV := .venv-dev
+DEV_BIN := $(DEV)/bin
+PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check style bench
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ships in the package; no network, no GPU
+	$(DEMO)/bin/llmqat finetune --model llama --bits 4 --output runs/demo --overwrite
+
+test: $(DEV)/.package  ## run all tests
+	$(DEV_BIN)/python -m pytest
+
+check: $(DEV)/.package  ## lint, format and types; changes nothing
+	$(DEV_BIN)/ruff check .
+	$(DEV_BIN)/ruff format --check .
+	$(DEV_BIN)/mypy
+
+style: $(DEV)/.package  ## fix what ruff can fix, and format
+	$(DEV_BIN)/ruff check --fix .
+	$(DEV_BIN)/ruff format .
+
+bench: $(DEV)/.bench  ## cost of training and perplexity, as eval/ measures them
+	$(DEV_BIN)/python eval/training_cost.py
+	$(DEV_BIN)/python eval/perplexity.py
+
+# The demo is installed the way a user installs it, and again when a file of the package changes.
+$(DEMO)/.package: pyproject.toml $(PACKAGE_FILES) | $(DEMO)/bin/python
+	$(DEMO)/bin/python -m pip install .
+	@touch $@
+
+$(DEV)/.package: pyproject.toml | $(DEV)/bin/python
+	$(DEV_BIN)/python -m pip install --editable '.[test,check]'
+	@touch $@
+
+$(DEV)/.bench: $(DEV)/.package
+	$(DEV_BIN)/python -m pip install --editable '.[bench]'
+	@touch $@
+
+# A distribution may split ensurepip off venv; any pip can then put one into the new environment.
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmqat needs Python 3.11 or newer, $(PYTHON) is %d.%d: say make PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $* || { $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install pip; }

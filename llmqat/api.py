@@ -1,0 +1,91 @@
+"""The notebook surface: what `import llmqat` offers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat import config as config_module
+from llmqat.config import TrainConfig
+from llmqat.formats.reader import load_packed as load
+from llmqat.formats.verify import Verification, verify
+from llmqat.formats.writer import save_packed as pack
+from llmqat.metrics.perplexity import Windows, evaluate
+from llmqat.metrics.throughput import Throughput, throughput
+from llmqat.models.coverage import CoverageReport
+from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.patcher import convert, prepare, smooth
+from llmqat.train.loop import TrainResult, fit
+from llmqat.train.modes import add_lora, select_trainable
+
+__all__ = [
+    "CoverageReport",
+    "Throughput",
+    "TrainResult",
+    "Verification",
+    "add_lora",
+    "convert",
+    "finetune",
+    "load",
+    "pack",
+    "perplexity",
+    "prepare",
+    "smooth",
+    "throughput",
+    "verify",
+]
+
+
+def finetune(
+    model: nn.Module,
+    tokens: Tensor,
+    held_out: Tensor,
+    *,
+    mode: str = "full",
+    teacher: PreTrainedModel | str | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train a prepared model in place, and leave it in the state with the least held-out loss.
+
+    Args:
+        model: prepared by `llmqat.prepare`; for LoRA, the result of `llmqat.add_lora`.
+        tokens: training ids ``(sequences, length)``.
+        held_out: ids ``(sequences, length)`` that choose the best state.
+        mode: full, lora or scales.
+        teacher: the float model to distil from; "self" for the float model inside a LoRA or scales model prepared with
+            ``keep_float=True``; None trains by cross-entropy.
+        seed: order of the sequences.
+        output: directory for checkpoints; None keeps none.
+        options: fields of the recipe's ``train`` section, such as ``{"max_steps": 100, "lr": 0.02}``.
+
+    Raises:
+        LlmqatError: if an option is wrong, a loss is not finite, or the run was interrupted.
+    """
+    recipe = config_module.from_dict({"train": {**(options or {}), "mode": mode}})
+    config: TrainConfig = config_module.resolve(recipe, sum(p.numel() for p in model.parameters())).train
+    select_trainable(model, mode, config.lr_scale > 0)
+    view = FloatView(model) if teacher == "self" else FloatCopy(teacher) if isinstance(teacher, nn.Module) else None
+    directory = None if output is None else Path(output)
+    return fit(model, tokens, held_out, config, mode=mode, teacher=view, seed=seed, directory=directory)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:
+    """Perplexity of `model` on a stream of ids, by the GPTQ protocol: windows without overlap, the tail dropped.
+
+    Args:
+        model: float, prepared or packed.
+        tokens: ids ``(length,)``, with BOS where you want one.
+        window: tokens per window.
+
+    Raises:
+        LlmqatError: if the stream is shorter than one window, or the loss is not finite.
+    """
+    from llmqat.train.data import blocks
+
+    with torch.no_grad():
+        return evaluate(model, Windows(blocks(tokens, window, "evaluation"), "none")).perplexity

@@ -1,0 +1,271 @@
+"""The command line: `llmqat finetune | quantize | eval | verify | generate | inspect | recipes`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmqat import __version__
+from llmqat.cli_options import Parser, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
+from llmqat.errors import LlmqatError
+
+FINETUNE = """\
+Fine-tune a model through its own integer grid, pack it, and prove and measure the packed file.
+
+  llmqat finetune --model llama --bits 4
+      the small Llama inside this package, on the source text of Python's standard library: no network needed
+  llmqat finetune --model meta-llama/Llama-3.2-1B --dataset wikitext:wikitext-2-raw-v1 --bits 4 --output out
+  llmqat finetune --model ./my-model --dataset my.jsonl --bits 4 --train lora --output out
+  llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth 0.5 --output out
+  llmqat finetune --output out --resume
+      go on after an interruption, with the options of the first call
+
+Writes to --output: the packed model (safetensors, config, tokenizer), recipe.yaml, report.json, README.md, and
+checkpoint/, which --resume needs and you may delete.
+"""
+QUANTIZE = """\
+Quantize without training: round to nearest or GPTQ, packed, verified and measured like a fine-tuned model.
+
+  llmqat quantize --model llama --bits 4 --output out
+  llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth 0.5 --output out
+  llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
+"""
+EVAL = """\
+Perplexity of a float or packed model, by the GPTQ protocol; against a float model also KL and top-1 agreement.
+
+  llmqat eval runs/llmqat
+  llmqat eval runs/llmqat --against llama --throughput
+  llmqat eval ./my-model --dataset wikitext:wikitext-2-raw-v1 --window 2048 --eval-tokens 400000
+"""
+VERIFY = """\
+Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
+
+  llmqat verify runs/llmqat
+"""
+GENERATE = """\
+Continue a text with a float or packed model.
+
+  llmqat generate runs/llmqat --prompt 'def read_lines(path):'
+"""
+INSPECT = """\
+The dry run: every Linear, quantized or not and why, predicted size and memory. Takes the options of finetune.
+
+  llmqat inspect --model llama --bits 4
+  llmqat inspect --model ./my-model --group-size 64 --train lora
+"""
+RECIPES = """\
+List the bundled recipes, or print one.
+
+  llmqat recipes
+  llmqat recipes w4a8
+  llmqat finetune --recipe w4a8
+"""
+
+
+def build_parser() -> Parser:
+    """All sub-commands with their flags."""
+    parser = Parser(
+        prog="llmqat",
+        description="Fine-tune LLMs through their own integer grid, and ship exactly what was trained.",
+        epilog="llmqat COMMAND --help explains each by example.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmqat {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> Parser:
+        sub: Parser = commands.add_parser(name, help=text.split("\n")[0], description=text)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=COMMANDS[name])
+        return sub
+
+    for name, text, skip in (("finetune", FINETUNE, ()), ("quantize", QUANTIZE, ()), ("inspect", INSPECT, ("eval",))):
+        sub = command(name, text)
+        add_recipe_flags(sub, skip)
+        if name != "inspect":
+            sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
+        if name == "finetune":
+            sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+
+    sub = command("eval", EVAL)
+    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
+    sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
+    sub.add_argument("--text-field", default="text", metavar="TEXT", help="column that holds the text (default: text)")
+    sub.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    sub.add_argument("--eval-tokens", type=int, default=65536, metavar="N", help="tokens at most (default: 65536)")
+    sub.add_argument("--bos", choices=("stream", "window", "none"), default="stream", help="BOS rule (default: stream)")
+    sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
+    sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
+
+    sub = command("verify", VERIFY)
+    sub.add_argument("model", help="packed directory")
+    sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
+
+    sub = command("generate", GENERATE)
+    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
+
+    sub = command("recipes", RECIPES)
+    sub.add_argument("name", nargs="?", help="recipe to print")
+    return parser
+
+
+def run_finetune(args: argparse.Namespace) -> None:
+    """`llmqat finetune`."""
+    from llmqat.pipeline import RECIPE, run
+
+    recipe = recipe_from(args)
+    saved = Path(recipe.output) / RECIPE
+    if args.resume and saved.exists():
+        args.recipe = str(saved)
+        recipe = recipe_from(args)
+    run(recipe, resume=args.resume, overwrite=args.overwrite)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """`llmqat quantize`."""
+    from llmqat.pipeline import run
+
+    run(recipe_from(args), train=False, overwrite=args.overwrite)
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """`llmqat inspect`."""
+    from llmqat.inspection import describe, inspect
+
+    print(describe(inspect(recipe_from(args))))
+
+
+def load_any(name: str, dtype: Any = None) -> tuple[Any, Any]:
+    """A float or packed model, and its tokenizer."""
+    from llmqat.formats.reader import is_packed, load_packed, local_directory
+    from llmqat.models.loading import load_float, load_tokenizer, resolve_name
+
+    directory = local_directory(resolve_name(name))
+    model = load_packed(directory, dtype) if is_packed(directory) else load_float(str(directory), dtype)[0]
+    return model, load_tokenizer(str(directory))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """`llmqat eval`."""
+    import torch
+
+    from llmqat.environment import environment
+    from llmqat.kernels.ops import kernel_name
+    from llmqat.metrics.perplexity import evaluate, windows
+    from llmqat.metrics.throughput import throughput
+    from llmqat.models.float_view import FloatCopy
+    from llmqat.train.data import load_corpus
+
+    if args.window < 2 or args.eval_tokens < 2:
+        raise LlmqatError("--window and --eval-tokens must be at least 2")
+    model, tokenizer = load_any(args.model, torch.float32)
+    corpus = load_corpus(args.dataset, args.text_field)
+    data = windows(tokenizer, corpus.test, args.window, args.eval_tokens, args.bos)
+    reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
+    result = evaluate(model, data, reference)
+    numbers = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "perplexity": result.perplexity,
+        "kl_to_float": result.kl_to_float,
+        "top1_agreement": result.top1_agreement,
+        "window": args.window,
+        "bos": args.bos,
+        "tokens": data.tokens,
+        "sha256": data.sha256,
+        "kernel": kernel_name(),
+    }
+    if args.throughput:
+        speed = throughput(load_any(args.model)[0], min(256, args.window // 2), 64)
+        numbers |= {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
+    for key, value in numbers.items():
+        if value is not None:
+            print(f"{key:<16} {value:.6g}" if isinstance(value, float) else f"{key:<16} {value}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({**numbers, "environment": environment()}, indent=2) + "\n")
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """`llmqat verify`."""
+    from llmqat.formats.verify import verify
+
+    check = verify(args.model, logits=not args.no_logits)
+    print(f"layers           {check.layers}\ncodes equal      {check.codes_equal}\nscales equal     {check.scales_equal}")
+    if check.max_logit_error is not None:
+        print(f"max logit error  {check.max_logit_error:.3e}\nbound            {check.bound:.3e}")
+    if not check.ok:
+        where = f": {', '.join(check.mismatched[:5])}" if check.mismatched else " in its logits"
+        raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`llmqat generate`."""
+    import torch
+
+    model, tokenizer = load_any(args.model)
+    ids = torch.tensor([tokenizer(args.prompt)["input_ids"]], device=model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **sampling)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def run_recipes(args: argparse.Namespace) -> None:
+    """`llmqat recipes`."""
+    if args.name:
+        print(find_recipe(args.name).read_text("utf-8"), end="")
+        return
+    for name, path in bundled_recipes().items():
+        print(f"{name:<24} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+
+
+COMMANDS = {
+    "finetune": run_finetune,
+    "quantize": run_quantize,
+    "eval": run_eval,
+    "verify": run_verify,
+    "generate": run_generate,
+    "inspect": run_inspect,
+    "recipes": run_recipes,
+}
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of libraries drown our own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 wrong arguments."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command != "recipes":
+            quiet_libraries()
+        args.run(args)
+    except KeyboardInterrupt:
+        print("llmqat: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        known = isinstance(error, LlmqatError)
+        text = " ".join(str(error).split())
+        advice = "" if known else f"unexpected {type(error).__name__}: "
+        print(f"llmqat: {advice}{text}{'' if known else '; --debug shows where'}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

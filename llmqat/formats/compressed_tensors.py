@@ -1,0 +1,104 @@
+"""The `quantization_config` of compressed-tensors ``pack-quantized``: from schemes by layer, and back.
+
+https://github.com/vllm-project/compressed-tensors. vLLM and transformers read it; llmqat writes nothing of its own.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llmqat.errors import LlmqatError
+from llmqat.scheme import QuantScheme
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+
+
+def weight_args(scheme: QuantScheme) -> dict[str, Any]:
+    """How the weights of a scheme are described."""
+    channel = scheme.group_size == -1
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def activation_args(scheme: QuantScheme) -> dict[str, Any] | None:
+    """How the inputs are described: dynamic, per token."""
+    if scheme.act_bits is None:
+        return None
+    return {"num_bits": scheme.act_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
+    """Inverse of the two above.
+
+    Raises:
+        LlmqatError: for anything llmqat cannot run.
+    """
+    weights, acts = group["weights"], group.get("input_activations")
+    if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
+        raise LlmqatError(
+            f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by group or channel"
+        )
+    dynamic = acts is None or (acts["strategy"] == "token" and acts["dynamic"] and acts["symmetric"])
+    if not dynamic:
+        raise LlmqatError("cannot run these activations; llmqat reads dynamic symmetric per-token int8, or none")
+    group_size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+    return QuantScheme(weights["num_bits"], group_size, weights["symmetric"], None if acts is None else acts["num_bits"])
+
+
+def config_of(schemes: Mapping[str, QuantScheme], ignored: list[str]) -> dict[str, Any]:
+    """`quantization_config` for layers with their schemes.
+
+    One scheme for all gives the single group every reader knows, targets ``Linear``; several give one group each, its
+    layers by name.
+    """
+    distinct = list(dict.fromkeys(schemes.values()))
+    groups = {}
+    for index, scheme in enumerate(distinct):
+        names = [name for name, own in schemes.items() if own == scheme]
+        groups[f"group_{index}"] = {
+            "targets": ["Linear"] if len(distinct) == 1 else names,
+            "format": FORMAT,
+            "weights": weight_args(scheme),
+            "input_activations": activation_args(scheme),
+            "output_activations": None,
+        }
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": groups,
+    }
+
+
+def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str, QuantScheme]:
+    """The scheme of every packed layer of a checkpoint.
+
+    Raises:
+        LlmqatError: if the file is of another method or format, or a layer matches no group.
+    """
+    if config.get("quant_method") != METHOD or config.get("format") != FORMAT:
+        raise LlmqatError(
+            f"quantization {config.get('quant_method')!r} in format {config.get('format')!r} is not {METHOD} {FORMAT}; "
+            "load this directory with transformers"
+        )
+    groups = [(group["targets"], scheme_from_args(group)) for group in config["config_groups"].values()]
+    result = {}
+    for name in packed_layers:
+        matching = [scheme for targets, scheme in groups if any(_matches(target, name) for target in targets)]
+        if not matching:
+            raise LlmqatError(f"layer {name} is packed but no config group targets it; config.json and weights do not belong together")
+        result[name] = matching[0]
+    return result
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in ("Linear", name)

@@ -1,0 +1,137 @@
+"""Load a packed directory onto `PackedLinear`, without ever making a dense weight."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.compressed_tensors import METHOD, schemes_of
+from llmqat.formats.writer import INDEX, WEIGHTS
+from llmqat.nn.packed_linear import PackedLinear
+
+PACKED = ".weight_packed"
+
+
+def local_directory(name: str | Path) -> Path:
+    """A local model directory as it is, or a Hub repository downloaded.
+
+    Raises:
+        LlmqatError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # offline, missing and malformed names raise exceptions of several libraries
+        raise LlmqatError(f"model {name} is neither a local directory nor a Hub repository that can be reached") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is.
+
+    Raises:
+        LlmqatError: if it is missing or damaged.
+    """
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise LlmqatError(f"{directory} has no readable config.json; is it a model directory?") from error
+    except json.JSONDecodeError as error:
+        raise LlmqatError(f"{path} is damaged ({error.msg} in line {error.lineno}); write the model again") from error
+    return config
+
+
+def is_packed(directory: Path) -> bool:
+    """Whether a directory holds a model packed by compressed-tensors."""
+    return bool(read_config(directory).get("quantization_config", {}).get("quant_method") == METHOD)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, in order.
+
+    Raises:
+        LlmqatError: if there are none, or some are missing.
+    """
+    index = directory / INDEX
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    for name in names:
+        if not (directory / name).exists():
+            raise LlmqatError(f"{directory} lacks {name}; copy the directory again, or write the model again")
+    return [directory / name for name in names]
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model, one at a time.
+
+    Raises:
+        LlmqatError: if a file is missing or truncated.
+    """
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise LlmqatError(f"{path} is damaged ({error}); copy it again, or write the model again") from error
+
+
+def load_packed(name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A packed model, ready to run.
+
+    Args:
+        name: directory or Hub repository.
+        dtype: of the float parts and the activations; by default the stored one. Scales keep the dtype of the file.
+        device: where to put it.
+
+    Raises:
+        LlmqatError: if the directory is incomplete or damaged, or of a format llmqat does not run.
+    """
+    directory = local_directory(name)
+    config = AutoConfig.from_pretrained(directory)
+    quantization = read_config(directory).get("quantization_config", {})
+    config.__dict__.pop("quantization_config", None)
+    stored: torch.dtype = config.dtype or torch.float32
+    tensors = dict(read_tensors(directory))
+    schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
+    model_class = getattr(transformers, config.architectures[0])
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
+    for layer, scheme in schemes.items():
+        old = model.get_submodule(layer)
+        assert isinstance(old, nn.Linear)
+        scale_dtype = tensors[f"{layer}.weight_scale"].dtype
+        packed = PackedLinear(old.in_features, old.out_features, scheme, scale_dtype, old.bias is not None, "meta")
+        model.set_submodule(layer, packed)
+    _fill(model, tensors, set(schemes), dtype or stored, directory)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], dtype: torch.dtype, directory: Path) -> None:
+    """Assign tensors by name, float parts in `dtype`, and tie what is tied."""
+    state = {}
+    for key, tensor in tensors.items():
+        float_part = tensor.is_floating_point() and key.rsplit(".", 1)[0] not in packed
+        state[key] = tensor.to(dtype) if float_part else tensor
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise LlmqatError(f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}") from error
+    model.tie_weights()
+    lost = [key for key in missing if model.state_dict()[key].is_meta]
+    if lost or unexpected:
+        what = f"lacks {', '.join(lost[:3])}" if lost else f"holds unknown tensors {', '.join(unexpected[:3])}"
+        raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")

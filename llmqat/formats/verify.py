@@ -1,0 +1,103 @@
+"""Prove that a packed directory holds what was trained, and that it runs as what was trained."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat.formats import fingerprint
+from llmqat.formats.reader import load_packed, local_directory
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.quant.affine import dequantize
+
+PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of `verify`.
+
+    Attributes:
+        layers: layers compared.
+        codes_equal: all codes and zero points of the file are those of training.
+        scales_equal: all scales are, bit for bit.
+        mismatched: layers where one of the two does not hold.
+        max_logit_error: largest difference of the packed model's float32 logits from a float64 run of the same grid.
+        bound: twice that of plain torch in float32 on the dequantized weights. None, like the error, if not measured.
+    """
+
+    layers: int
+    codes_equal: bool
+    scales_equal: bool
+    mismatched: tuple[str, ...]
+    max_logit_error: float | None
+    bound: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was checked holds."""
+        logits = self.max_logit_error is None or self.bound is None or self.max_logit_error <= self.bound
+        return self.codes_equal and self.scales_equal and logits
+
+
+def verify(directory: str | Path, against: nn.Module | None = None, logits: bool = True) -> Verification:
+    """Compare a packed directory with the trained model, or with the fingerprint that training left.
+
+    Args:
+        directory: packed model.
+        against: the trained model itself; without it, the hashes of its codes and scales in ``fingerprint.json``.
+        logits: also run the model; takes memory for a dense float64 copy.
+
+    Raises:
+        LlmqatError: if the directory is damaged, or holds no fingerprint and `against` is not given.
+    """
+    directory = local_directory(directory)
+    expected = fingerprint.read(directory) if against is None else fingerprint.fingerprint(against)
+    model = load_packed(directory, torch.float32)
+    grids = {name: module.unpack() for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    codes_wrong, scales_wrong = set(expected) ^ set(grids), set(expected) ^ set(grids)
+    for name in set(expected) & set(grids):
+        codes, scale, zero_point = map(fingerprint.sha256, grids[name])
+        if (codes, zero_point) != (expected[name]["codes"], expected[name]["zero_point"]):
+            codes_wrong.add(name)
+        if scale != expected[name]["scale"]:
+            scales_wrong.add(name)
+    error, bound = logit_error(model) if logits else (None, None)
+    mismatched = tuple(sorted(codes_wrong | scales_wrong))
+    return Verification(len(grids), not codes_wrong, not scales_wrong, mismatched, error, bound)
+
+
+def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The packed model with plain `nn.Linear` layers on the dequantized weights, in `dtype`."""
+    dense = copy.deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, PackedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            linear.weight = nn.Parameter(dequantize(*module.unpack(), module.scheme))
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias.clone())
+            if module.scheme.act_bits is not None:
+                linear.register_forward_pre_hook(_quantize_input)
+            dense.set_submodule(name, linear)
+    return dense.to(dtype)  # type: ignore[arg-type]
+
+
+def _quantize_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    from llmqat.quant.affine import fake_quantize_activation
+
+    return (fake_quantize_activation(args[0]),)
+
+
+@torch.no_grad()
+def logit_error(model: PreTrainedModel) -> tuple[float, float]:
+    """Error of the packed float32 model's logits against float64, and the bound: twice that of plain float32 torch."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    exact = dense_copy(model, torch.float64)(input_ids=ids, use_cache=False).logits.double()
+    plain = dense_copy(model, torch.float32)(input_ids=ids, use_cache=False).logits.double()
+    packed = model(input_ids=ids, use_cache=False).logits.double()
+    return float((packed - exact).abs().max()), 2 * float((plain - exact).abs().max())

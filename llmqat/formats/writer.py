@@ -1,0 +1,131 @@
+"""Write a trained model as a packed directory: compressed-tensors ``pack-quantized`` in sharded safetensors."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmqat.errors import LlmqatError
+from llmqat.formats import fingerprint
+from llmqat.formats.compressed_tensors import config_of
+from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.nn.packed_linear import PackedLinear
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A scratch directory whose files replace those of the same name in `directory` once the ``with`` ends well.
+
+    Each file appears whole under its final name or not at all; what fails inside leaves `directory` as it was.
+    Shards of an earlier, larger model are removed.
+
+    Raises:
+        LlmqatError: if `directory` cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
+    except OSError as error:
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+    try:
+        yield scratch
+        written = sorted(scratch.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        for file in written:
+            os.replace(file, directory / file.name)
+        if any(file.suffix == ".safetensors" for file in written):
+            names = {file.name for file in written}
+            stale = [*directory.glob("model*.safetensors"), directory / INDEX]
+            for path in stale:
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror or error}; free some space, or choose another --output") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def storage_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of scales and float parts in the file.
+
+    Raises:
+        LlmqatError: if no layer is quantized.
+    """
+    for _, layer, _ in quantized_layers(model):
+        return layer.scale_dtype
+    raise LlmqatError("nothing to pack: no layer of this model is quantized; call llmqat.prepare first")
+
+
+def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Tensors of the packed file by name: codes and scales of layers on the grid, everything else in the storage dtype.
+
+    A tied tensor appears once, under its first name.
+    """
+    dtype = storage_dtype(model)
+    layers = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in plain_model(model).state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key in seen or any(name.startswith(layer + ".") for layer in layers):
+            continue
+        seen.add(key)
+        state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+    for name, (layer, lora) in layers.items():
+        packed = PackedLinear.from_fake_quant(layer, **lora)
+        state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in packed.state_dict().items()})
+    return state
+
+
+def packed_config(model: torch.nn.Module) -> Any:
+    """The model's config with its architecture, dtype and `quantization_config`."""
+    root = plain_model(model)
+    schemes = {name: layer.scheme for name, layer, _ in quantized_layers(model)}
+    ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, schemes)]
+    config = copy.deepcopy(root.config)
+    config.architectures = [type(root).__name__]
+    config.dtype = storage_dtype(model)
+    config.quantization_config = config_of(schemes, ignored)
+    return config
+
+
+def _inside(name: str, layers: dict[str, Any]) -> bool:
+    return any(name.startswith(layer + ".") for layer in layers)
+
+
+def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
+    """Write `model` (prepared, possibly with adapters) to `directory`; the model itself is left alone.
+
+    Raises:
+        LlmqatError: if no layer is quantized, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    state = packed_state(model)
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
+    with replacing(directory) as scratch:
+        for filename, names in shards.filename_to_tensors.items():
+            save_file({name: state[name] for name in names}, scratch / filename, metadata={"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (scratch / INDEX).write_text(json.dumps(index, indent=1))
+        packed_config(model).save_pretrained(scratch)
+        generation_config = getattr(plain_model(model), "generation_config", None)
+        if generation_config is not None:
+            generation_config.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        fingerprint.write(scratch, fingerprint.fingerprint(model))
+    return directory

@@ -1,0 +1,107 @@
+"""`llmqat inspect`: what a run would do, before any work is done."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from llmqat import config as config_module
+from llmqat.config import Recipe
+from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.coverage import CoverageReport
+from llmqat.models.loading import load_config
+from llmqat.models.patcher import check_divisible, plan
+
+MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes per parameter: float32 master, two float32 moments, float32 gradient
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The plan of a run.
+
+    Attributes:
+        recipe: fully resolved.
+        coverage: layer by layer.
+        packed_bytes: predicted size of the packed file.
+        float_bytes: size of the float model in its stored dtype.
+        training_bytes: predicted memory for weights, gradients, optimizer and teacher, activations not counted.
+        calibrated: whether GPTQ and SmoothQuant know the family.
+        tied: whether the output head is the embedding.
+    """
+
+    recipe: Recipe
+    coverage: CoverageReport
+    packed_bytes: int
+    float_bytes: int
+    training_bytes: int
+    calibrated: bool
+    tied: bool
+
+
+def inspect(recipe: Recipe) -> Inspection:
+    """Build the model without weights and plan the run.
+
+    Raises:
+        LlmqatError: if the model cannot be found, or a group size does not divide.
+    """
+    config = load_config(recipe.model)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    stored = getattr(config, "dtype", None) or torch.float32
+    parameters = sum(p.numel() for p in model.parameters())
+    recipe = config_module.resolve(recipe, parameters)
+    coverage = plan(model, recipe.scheme(), recipe.quant.overrides)
+    check_divisible(coverage)
+    quantized = sum(layer.parameters for layer in coverage.quantized)
+    packed_bits = sum(
+        layer.parameters * layer.scheme.bits_per_weight(layer.shape[1], stored.itemsize * 8)
+        for layer in coverage.quantized
+        if layer.scheme is not None
+    )
+    return Inspection(
+        recipe,
+        coverage,
+        ceil(packed_bits / 8) + (parameters - quantized) * stored.itemsize,
+        parameters * stored.itemsize,
+        training_bytes(recipe, coverage, parameters, stored),
+        config.model_type in ARCHITECTURES,
+        bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def training_bytes(recipe: Recipe, coverage: CoverageReport, parameters: int, stored: torch.dtype) -> int:
+    """Weights, gradients, optimizer states and teacher; the same sums as the training modes make."""
+    layers = coverage.quantized
+    quantized = sum(layer.parameters for layer in layers)
+    if recipe.train.mode == "full":
+        teacher = MASTER * parameters if recipe.train.loss == "kd" else 0
+        return (MASTER + GRADIENT + ADAM) * parameters + teacher
+    compensation = stored.itemsize * quantized
+    if recipe.train.mode == "lora":
+        trained = recipe.train.lora_r * sum(sum(layer.shape) for layer in layers)
+        return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
+    scales = sum(layer.shape[0] * (layer.shape[1] // layer.scheme.group_length(layer.shape[1])) for layer in layers if layer.scheme)
+    return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales
+
+
+def describe(plan: Inspection) -> str:
+    """The plan as a table in plain text."""
+    rows = [
+        f"  {layer.name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
+        for layer in plan.coverage.layers
+    ]
+    known = "known: GPTQ and SmoothQuant apply" if plan.calibrated else "unknown: only --init rtn, and no --smooth"
+    return "\n".join(
+        [
+            f"{plan.recipe.model}: {plan.coverage.total_parameters / 1e6:.2f} M parameters",
+            *rows,
+            plan.coverage.summary(),
+            f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
+            f"model family {known}",
+            f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",
+            f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations not counted",
+        ]
+    )

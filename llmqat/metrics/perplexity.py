@@ -1,0 +1,152 @@
+"""Perplexity by the GPTQ protocol, and paired comparison with the float model.
+
+Protocol (IST-DASLab/gptq): documents are joined and tokenized once, the stream is cut into windows that do not overlap and
+its tail dropped, each window is scored alone by the mean cross-entropy of its ``window - 1`` shifted targets in float32, and
+perplexity is the exponential of the mean over windows. The BOS rule is part of the metric and recorded with it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmqat.errors import LlmqatError
+from llmqat.progress import track
+
+BATCH_TOKENS = 4096
+BOOTSTRAP_SAMPLES = 10_000
+
+
+class Reference(Protocol):
+    """Gives the float model to compare with, e.g. `llmqat.models.float_view.FloatCopy`."""
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """The float model, without gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is scored: token ids ``(windows, window)``, and how they came to be."""
+
+    ids: Tensor
+    bos: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.ids.numel()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the ids (int64, little endian): two results compare only if this agrees."""
+        return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def windows(tokenizer: Any, documents: list[str], window: int, max_tokens: int, bos: str = "stream") -> Windows:
+    """Join, tokenize once, cut.
+
+    Args:
+        tokenizer: of the model.
+        documents: joined with blank lines.
+        window: tokens per window.
+        max_tokens: upper limit of tokens scored; at least one window.
+        bos: "stream": one BOS before everything, if the tokenizer has one; "window": one as the first token of each
+            window; "none".
+
+    Raises:
+        LlmqatError: if the text is shorter than one window, or a BOS is asked for and the tokenizer has none.
+    """
+    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    if bos == "window" and tokenizer.bos_token_id is None:
+        raise LlmqatError("--bos window needs a tokenizer with a BOS token; use --bos stream or none")
+    if bos == "stream" and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    stride = window - 1 if bos == "window" else window
+    count = min(len(ids) // stride, max(1, max_tokens // window))
+    if count == 0:
+        raise LlmqatError(
+            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller --window"
+        )
+    rows = torch.tensor(ids[: count * stride]).view(count, stride)
+    if bos == "window":
+        rows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), rows], 1)
+    return Windows(rows, bos)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result on some windows.
+
+    Attributes:
+        losses: mean cross-entropy of each window, nats, float64 ``(windows,)``.
+        kl_to_float: mean over tokens of ``KL(p_float || p)``, nats; None without a reference.
+        top1_agreement: share of tokens whose most likely next token is the float model's; None without a reference.
+    """
+
+    losses: np.ndarray[Any, np.dtype[np.float64]]
+    kl_to_float: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(mean loss)``."""
+        return float(np.exp(self.losses.mean()))
+
+
+def _batches(ids: Tensor) -> Iterator[Tensor]:
+    yield from ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Windows, reference: Reference | None = None, description: str = "perplexity"
+) -> Perplexity:
+    """Score every window of `data`; with a reference, compare each token's distribution too.
+
+    Raises:
+        LlmqatError: if the loss is not finite.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    kl = agree = 0.0
+    total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[1]))
+    for cpu_batch in track(_batches(data.ids), description, total):
+        batch = cpu_batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        targets = None
+        if reference is not None:
+            with reference.active() as float_model:
+                targets = float_model(input_ids=batch, use_cache=False).logits[:, :-1]
+        for row in range(len(batch)):  # one window at a time: no float32 copy of all logits
+            log_q = torch.log_softmax(logits[row].float(), -1)
+            losses.append(float(-log_q.gather(-1, batch[row, 1:, None]).double().mean()))
+            if targets is not None:
+                log_p = torch.log_softmax(targets[row].float(), -1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
+                agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
+    model.train(training)
+    if not all(map(math.isfinite, losses)):
+        raise LlmqatError("the model's loss is not finite; check its weights and dtype")
+    n = len(losses)
+    if reference is None:
+        return Perplexity(np.array(losses))
+    return Perplexity(np.array(losses), kl / n, agree / n)
+
+
+def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of ``perplexity(a) - perplexity(b)``: paired bootstrap over windows (percentiles of 10,000 draws)."""
+    generator = np.random.default_rng(seed)
+    n = len(a.losses)
+    draws = generator.integers(0, n, size=(BOOTSTRAP_SAMPLES, n))
+    differences = np.exp(a.losses[draws].mean(1)) - np.exp(b.losses[draws].mean(1))
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,103 @@
+"""Speed of a model as it is used: prefill and decode at batch 1, with the spread."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.errors import LlmqatError
+from llmqat.nn.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens per second at batch 1, a value per repetition.
+
+    Attributes:
+        prefill: prompt tokens per second.
+        decode: generated tokens per second, the prompt's time left out.
+        prompt: tokens of the prompt.
+        new_tokens: tokens generated.
+        decode_bytes: bytes of weights that one decoded token reads.
+    """
+
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    prompt: int
+    new_tokens: int
+    decode_bytes: int
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Median."""
+        return statistics.median(self.prefill)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Median."""
+        return statistics.median(self.decode)
+
+    @property
+    def weight_gb_s(self) -> float:
+        """Weight bytes read per second of decoding, GB/s."""
+        return self.decode_bytes * self.decode_tok_s / 1e9
+
+    def spread(self, values: tuple[float, ...]) -> str:
+        """``median [least, greatest]``."""
+        return f"{statistics.median(values):,.0f} [{min(values):,.0f}, {max(values):,.0f}]"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one token reads: all of them but the input embedding's table, of which it reads one row.
+
+    A head tied to that table reads all of it.
+    """
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and getattr(head, "weight", None) is embedding
+    packed = (b for m in model.modules() if isinstance(m, PackedLinear) for b in m.buffers(recurse=False))
+    total = sum(t.numel() * t.element_size() for t in chain(model.parameters(), packed))
+    return total if tied else total - embedding.numel() * embedding.element_size()
+
+
+@torch.inference_mode()
+def _once(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of generating `new_tokens` greedily after it."""
+    synchronize = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
+    synchronize()
+    started = time.perf_counter()
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
+    synchronize()
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    synchronize()
+    return prefilled - started, time.perf_counter() - prefilled
+
+
+def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: int = 5) -> Throughput:
+    """Time `repeats` prefills of `prompt` random tokens, and `new_tokens` greedy steps after each; one warm-up before.
+
+    Raises:
+        LlmqatError: if prompt and new tokens do not fit the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and prompt + new_tokens > context:
+        raise LlmqatError(
+            f"{prompt} prompt and {new_tokens} new tokens exceed the model's context of {context}; lower --prompt-tokens or "
+            "--new-tokens"
+        )
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
+    _once(model, ids, min(new_tokens, 8))
+    seconds = [_once(model, ids, new_tokens) for _ in range(repeats)]
+    prefill, decode = tuple(prompt / p for p, _ in seconds), tuple(new_tokens / d for _, d in seconds)
+    return Throughput(prefill, decode, prompt, new_tokens, weight_bytes(model))

@@ -1,0 +1,72 @@
+"""Run the float model inside a prepared one: the teacher of distillation without a second copy."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.models.patcher import float_parameters, quantized_layers
+from llmqat.nn.lora import LoraFakeQuantLinear
+
+
+@contextmanager
+def disable_quantizers(model: nn.Module) -> Iterator[None]:
+    """Layers on a grid run their plain float weight, without adapters.
+
+    That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
+    weights have not been trained.
+    """
+    layers = [layer for _, layer, _ in quantized_layers(model)]
+    states = [layer.enabled for layer in layers]
+    with ExitStack() as stack:
+        for adapter in [m for m in model.modules() if isinstance(m, LoraFakeQuantLinear) and not m.disable_adapters]:
+            adapter._disable_adapters = True  # peft's own switch also flips requires_grad, which a view must not
+            stack.callback(setattr, adapter, "_disable_adapters", False)
+        for layer, state in zip(layers, states, strict=True):
+            layer.enabled = False
+            stack.callback(setattr, layer, "enabled", state)
+        yield
+
+
+class FloatView:
+    """The float model inside a prepared model, also while a few of its small float parameters train.
+
+    Parameters that train and are no part of a quantizer (norms) are remembered at construction, and put back while the
+    view runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.originals: list[tuple[nn.Parameter, Tensor]] = [
+            (p, p.detach().clone()) for p in float_parameters(model) if p.requires_grad
+        ]
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The float model, in evaluation mode, without gradients."""
+        training = self.model.training
+        current = [p.data for p, _ in self.originals]
+        self.model.eval()
+        try:
+            for p, original in self.originals:
+                p.data = original
+            with disable_quantizers(self.model), torch.no_grad():
+                yield self.model
+        finally:
+            for (p, _), data in zip(self.originals, current, strict=True):
+                p.data = data
+            self.model.train(training)
+
+
+class FloatCopy:
+    """The float model as a second, frozen copy: for full fine-tuning, where the weights themselves move."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The float model, without gradients."""
+        with torch.no_grad():
+            yield self.model

@@ -1,0 +1,308 @@
+"""One run from the float model to the measured, verified packed file: `finetune` and `quantize` of the command line."""
+
+import copy
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmqat import config as config_module
+from llmqat.config import Recipe
+from llmqat.errors import LlmqatError
+from llmqat.formats.reader import load_packed
+from llmqat.formats.verify import verify
+from llmqat.formats.writer import replacing, save_packed
+from llmqat.kernels.ops import kernel_name
+from llmqat.metrics.memory import peak_memory
+from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
+from llmqat.metrics.throughput import throughput
+from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.loading import load_float, load_tokenizer
+from llmqat.models.patcher import prepare, quantized_layers, round_float_parts, run_gptq, smooth
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.progress import say
+from llmqat.report import Measured, model_card, show, write_json
+from llmqat.train import checkpoint
+from llmqat.train.data import Corpus, blocks, encode, load_corpus
+from llmqat.train.loop import fit
+from llmqat.train.modes import add_lora, select_trainable
+
+RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
+CALIBRATION_BATCH = 8
+# Text is tokenized up to this many tokens, or as many as the run trains on if that is more.
+LEAST_TRAIN_TOKENS = 8_000_000
+
+
+def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to damage a finished run or foreign files, and find out early whether the directory can be written.
+
+    Raises:
+        LlmqatError: if it holds a run or anything else and neither flag allows to go on, or cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise LlmqatError(f"output {directory} is a file; choose a directory")
+    if directory.exists() and not (resume or overwrite) and any(directory.iterdir()):
+        raise LlmqatError(f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite")
+    with replacing(directory):
+        pass
+
+
+def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: bool = False) -> Measured:
+    """Carry out a recipe: load, measure, quantize, train, pack, load again, measure and verify.
+
+    Args:
+        recipe: what to do; open choices are resolved here.
+        train: False stops after post-training quantization (`llmqat quantize`).
+        resume: continue a run of the same recipe from its checkpoint.
+        overwrite: the output directory may hold something.
+
+    Raises:
+        LlmqatError: whatever goes wrong and can be mended by the caller.
+    """
+    check_output(Path(recipe.output), resume, overwrite)
+    if overwrite and not resume:
+        checkpoint.discard(Path(recipe.output) / CHECKPOINT)
+    return Run(recipe, train, resume).execute()
+
+
+class Run:
+    """State of one run; `execute` is its table of contents."""
+
+    def __init__(self, recipe: Recipe, train: bool, resume: bool) -> None:
+        self.directory = Path(recipe.output)
+        self.train = train
+        torch.manual_seed(recipe.seed)
+        say(f"loading {recipe.model}")
+        self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.recipe = recipe = config_module.resolve(recipe, sum(p.numel() for p in self.model.parameters()))
+        self.state = self.load_checkpoint() if resume else None
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None:
+            self.recipe = recipe = fit_context(recipe, context)
+        with replacing(self.directory) as scratch:
+            (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
+        say(f"reading {recipe.data.dataset}")
+        self.corpus = load_corpus(recipe.data.dataset, recipe.data.text_field)
+        self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
+
+    def execute(self) -> Measured:
+        """All stages in order."""
+        torch.manual_seed(self.recipe.seed)
+        self.smooth()
+        self.prepare()
+        if self.train:
+            self.fit()
+        self.pack()
+        self.measure_packed()
+        self.finish()
+        return self.measured
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def smooth(self) -> None:
+        """SmoothQuant on the float model, if asked for."""
+        if self.recipe.init.smooth is not None:
+            changes = smooth(self.model, self.calibration(), self.recipe.init.smooth)
+            say(f"smoothed {len(changes)} sites; float logits changed by at most {max(changes.values()):.1e} of the largest")
+
+    def prepare(self) -> None:
+        """Put the model on its grid, measuring float, round-to-nearest and GPTQ on the way."""
+        recipe = self.recipe
+        full = self.train and recipe.train.mode == "full"
+        copied = FloatCopy(copy.deepcopy(self.model)) if full else None
+        earlier = self.earlier_measurements()
+        if not earlier:
+            results = {"float": evaluate(self.model, self.test, description="perplexity, float")}
+        coverage = prepare(
+            self.model,
+            recipe.scheme(),
+            overrides=recipe.quant.overrides,
+            storage_dtype=self.stored_dtype,
+            clip_mask=recipe.quant.clip_mask,
+        )
+        say(coverage.summary())
+        self.measured = Measured(recipe, coverage, self.test)
+        self.measured.tokens["calibration"] = 0
+        if recipe.init.method == "gptq":
+            self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration())
+        if earlier:
+            self.measured.perplexity.update(earlier)
+        else:
+            results["rtn"] = evaluate(self.model, self.test, description="perplexity, round to nearest")
+            if recipe.init.method == "gptq":
+                errors = run_gptq(self.model, self.calibration(), recipe.init.damp, keep_float=not full)
+                coverage.errors.update(errors)
+        if self.train:
+            self.select_trainable()
+        self.reference = copied or FloatView(self.model)
+        if not earlier:
+            if recipe.init.method == "gptq":
+                results["gptq"] = self.evaluate("GPTQ")
+            self.measured.perplexity.update(results)
+            self.write_measurements()
+
+    def select_trainable(self) -> None:
+        """Mark what trains; LoRA wraps the model."""
+        config, mode = self.recipe.train, self.recipe.train.mode
+        assert mode is not None
+        if mode == "lora":
+            self.model = add_lora(self.model, config.lora_r)
+        select_trainable(self.model, mode, config.lr_scale > 0)
+
+    def fit(self) -> None:
+        """Train through the grid."""
+        recipe, config = self.recipe, self.recipe.train
+        needed = config.max_steps * config.batch_size * config.accumulation * config.length
+        stream = encode(self.tokenizer, self.corpus.train, max(needed, LEAST_TRAIN_TOKENS))
+        held_out = self.windows_of(self.corpus.validation, recipe.eval.validation_tokens, config.length).ids
+        mode = config.mode
+        assert mode is not None
+        with peak_memory() as peak:
+            self.measured.training = fit(
+                self.model,
+                blocks(stream, config.length, "training"),
+                held_out,
+                config,
+                mode=mode,
+                teacher=self.reference if config.loss == "kd" else None,
+                seed=recipe.seed,
+                directory=self.directory / CHECKPOINT,
+                resume=self.state,
+            )
+        self.measured.peak_memory_bytes = peak.bytes
+        self.measured.tokens["train"] = self.measured.training.tokens
+        round_float_parts(self.model)
+        self.measured.perplexity["qat"] = self.evaluate("trained")
+        if mode == "lora":
+            self.model.save_pretrained(str(self.directory / ADAPTER))
+
+    def pack(self) -> None:
+        """Write the packed model, and count its bytes."""
+        say(f"packing to {self.directory}")
+        save_packed(self.model, self.directory, self.tokenizer)
+        self.measured.size = layer_sizes(self.model)
+
+    def measure_packed(self) -> None:
+        """Perplexity through the kernel op, throughput, and the proof."""
+        self.measured.kernel = kernel_name()
+        packed = load_packed(self.directory, torch.float32)
+        self.measured.perplexity["packed"] = evaluate(packed, self.test, self.reference, "perplexity, packed")
+        del packed
+        self.measured.verification = verify(self.directory, against=self.model)
+        config = self.recipe.eval
+        if config.repeats:
+            for row, load in (("float", partial(load_float, self.recipe.model)), ("packed", partial(load_packed, self.directory))):
+                loaded = load()
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                self.measured.throughput[row] = throughput(model, config.prompt, config.new_tokens, config.repeats)
+
+    def finish(self) -> None:
+        """Report and model card."""
+        with replacing(self.directory) as scratch:
+            write_json(self.measured, scratch / REPORT)
+            (scratch / "README.md").write_text(model_card(self.measured))
+        show(self.measured)
+        check = self.measured.verification
+        if check is not None and not check.ok:
+            raise LlmqatError(f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it")
+
+    # -- data and measurements --------------------------------------------------------------------------------------
+
+    def windows_of(self, documents: list[str], tokens: int, length: int | None = None) -> Windows:
+        """Evaluation windows of some documents."""
+        config = self.recipe.eval
+        return windows(self.tokenizer, documents, length or config.window, tokens, config.bos)
+
+    def calibration(self) -> list[Tensor]:
+        """Calibration batches, from the training text or a dataset of their own: the same on every call."""
+        recipe = self.recipe
+        source = recipe.data.calibration
+        corpus: Corpus = self.corpus if source is None else load_corpus(source, recipe.data.text_field)
+        length = recipe.train.length
+        wanted = recipe.init.samples * length
+        rows = blocks(encode(self.tokenizer, corpus.train, max(wanted, LEAST_TRAIN_TOKENS)), length, "calibration")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
+        size = min(CALIBRATION_BATCH, len(order))
+        return list(rows[order[: len(order) // size * size]].split(size))
+
+    def evaluate(self, name: str) -> Perplexity:
+        """Perplexity of the current state, compared with the float model."""
+        return evaluate(self.model, self.test, self.reference, f"perplexity, {name}")
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint to resume from; the recipe must be the one it was made with."""
+        path = self.directory / RECIPE
+        state = checkpoint.load(self.directory / CHECKPOINT)
+        if state is None or not path.exists():
+            say("nothing to resume: starting from the beginning")
+            return None
+        saved = flat(config_module.from_yaml(path).to_dict())
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        asked = flat(fit_context(self.recipe, context).to_dict())
+        different = [key for key in asked if asked[key] != saved.get(key) and key != "output"]
+        if different:
+            raise LlmqatError(
+                f"--resume continues the recipe in {path}, but {different[0]} is {asked[different[0]]!r} now and was "
+                f"{saved.get(different[0])!r}; give the same options, or start again with --overwrite"
+            )
+        return state
+
+    def earlier_measurements(self) -> dict[str, Perplexity]:
+        """What a resumed run had measured before training."""
+        path = self.directory / CHECKPOINT / MEASURED
+        if self.state is None or not path.exists():
+            return {}
+        rows: dict[str, Any] = json.loads(path.read_text())
+        return {row: Perplexity(np.array(v.pop("losses")), **v) for row, v in rows.items()}
+
+    def write_measurements(self) -> None:
+        """Remember them for a resume."""
+        with replacing(self.directory / CHECKPOINT) as scratch:
+            rows = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in self.measured.perplexity.items()}
+            (scratch / MEASURED).write_text(json.dumps(rows))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested recipe values by dotted key."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "overrides":
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def fit_context(recipe: Recipe, context: int | None) -> Recipe:
+    """Sequences and windows no longer than the model's context; says so where it shortens one."""
+    if context is None:
+        return recipe
+    if recipe.train.length > context or recipe.eval.window > context:
+        say(f"the model's context is {context} tokens: sequences and windows are cut to it")
+    prompt = min(recipe.eval.prompt, max(1, context - recipe.eval.new_tokens))
+    new_tokens = min(recipe.eval.new_tokens, context - prompt)
+    return replace(
+        recipe,
+        train=replace(recipe.train, length=min(recipe.train.length, context)),
+        eval=replace(recipe.eval, window=min(recipe.eval.window, context), prompt=prompt, new_tokens=new_tokens),
+    )
+
+
+def layer_sizes(model: PreTrainedModel) -> dict[str, float]:
+    """Bytes of the quantized layers' weights, float and packed, and stored bits per weight."""
+    weights = packed_bytes = float_bytes = 0
+    for _, layer, lora in quantized_layers(model):
+        packed = PackedLinear.from_fake_quant(layer, **lora)
+        tensors = [packed.weight_packed, packed.weight_scale, packed.weight_zero_point]
+        packed_bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        weights += layer.weight.numel()
+        float_bytes += layer.weight.numel() * layer.scale_dtype.itemsize
+    return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}
+

@@ -1,0 +1,297 @@
+"""The training loop: one for every mode and loss, on accelerate."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from llmqat.config import TrainConfig
+from llmqat.errors import LlmqatError
+from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.progress import say
+from llmqat.train import checkpoint
+from llmqat.train.data import EndlessSampler
+from llmqat.train.losses import ce_loss, kd_loss
+from llmqat.train.modes import code_statistics, parameter_groups, share_changed
+
+Teacher = FloatCopy | FloatView
+LOG_SECONDS = 10.0
+
+
+@dataclass
+class TrainResult:
+    """What a run of `fit` did.
+
+    Attributes:
+        steps: optimizer steps taken, those before a resume included.
+        tokens: training tokens seen.
+        seconds: time spent in the loop, those before a resume included.
+        best_step: step whose state was kept; 0 is the state before training.
+        held_out: held-out loss by step.
+        losses: training loss by step.
+        codes_changed: share of codes that training changed.
+        clip_rate: share of weights beyond the ends of the grid at the end.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    held_out: dict[int, float] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    codes_changed: float = 0.0
+    clip_rate: float = 0.0
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then cosine to zero: factor of the learning rate at `step`, counted from 0."""
+    warmup = max(1, round(config.warmup * config.max_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.max_steps - warmup)))
+
+
+class Trainer:
+    """State of one run; `fit` drives it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Tensor,
+        held_out: Tensor,
+        config: TrainConfig,
+        mode: str,
+        teacher: Teacher | None,
+        seed: int,
+        directory: Path | None,
+    ) -> None:
+        self.config, self.teacher, self.directory, self.blocks, self.seed = config, teacher, directory, blocks, seed
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            gradient_accumulation_steps=config.accumulation,
+            log_with=config.tracker,
+            project_dir=None if directory is None else str(directory),
+        )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        groups = parameter_groups(model, mode, config)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
+        self.plain_model = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.scheduler = scheduler  # stepped here, once per optimizer step, whatever the number of processes
+        self.held_out = held_out.split(config.batch_size)
+        self.result = TrainResult()
+        self.best: dict[str, Tensor] = {}
+        self.first_codes: dict[str, Tensor] = {}
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Loss of one batch ``(batch, length)`` of token ids."""
+        batch = batch.to(self.accelerator.device)
+        if self.teacher is None:
+            return ce_loss(self.model(input_ids=batch, use_cache=False).logits, batch)
+        with self.teacher.active() as teacher, self.accelerator.autocast():
+            targets = teacher(input_ids=batch, use_cache=False).logits
+        return kd_loss(self.model(input_ids=batch, use_cache=False).logits, targets)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss over the held-out blocks."""
+        self.model.eval()
+        with self.accelerator.autocast():
+            total = sum(float(self.loss(batch)) * len(batch) for batch in self.held_out)
+        self.model.train()
+        return total / sum(len(batch) for batch in self.held_out)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What training moves, by name."""
+        return {name: p.detach() for name, p in self.plain_model.named_parameters() if p.requires_grad}
+
+    def evaluate(self) -> None:
+        """Held-out loss of the current state; keep the state if it is the best so far."""
+        result = self.result
+        loss = self.held_out_loss()
+        self.check_finite(loss, "held-out")
+        result.held_out[result.steps] = loss
+        if loss <= min(result.held_out.values()):
+            result.best_step = result.steps
+            self.best = {name: value.to("cpu", copy=True) for name, value in self.trainable().items()}
+        self.accelerator.log({"held_out_loss": loss}, step=result.steps)
+
+    def check_finite(self, loss: float, kind: str) -> None:
+        """Stop rather than train on, or ship, a broken model."""
+        if not math.isfinite(loss):
+            raise LlmqatError(
+                f"the {kind} loss became {loss} at step {self.result.steps}; lower --lr, or use --precision fp32; the last "
+                "checkpoint is untouched"
+            )
+
+    def step(self, batches: Iterator[Tensor]) -> float:
+        """One optimizer step over `accumulation` batches; the mean loss."""
+        total = 0.0
+        for _ in range(self.config.accumulation):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.model):
+                loss = self.loss(batch)
+                total += loss.item() / self.config.accumulation
+                self.check_finite(total, "training")
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.config.max_grad_norm:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.result.steps += 1
+        self.result.tokens += self.config.accumulation * self.accelerator.num_processes * batch.numel()
+        return total
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is a place for it."""
+        if self.directory is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            "model": self.plain_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best": self.best,
+            "first_codes": self.first_codes,
+            "result": vars(self.result),
+            "rng": torch.get_rng_state(),
+        }
+        checkpoint.save(self.directory, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.plain_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.best, self.first_codes = state["best"], state["first_codes"]
+        self.result = TrainResult(**state["result"])
+        torch.set_rng_state(state["rng"])
+
+    @torch.no_grad()
+    def finish(self) -> TrainResult:
+        """Put the best state back, take accelerate's autocast off the model, and count what changed."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name, parameter in self.plain_model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(self.best[name])
+        codes, self.result.clip_rate = code_statistics(self.plain_model)
+        self.result.codes_changed = share_changed(self.first_codes, codes, self.plain_model)
+        self.accelerator.end_training()
+        return self.result
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGINT or SIGTERM came; both wait for the end of the step."""
+    caught: list[int] = []
+    try:
+        previous = {sig: signal.signal(sig, lambda number, _: caught.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        previous = {}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for sig, handler in previous.items():
+            signal.signal(sig, handler)
+
+
+def fit(
+    model: nn.Module,
+    blocks: Tensor,
+    held_out: Tensor,
+    config: TrainConfig,
+    *,
+    mode: str,
+    teacher: Teacher | None = None,
+    seed: int = 0,
+    directory: Path | None = None,
+    resume: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Train a prepared model in place, and leave it in the state with the least held-out loss.
+
+    Args:
+        model: prepared, with `requires_grad` set for `mode`.
+        blocks: training tokens ``(blocks, length)``.
+        held_out: tokens ``(blocks, length)`` that choose the best state; step 0, before training, competes.
+        config: steps, rates, precision.
+        mode: full, lora or scales.
+        teacher: the float model to distil from; None trains by cross-entropy.
+        seed: order of the blocks.
+        directory: where checkpoints go; None keeps none.
+        resume: a checkpoint (see `llmqat.train.checkpoint`) to continue from.
+
+    Raises:
+        LlmqatError: if a loss is not finite, or the run was interrupted (after its checkpoint was written).
+    """
+    trainer = Trainer(model, blocks, held_out, config, mode, teacher, seed, directory)
+    if config.tracker:
+        trainer.accelerator.init_trackers("llmqat")
+    if resume is not None:
+        trainer.restore(resume)
+    else:
+        trainer.first_codes, _ = code_statistics(trainer.plain_model)
+        trainer.evaluate()
+        trainer.save()
+    _run(trainer, config)
+    return trainer.finish()
+
+
+def _run(trainer: Trainer, config: TrainConfig) -> None:
+    result = trainer.result
+    sampler = EndlessSampler(len(trainer.blocks), config.batch_size, trainer.seed, result.steps * config.accumulation)
+    loader = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
+    batches = iter(trainer.accelerator.prepare(loader))
+    trainer.model.train()
+    clock = Clock(result)
+    with interruptible() as interrupted:
+        while result.steps < config.max_steps:
+            result.losses[result.steps + 1] = loss = trainer.step(batches)
+            clock.update()
+            trainer.accelerator.log({"loss": loss, "lr": trainer.scheduler.get_last_lr()[0]}, step=result.steps)
+            last = result.steps == config.max_steps
+            if last or result.steps % config.eval_every == 0:
+                trainer.evaluate()
+            clock.show(config.max_steps, last)
+            if last or interrupted() or result.steps % config.save_every == 0:
+                clock.update()
+                trainer.save()
+            if interrupted() and not last:
+                raise LlmqatError(f"interrupted after step {result.steps}; the same command with --resume goes on from there")
+
+
+class Clock:
+    """Counts the seconds of a run into its result, and prints a line now and then."""
+
+    def __init__(self, result: TrainResult) -> None:
+        self.result, self.before, self.first = result, result.seconds, result.steps
+        self.started = self.shown = time.monotonic()
+
+    def update(self) -> None:
+        """Write the time spent so far into the result."""
+        self.result.seconds = self.before + time.monotonic() - self.started
+
+    def show(self, total: int, last: bool) -> None:
+        """Step, losses, speed and time left; at most one line in `LOG_SECONDS`, and one at the end."""
+        now, result = time.monotonic(), self.result
+        if now - self.shown < LOG_SECONDS and not last:
+            return
+        self.shown = now
+        per_step = (now - self.started) / (result.steps - self.first)
+        held_out_step = max(result.held_out)
+        say(
+            f"step {result.steps}/{total}  loss {result.losses[result.steps]:.4f}  held-out "
+            f"{result.held_out[held_out_step]:.4f} (step {held_out_step})  "
+            f"{result.tokens / result.steps / per_step:,.0f} tokens/s  "
+            f"{per_step * (total - result.steps):.0f} s left"
+        )

@@ -1,0 +1,55 @@
+"""Training losses on logits, chunked so that no float32 copy of all logits is made."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 512
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Mean over tokens of a loss of each token's logits; the gradient is found in the forward, in the logits' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """`logits (tokens, V)`; `targets`: teacher logits ``(tokens, V)``, or token ids ``(tokens,)``."""
+        total = torch.zeros((), device=logits.device)
+        gradient = torch.empty_like(logits) if logits.requires_grad or ctx.needs_input_grad[0] else None
+        for start in range(0, len(logits), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            log_q = torch.log_softmax(logits[rows].float(), -1)
+            if targets.ndim == 2:  # KL(p || q) = sum p (log p - log q); d/dlogits = q - p
+                log_p = torch.log_softmax(targets[rows].float(), -1)
+                p = log_p.exp()
+                total += (p * (log_p - log_q)).sum()
+                delta = log_q.exp() - p
+            else:  # -log q[target]; d/dlogits = q - onehot
+                target = targets[rows].unsqueeze(-1)
+                total -= log_q.gather(-1, target).sum()
+                delta = log_q.exp().scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=log_q.dtype))
+            if gradient is not None:
+                gradient[rows] = delta / len(logits)
+        ctx.gradient = gradient
+        return total / len(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient * grad, None
+
+
+def kd_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Forward KL from the teacher, ``KL(p_teacher || p_student)`` at temperature 1, mean over tokens (nats).
+
+    Args:
+        logits: ``(batch, length, V)``.
+        teacher_logits: likewise.
+    """
+    loss: Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1))
+    return loss
+
+
+def ce_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Next-token cross-entropy, mean over tokens (nats); `logits (batch, length, V)`, `input_ids (batch, length)`."""
+    loss: Tensor = _ChunkedLoss.apply(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    return loss

@@ -1,0 +1,131 @@
+"""What trains, and how fast: all weights, LoRA inside the quantizer, or scales and norms.
+
+Learning rates are relative, so that one default fits models of any size: a weight's in codes (fractions of its layer's
+median scale), any other tensor's as a fraction of its own root mean square.
+"""
+
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmqat.config import TrainConfig
+from llmqat.errors import LlmqatError
+from llmqat.models.patcher import quantized_layers
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.lora import LoraFakeQuantLinear
+
+
+def lora_config(model: nn.Module, r: int, alpha: float | None = None) -> LoraConfig:
+    """peft's config for adapters inside every quantizer of `model`.
+
+    By default ``alpha / r`` is the median scale of the model: adapters then count in codes, and their learning rate does
+    not depend on the size of the weights (LR-QAT, arXiv 2406.06385, section 3.2).
+    """
+    layers = {name: layer for name, layer, _ in quantized_layers(model)}
+    if not layers:
+        raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before add_lora")
+    if alpha is None:
+        alpha = r * median(float(layer.scale.detach().abs().median()) for layer in layers.values())
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(layers), task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    return config
+
+
+def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, adapter: str | None = None) -> PeftModel:
+    """Put LoRA inside every quantizer of a prepared model; everything else is frozen.
+
+    Args:
+        model: prepared by `llmqat.prepare`.
+        r: rank.
+        alpha: scaling is ``alpha / r``; by default adapters count in codes, see `lora_config`.
+        adapter: directory of a saved adapter to load instead of a fresh one.
+
+    Returns:
+        an ordinary `PeftModel`; its ``save_pretrained`` writes an ordinary adapter directory.
+
+    Raises:
+        LlmqatError: if the model is not prepared.
+    """
+    if adapter is None:
+        return get_peft_model(model, lora_config(model, r, alpha))
+    config = LoraConfig.from_pretrained(adapter)
+    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer, by the name of its class."""
+    return type(module).__name__.endswith(("Norm", "NormBase")) or isinstance(module, nn.LayerNorm)
+
+
+def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
+    """Set ``requires_grad`` for `mode`; LoRA's is set by peft.
+
+    full: everything but zero points, and but the scales where `scales` is False. scales: the scales and the norms, with
+    codes frozen. A scale that trains is decoupled from the codes first.
+    """
+    if mode == "lora":
+        return
+    scales = scales or mode == "scales"
+    model.requires_grad_(mode == "full")
+    for _, layer, _ in quantized_layers(model):
+        if scales:
+            layer.decouple_scale()
+        layer.scale.requires_grad_(scales)
+        if layer.zero_point is not None:
+            layer.zero_point.requires_grad_(False)
+    for module in model.modules():
+        if is_norm(module):
+            module.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[dict[str, Any]]:
+    """Optimizer groups of what trains, one per learning rate."""
+    assert config.lr is not None
+    if mode == "lora":
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
+    rates: dict[int, float] = {}
+    for _, layer, _ in quantized_layers(model):
+        step = float(layer.scale.detach().abs().median())
+        rates[id(layer.weight)] = config.lr * step
+        rates[id(layer.scale)] = (config.lr if mode == "scales" else config.lr_scale) * step
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rate = rates.get(id(parameter))
+            if rate is None:
+                rate = config.lr_float * float(parameter.detach().square().mean().sqrt().clamp(min=1e-3))
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+@torch.no_grad()
+def code_statistics(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
+    """Codes of every quantized layer, packed on the CPU, and the share of weights beyond the ends of the grid."""
+    from llmqat.nn.packed_linear import PackedLinear
+
+    packed, clipped, total = {}, 0, 0
+    for name, layer, lora in quantized_layers(model):
+        packed[name] = PackedLinear.from_fake_quant(layer, **lora).weight_packed.cpu()
+        clipped += layer.clipped(**lora)
+        total += layer.weight.numel()
+    return packed, clipped / total
+
+
+def share_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: nn.Module) -> float:
+    """Share of codes that differ between two results of `code_statistics`."""
+    from llmqat.quant.packing import unpack_rows
+
+    changed = total = 0
+    for name, layer, _ in quantized_layers(model):
+        old, new = (unpack_rows(side[name], layer.scheme.bits, layer.in_features) for side in (before, after))
+        changed += int((old != new).sum())
+        total += old.numel()
+    return changed / total

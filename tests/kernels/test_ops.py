@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from llmqat.errors import LlmqatError
+from llmqat.kernels import ops
+from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, quantize
+from llmqat.quant.packing import pack_rows, to_unsigned
+from llmqat.scheme import QuantScheme
+
+SHAPES = [(83, 544, 16), (1, 8, 8), (5, 77, -1), (33, 96, 1)]
+
+
+def packed_layer(out_features, in_features, scheme, dtype=torch.float32):
+    """Arguments of the operator after `x` up to the scheme's, and the dequantized weight."""
+    weight = torch.randn(out_features, in_features)
+    scale, zero_point = choose_scale(weight, scheme, dtype)
+    codes = quantize(weight, scale, zero_point, scheme)
+    packed_zero = None
+    if zero_point is not None:
+        packed_zero = pack_rows(zero_point.to(torch.uint8).T.contiguous(), scheme.bits).T.contiguous()
+    packed = (pack_rows(to_unsigned(codes, scheme), scheme.bits), scale, packed_zero)
+    return packed, codes, zero_point, dequantize(codes, scale, zero_point, scheme)
+
+
+def to_meta(value):
+    return value.to("meta") if torch.is_tensor(value) else value
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_shape", [(3, 2, 40), (40,), (0, 40)], ids=str)
+def test_opcheck(symmetric, bias, act_bits, x_shape):
+    packed, *_ = packed_layer(7, 40, QuantScheme(4, 8, symmetric))
+    args = (torch.randn(x_shape), *packed, torch.randn(7) if bias else None, 4, 40, act_bits)
+    torch.library.opcheck(ops.packed_linear, args)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_linear_on_the_dequantized_weight(bits, symmetric, shape, dtype, monkeypatch):
+    out_features, in_features, group_size = shape
+    packed, codes, zero_point, w_hat = packed_layer(out_features, in_features, QuantScheme(bits, group_size, symmetric), dtype)
+    unpacked, unpacked_zero = ops.unpack_weight(*packed, QuantScheme(bits, group_size, symmetric), in_features)
+    assert torch.equal(unpacked, codes)
+    assert (unpacked_zero is None) == (zero_point is None)
+    if zero_point is not None:
+        assert torch.equal(unpacked_zero, zero_point.to(torch.uint8))
+    x, bias = torch.randn(4, 3, in_features, dtype=dtype), torch.randn(out_features)
+    for act_bits, x_hat in ((None, x), (8, fake_quantize_activation(x))):
+        y = ops.packed_linear(x, *packed, bias, bits, in_features, act_bits)
+        assert torch.equal(y, torch.nn.functional.linear(x_hat, w_hat, bias.to(dtype)))
+    assert y.dtype == dtype
+    whole = ops.packed_linear(x.double(), *packed, None, bits, in_features, None)
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", 3 * in_features)
+    chunked = ops.packed_linear(x.double(), *packed, None, bits, in_features, None)
+    torch.testing.assert_close(chunked, whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_error_is_that_of_plain_torch(bits, symmetric, dtype, tokens):
+    packed, _, _, w_hat = packed_layer(29, 160, QuantScheme(bits, 32, symmetric), dtype)
+    x = torch.randn(tokens, 160).to(dtype)
+    exact = x.double() @ w_hat.double().T
+    plain = (torch.nn.functional.linear(x, w_hat).double() - exact).abs().max()
+    error = (ops.packed_linear(x, *packed, None, bits, 160, None).double() - exact).abs().max()
+    assert plain > 0
+    assert error <= 2 * plain
+
+
+@pytest.mark.parametrize("x_shape", [(0, 40), (2, 0, 40)], ids=str)
+def test_empty_batch(symmetric, x_shape):
+    packed, *_ = packed_layer(7, 40, QuantScheme(3, 8, symmetric))
+    assert ops.packed_linear(torch.empty(x_shape), *packed, torch.randn(7), 3, 40, 8).shape == (*x_shape[:-1], 7)
+
+
+def test_strided_input():
+    packed, _, _, w_hat = packed_layer(7, 40, QuantScheme(4, 8))
+    x = torch.randn(40, 6).T
+    torch.testing.assert_close(ops.packed_linear(x, *packed, None, 4, 40, None), x @ w_hat.T)
+
+
+@pytest.mark.parametrize("out_features", [1, 7, 8])
+def test_few_rows_as_a_file_holds_them(bits, out_features):
+    """With one word of zero points, a tensor read from a file has strides that `.T.contiguous()` keeps."""
+    scheme = QuantScheme(bits, 8, symmetric=False)
+    packed, codes, zero_point, _ = packed_layer(out_features, 40, scheme)
+    read = [torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in packed]
+    unpacked, unpacked_zero = ops.unpack_weight(*read, scheme, 40)
+    assert torch.equal(unpacked, codes)
+    assert torch.equal(unpacked_zero, zero_point.to(torch.uint8))
+    x = torch.randn(2, 40)
+    assert torch.equal(
+        ops.packed_linear(x, *read, None, bits, 40, None), ops.packed_linear(x, *packed, None, bits, 40, None)
+    )
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_packed": torch.zeros(7, 5, dtype=torch.int64)}, "weight_packed must be int32 words, got torch.int64"),
+        ({"x": torch.zeros(2, 39)}, "x has 39 features, the packed weight 40"),
+        ({"bits": 3}, "40 codes of 3 bits take 4 words a row, got 5"),
+        ({"weight_scale": torch.ones(7, 3)}, r"weight_scale \(7, 3\) does not fit a weight of \(7, 40\)"),
+        ({"weight_scale": torch.ones(6, 5)}, r"weight_scale \(6, 5\) does not fit"),
+        ({"weight_zero_point": torch.zeros(7, 5, dtype=torch.int32)}, r"must be packed along the rows: \(1, 5\)"),
+        ({"weight_zero_point": torch.zeros(1, 4, dtype=torch.int32)}, r"must be packed along the rows: \(1, 5\)"),
+    ],
+)
+def test_checks_name_value_and_limit(change, message, mode):
+    packed, *_ = packed_layer(7, 40, QuantScheme(4, 8, symmetric=False))
+    names = ("weight_packed", "weight_scale", "weight_zero_point")
+    args = {"x": torch.randn(2, 40), "bias": None, "bits": 4, "in_features": 40, "act_bits": None}
+    args |= dict(zip(names, packed, strict=True)) | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.packed_linear(**({k: to_meta(v) for k, v in args.items()} if mode == "fake" else args))
+
+
+def test_unknown_activation_width():
+    packed, *_ = packed_layer(7, 40, QuantScheme(4, 8))
+    with pytest.raises(LlmqatError, match="act_bits must be 8"):
+        ops.packed_linear(torch.randn(2, 40), *packed, None, 4, 40, 4)
+
+
+def test_kernel_name():
+    assert ops.kernel_name() == "reference"

@@ -1,0 +1,281 @@
+"""The shape of the repository: layers, sizes, what an import costs, and what may be committed."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llmqat
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Place under llmqat/ -> its row in the layer table of CONTRIBUTING.md. Whatever is not named here is the top row.
+ROWS = {
+    "errors": 0,
+    "progress": 0,
+    "scheme": 0,
+    "config": 0,
+    "quant": 1,
+    "kernels": 2,
+    "nn": 3,
+    "algorithms": 4,
+    "models": 5,
+    "train": 6,
+    "formats": 7,
+    "metrics": 7,
+}
+TOP_ROW = 8
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib")
+
+# The recipe that makes the bundled model reads its corpus from the module that also serves it to finetune.
+PRIVATE_IMPORTS_ALLOWED = {("recipes/bundled_llama", "llmqat.train.stdlib_corpus")}
+
+# In pieces, so that this file does not hold what it looks for.
+MACHINE_PATH = re.compile(r"(?<![\w.)}-])/(?:" + "|".join(["work", "root"]) + r")/")
+
+
+def row_of(module: str) -> int:
+    """Row of a dotted name, `llmqat` itself being the whole surface."""
+    parts = module.split(".")
+    return ROWS.get(parts[1], TOP_ROW) if len(parts) > 1 else TOP_ROW
+
+
+def python_files(root: Path, *folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def absolute_base(node: ast.ImportFrom, path: Path, root: Path) -> str:
+    """The module that a `from ... import` in `path` names, a relative one made absolute."""
+    if not node.level:
+        return node.module or ""
+    package = path.relative_to(root).parent.parts
+    return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+
+
+def public_homes(root: Path) -> dict[str, str]:
+    """Public name -> the module `llmqat/__init__.py` takes it from; what it defines itself belongs to row 0."""
+    tree = parse(root / "llmqat/__init__.py")
+    homes = {"__version__": "llmqat.errors"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            homes |= {alias.asname or alias.name: node.module or "" for alias in node.names}
+    return homes
+
+
+def llmqat_imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of llmqat in `path`, also inside functions and under TYPE_CHECKING."""
+    homes = public_homes(root)
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "llmqat")
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute_base(node, path, root)
+            if base == "llmqat":
+                yield from ((node.lineno, homes.get(alias.name, f"llmqat.{alias.name}")) for alias in node.names)
+            elif base.startswith("llmqat."):
+                yield node.lineno, base
+
+
+def back_edges(root: Path) -> list[str]:
+    """Imports that go down the table."""
+    found = []
+    for path in python_files(root, "llmqat"):
+        name = path.relative_to(root)
+        if name == Path("llmqat/__init__.py"):  # the lazy surface
+            continue
+        own = row_of(".".join(name.with_suffix("").parts))
+        found += [
+            f"{name}:{line} (row {own}) imports {module} (row {row_of(module)})"
+            for line, module in llmqat_imports(path, root)
+            if row_of(module) > own
+        ]
+    return found
+
+
+def oversized(root: Path) -> list[str]:
+    """Files and functions over the limits."""
+    found = []
+    for path in python_files(root, "llmqat", "eval"):
+        name = path.relative_to(root)
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_FILE_LINES:
+            found.append(f"{name}: {lines} lines, the limit is {MAX_FILE_LINES}")
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    found.append(f"{name}:{node.lineno} {node.name}: {length} lines, the limit is {MAX_FUNCTION_LINES}")
+    return found
+
+
+def private_uses(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of whatever of llmqat `path` uses that is not public."""
+    public = {*llmqat.__all__, "__version__"}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.startswith("llmqat."))
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            if node.module.startswith("llmqat."):
+                yield node.lineno, node.module
+            elif node.module == "llmqat":
+                yield from ((node.lineno, f"llmqat.{alias.name}") for alias in node.names if alias.name not in public)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "llmqat" and node.attr not in public:
+            yield node.lineno, f"llmqat.{node.attr}"
+
+
+def private_uses_of_scripts(root: Path) -> dict[tuple[str, str], str]:
+    """(folder, private name) -> where, for everything under eval/ and recipes/."""
+    return {
+        (path.relative_to(root).parent.as_posix(), name): f"{path.relative_to(root)}:{line} uses {name}"
+        for path in python_files(root, "eval", "recipes")
+        for line, name in private_uses(path)
+    }
+
+
+def machine_paths(root: Path, names: list[str]) -> list[str]:
+    """Lines of text files that name a folder of one machine."""
+    found = []
+    for name in names:
+        data = (root / name).read_bytes() if (root / name).is_file() else b""
+        if b"\0" in data[:8192]:
+            continue
+        for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), start=1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{name}:{number}: {line.strip()[:120]}")
+    return found
+
+
+def committed_files(root: Path) -> list[str]:
+    """Files that git tracks or would add."""
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout: there is nothing to commit")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True).stdout
+    return [name for name in listing.split("\0") if name]
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def test_imports_go_up_the_layer_table():
+    found = back_edges(ROOT)
+    assert not found, "a file imports only from its own row or rows above (CONTRIBUTING.md):\n" + "\n".join(found)
+
+
+def test_every_named_row_exists():
+    missing = [name for name in ROWS if not any((ROOT / "llmqat" / place).exists() for place in (name, f"{name}.py"))]
+    assert not missing, f"rows without a file or folder under llmqat/: {missing}"
+
+
+SURFACE = "from llmqat.scheme import QuantScheme\nif TYPE_CHECKING:\n    from llmqat.api import finetune\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from llmqat.models.patcher import prepare", "llmqat.models.patcher"),
+        ("import llmqat.api", "llmqat.api"),
+        ("import llmqat", "llmqat"),
+        ("from llmqat import train", "llmqat.train"),
+        ("from llmqat import finetune", "llmqat.api"),
+        ("from llmqat import pipeline", "llmqat.pipeline"),
+        ("from ..formats import gguf", "llmqat.formats"),
+        ("from .. import train", "llmqat.train"),
+        ("def f():\n    from llmqat.nn.lora import x", "llmqat.nn.lora"),
+        ("if TYPE_CHECKING:\n    from llmqat.nn.lora import X", "llmqat.nn.lora"),
+    ],
+)
+def test_a_back_edge_is_found(tmp_path, source, module):
+    root = write(tmp_path, {"llmqat/__init__.py": SURFACE, "llmqat/quant/affine.py": f"import torch\n{source}\n"})
+    (found,) = back_edges(root)
+    assert re.fullmatch(
+        rf"llmqat/quant/affine\.py:\d+ \(row 1\) imports {re.escape(module)} \(row {row_of(module)}\)", found
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from llmqat.scheme import QuantScheme",
+        "from llmqat import QuantScheme, __version__",
+        "from llmqat.quant.packing import pack_rows",
+        "from .packing import pack_rows",
+        "import transformers.models",
+    ],
+)
+def test_an_upward_import_passes(tmp_path, source):
+    assert not back_edges(write(tmp_path, {"llmqat/__init__.py": SURFACE, "llmqat/quant/affine.py": source}))
+
+
+def test_files_and_functions_stay_small():
+    found = oversized(ROOT)
+    assert not found, "split by meaning:\n" + "\n".join(found)
+
+
+def test_an_oversized_file_and_function_are_found(tmp_path):
+    at_limit = "def f():\n" + "    pass\n" * (MAX_FUNCTION_LINES - 1)
+    write(tmp_path, {"llmqat/a.py": at_limit, "llmqat/b.py": "x = 1\n" * MAX_FILE_LINES})
+    assert not oversized(tmp_path)
+    write(tmp_path, {"llmqat/a.py": at_limit + "    pass\n", "eval/b.py": "x = 1\n" * (MAX_FILE_LINES + 1)})
+    assert oversized(tmp_path) == [
+        "eval/b.py: 401 lines, the limit is 400",
+        "llmqat/a.py:1 f: 61 lines, the limit is 60",
+    ]
+
+
+def test_import_llmqat_is_light():
+    code = f"import sys, llmqat; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True)
+    assert done.stdout.split() == [], f"`import llmqat` pulls {done.stdout.strip()}: import it where it is needed"
+
+
+def test_scripts_use_the_public_surface():
+    found = private_uses_of_scripts(ROOT)
+    private = [where for key, where in found.items() if key not in PRIVATE_IMPORTS_ALLOWED]
+    assert not private, f"eval/ and recipes/ use llmqat.{{{', '.join(llmqat.__all__)}}} only:\n" + "\n".join(private)
+    stale = PRIVATE_IMPORTS_ALLOWED - found.keys()
+    assert not stale, f"no longer needed in PRIVATE_IMPORTS_ALLOWED: {stale}"
+
+
+def test_a_private_use_is_found(tmp_path):
+    source = (
+        "import llmqat\nfrom llmqat import QuantScheme, api\nimport llmqat.nn.lora\nfrom llmqat.quant import affine\n"
+    )
+    root = write(tmp_path, {"eval/speed.py": source + "llmqat.perplexity\nllmqat.quant\n"})
+    assert list(private_uses_of_scripts(root).values()) == [
+        "eval/speed.py:2 uses llmqat.api",
+        "eval/speed.py:3 uses llmqat.nn.lora",
+        "eval/speed.py:6 uses llmqat.quant",
+    ]
+
+
+def test_changelog_has_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert llmqat.__version__ in headings
+
+
+def test_no_machine_paths_are_committed():
+    found = machine_paths(ROOT, committed_files(ROOT))
+    assert not found, "paths of one machine do not belong in the repository:\n" + "\n".join(found)
+
+
+def test_a_machine_path_is_found(tmp_path):
+    path = "/" + "work" + "/runs"
+    write(tmp_path, {"a.md": f"see {path}\nand https://example.org{path} and ../net{path}\n", "b.bin": f"\0 {path}"})
+    assert machine_paths(tmp_path, ["a.md", "b.bin", "deleted.md"]) == [f"a.md:1: see {path}"]
