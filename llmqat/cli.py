@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ def run_verify(args: argparse.Namespace) -> None:
     from llmqat.formats.verify import verify
 
     check = verify(args.model, logits=not args.no_logits)
-    print(f"layers           {check.layers}\ncodes equal      {check.codes_equal}\nscales equal     {check.scales_equal}")
+    print(
+        f"layers           {check.layers}\ncodes equal      {check.codes_equal}\nscales equal     {check.scales_equal}"
+    )
     if check.max_logit_error is not None:
         print(f"max logit error  {check.max_logit_error:.3e}\nbound            {check.bound:.3e}")
     if not check.ok:
@@ -238,6 +241,7 @@ COMMANDS = {
 def quiet_libraries() -> None:
     """Progress bars and advice of libraries drown our own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|torch)\.")
     import datasets
     import transformers
 

@@ -19,8 +19,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and no abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", Formatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2."""
@@ -103,14 +102,18 @@ def parse_override(text: str) -> tuple[str, Any]:
             f"cannot read --override {text!r}; write 'PATTERN:float' or 'PATTERN:bits=8,group_size=-1', for example "
             "'down_proj$:bits=8'"
         )
-    return _checked(pattern), {key: value == "true" if value in ("true", "false") else int(value) for key, _, value in pairs}
+    return _checked(pattern), {
+        key: value == "true" if value in ("true", "false") else int(value) for key, _, value in pairs
+    }
 
 
 def _checked(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise LlmqatError(f"{pattern!r} is no regular expression ({error}); write something like 'down_proj$'") from error
+        raise LlmqatError(
+            f"{pattern!r} is no regular expression ({error}); write something like 'down_proj$'"
+        ) from error
     return pattern
 
 

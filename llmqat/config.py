@@ -21,12 +21,18 @@ PRECISIONS = ("bf16", "fp32")
 BOS_RULES = ("stream", "window", "none")
 
 
-def option(default: Any, help: str, flag: str | None = None, choices: tuple[Any, ...] = (), least: float | None = None) -> Any:
+def meta(
+    help: str, flag: str | None = None, choices: tuple[Any, ...] = (), least: float | None = None
+) -> dict[str, Any]:
+    """What a recipe field carries besides its default."""
+    return {"help": help, "flag": flag, "choices": choices, "least": least}
+
+
+def option(
+    default: Any, help: str, flag: str | None = None, choices: tuple[Any, ...] = (), least: float | None = None
+) -> Any:
     """A recipe field: default, help, its flag on the command line, allowed values, and the least allowed one."""
-    metadata = {"help": help, "flag": flag, "choices": choices, "least": least}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=meta(help, flag, choices, least))
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class QuantConfig:
     )
     symmetric: bool = option(True, "signed codes without zero point, which every serving format takes without loss")
     act_bits: int | None = option(None, "8: int8 activations, per token and dynamic", "--act-bits", choices=(8,))
-    overrides: dict[str, Any] = option({}, "regular expression on layer names -> float, or fields such as {bits: 8}")
+    overrides: dict[str, Any] = field(default_factory=dict, metadata=meta("regular expression on layers -> change"))
     clip_mask: bool = option(False, "stop gradients of weights beyond the ends of the grid", "--clip-mask")
 
 
@@ -72,15 +78,26 @@ class TrainConfig:
     accumulation: int = option(1, "batches summed into one step", "--accumulation", least=1)
     length: int = option(512, "tokens per training sequence", "--length", least=8)
     lr: float | None = option(
-        None, "learning rate; full: in codes per step, lora: of the adapters, scales: as a fraction of the scale", "--lr", least=0.0
+        None,
+        "learning rate; full: in codes per step, lora: of the adapters, scales: as a fraction of the scale",
+        "--lr",
+        least=0.0,
     )
-    lr_scale: float = option(1e-3, "full: learning rate of the scales, as a fraction of the scale", "--lr-scale", least=0.0)
-    lr_float: float = option(1e-3, "learning rate of norms and embeddings, as a fraction of their RMS", "--lr-float", least=0.0)
+    lr_scale: float = option(
+        1e-3, "full: learning rate of the scales, as a fraction of the scale", "--lr-scale", least=0.0
+    )
+    lr_float: float = option(
+        1e-3, "learning rate of norms and embeddings, as a fraction of their RMS", "--lr-float", least=0.0
+    )
     lora_r: int = option(32, "LoRA rank", "--lora-r", least=1)
-    warmup: float = option(0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0)
+    warmup: float = option(
+        0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0
+    )
     max_grad_norm: float = option(1.0, "gradient clipping", "--max-grad-norm", least=0.0)
     precision: str = option("bf16", "compute precision; masters are float32 always", "--precision", choices=PRECISIONS)
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower", "--gradient-checkpointing")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, slower", "--gradient-checkpointing"
+    )
     eval_every: int = option(50, "steps between held-out losses; the best state is kept", "--eval-every", least=1)
     save_every: int = option(50, "steps between checkpoints", "--save-every", least=1)
     tracker: str | None = option(None, "accelerate tracker for curves", "--tracker", choices=("tensorboard", "wandb"))
@@ -92,8 +109,8 @@ class DataConfig:
 
     dataset: str = option(
         "stdlib",
-        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet file, directory of them, or stdlib: the source text of "
-        "this Python's standard library",
+        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet file, directory of them, or stdlib: the source text "
+        "of this Python's standard library",
         "--dataset",
     )
     text_field: str = option("text", "column that holds the text", "--text-field")
@@ -110,6 +127,11 @@ class EvalConfig:
     bos: str = option("stream", "BOS once before the stream, before every window, or none", "--bos", choices=BOS_RULES)
     prompt: int = option(256, "tokens of the prompt in the throughput measurement", "--prompt-tokens", least=1)
     new_tokens: int = option(64, "tokens generated in it", "--new-tokens", least=1)
+    control: bool = option(
+        False,
+        "also train the float model on the same tokens, to tell learning the text from learning the grid",
+        "--control",
+    )
     repeats: int = option(5, "repetitions of it; 0 leaves throughput out", "--repeats", least=0)
 
 
@@ -173,7 +195,9 @@ def from_yaml(path: Path) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
-        raise LlmqatError(f"cannot read recipe {path}: {error.strerror}; `llmqat recipes` lists the bundled ones") from error
+        raise LlmqatError(
+            f"cannot read recipe {path}: {error.strerror}; `llmqat recipes` lists the bundled ones"
+        ) from error
     except yaml.YAMLError as error:
         raise LlmqatError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):

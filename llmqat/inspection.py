@@ -83,7 +83,11 @@ def training_bytes(recipe: Recipe, coverage: CoverageReport, parameters: int, st
     if recipe.train.mode == "lora":
         trained = recipe.train.lora_r * sum(sum(layer.shape) for layer in layers)
         return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
-    scales = sum(layer.shape[0] * (layer.shape[1] // layer.scheme.group_length(layer.shape[1])) for layer in layers if layer.scheme)
+    scales = sum(
+        layer.shape[0] * (layer.shape[1] // layer.scheme.group_length(layer.shape[1]))
+        for layer in layers
+        if layer.scheme
+    )
     return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales
 
 
@@ -102,6 +106,7 @@ def describe(plan: Inspection) -> str:
             f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
             f"model family {known}",
             f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",
-            f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations not counted",
+            f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations "
+            "not counted",
         ]
     )

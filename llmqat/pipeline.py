@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from llmqat.kernels.ops import kernel_name
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
 from llmqat.metrics.throughput import throughput
-from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import prepare, quantized_layers, round_float_parts, run_gptq, smooth
 from llmqat.nn.packed_linear import PackedLinear
@@ -48,7 +49,9 @@ def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise LlmqatError(f"output {directory} is a file; choose a directory")
     if directory.exists() and not (resume or overwrite) and any(directory.iterdir()):
-        raise LlmqatError(f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite")
+        raise LlmqatError(
+            f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite"
+        )
     with replacing(directory):
         pass
 
@@ -79,6 +82,7 @@ class Run:
         self.train = train
         torch.manual_seed(recipe.seed)
         say(f"loading {recipe.model}")
+        self.model: Any
         self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
         self.tokenizer = load_tokenizer(recipe.model)
         self.recipe = recipe = config_module.resolve(recipe, sum(p.numel() for p in self.model.parameters()))
@@ -110,7 +114,10 @@ class Run:
         """SmoothQuant on the float model, if asked for."""
         if self.recipe.init.smooth is not None:
             changes = smooth(self.model, self.calibration(), self.recipe.init.smooth)
-            say(f"smoothed {len(changes)} sites; float logits changed by at most {max(changes.values()):.1e} of the largest")
+            say(
+                f"smoothed {len(changes)} sites; float logits changed by at most {max(changes.values()):.1e} of the "
+                "largest"
+            )
 
     def prepare(self) -> None:
         """Put the model on its grid, measuring float, round-to-nearest and GPTQ on the way."""
@@ -157,31 +164,41 @@ class Run:
         select_trainable(self.model, mode, config.lr_scale > 0)
 
     def fit(self) -> None:
-        """Train through the grid."""
+        """Train through the grid, and the float control if it was asked for."""
         recipe, config = self.recipe, self.recipe.train
         needed = config.max_steps * config.batch_size * config.accumulation * config.length
         stream = encode(self.tokenizer, self.corpus.train, max(needed, LEAST_TRAIN_TOKENS))
         held_out = self.windows_of(self.corpus.validation, recipe.eval.validation_tokens, config.length).ids
-        mode = config.mode
-        assert mode is not None
+        train = partial(
+            fit,
+            blocks=blocks(stream, config.length, "training"),
+            held_out=held_out,
+            config=config,
+            mode=config.mode or "full",
+            teacher=self.reference if config.loss == "kd" else None,
+            seed=recipe.seed,
+        )
+        if recipe.eval.control and "float_finetuned" not in self.measured.perplexity:
+            self.fit_control(train)
         with peak_memory() as peak:
-            self.measured.training = fit(
-                self.model,
-                blocks(stream, config.length, "training"),
-                held_out,
-                config,
-                mode=mode,
-                teacher=self.reference if config.loss == "kd" else None,
-                seed=recipe.seed,
-                directory=self.directory / CHECKPOINT,
-                resume=self.state,
-            )
+            self.measured.training = train(self.model, directory=self.directory / CHECKPOINT, resume=self.state)
         self.measured.peak_memory_bytes = peak.bytes
         self.measured.tokens["train"] = self.measured.training.tokens
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.evaluate("trained")
-        if mode == "lora":
+        if config.mode == "lora":
             self.model.save_pretrained(str(self.directory / ADAPTER))
+
+    def fit_control(self, train: Callable[..., Any]) -> None:
+        """The same training with quantizers off: what the text alone gives."""
+        say("training the float control")
+        control = copy.deepcopy(self.model)
+        with disable_quantizers(control, adapters=False):
+            train(control)
+            self.measured.perplexity["float_finetuned"] = evaluate(
+                control, self.test, self.reference, "perplexity, control"
+            )
+        self.write_measurements()
 
     def pack(self) -> None:
         """Write the packed model, and count its bytes."""
@@ -198,7 +215,10 @@ class Run:
         self.measured.verification = verify(self.directory, against=self.model)
         config = self.recipe.eval
         if config.repeats:
-            for row, load in (("float", partial(load_float, self.recipe.model)), ("packed", partial(load_packed, self.directory))):
+            for row, load in (
+                ("float", partial(load_float, self.recipe.model)),
+                ("packed", partial(load_packed, self.directory)),
+            ):
                 loaded = load()
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 self.measured.throughput[row] = throughput(model, config.prompt, config.new_tokens, config.repeats)
@@ -211,7 +231,9 @@ class Run:
         show(self.measured)
         check = self.measured.verification
         if check is not None and not check.ok:
-            raise LlmqatError(f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it")
+            raise LlmqatError(
+                f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it"
+            )
 
     # -- data and measurements --------------------------------------------------------------------------------------
 
@@ -305,4 +327,3 @@ def layer_sizes(model: PreTrainedModel) -> dict[str, float]:
         weights += layer.weight.numel()
         float_bytes += layer.weight.numel() * layer.scale_dtype.itemsize
     return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}
-

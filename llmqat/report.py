@@ -56,7 +56,8 @@ class Measured:
         return None if best is None or base is None else self.perplexity[best].perplexity / base - 1
 
     def gap_recovered(self) -> float | None:
-        """``(ppl_bestPTQ - ppl_packed) / (ppl_bestPTQ - ppl_float)``; None where PTQ costs nothing or nothing was trained."""
+        """``(ppl_bestPTQ - ppl_packed) / (ppl_bestPTQ - ppl_float)``; None where PTQ costs nothing or nothing was
+        trained."""
         best, base, packed = self.best_ptq(), self.ppl("float"), self.ppl("packed")
         if self.training is None or best is None or base is None or packed is None:
             return None
@@ -146,17 +147,21 @@ def facts(measured: Measured) -> list[str]:
     best = measured.best_ptq()
     if best and "packed" in measured.perplexity and measured.training is not None:
         low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
-        lines.append(f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)")
+        lines.append(
+            f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"
+        )
     config = measured.recipe.eval
     lines.append(
-        f"measured on {measured.data.tokens:,} test tokens of {measured.recipe.data.dataset}: windows of {config.window} without "
+        f"measured on {measured.data.tokens:,} test tokens of {measured.recipe.data.dataset}: windows of "
+        f"{config.window} without "
         f"overlap, BOS {config.bos}, float32 compute, ids {measured.data.sha256[:12]}"
     )
     if measured.size:
         ratio = measured.size["packed_bytes"] / measured.size["float_bytes"]
         lines.append(
             f"quantized layers: {measured.size['packed_bytes'] / 1e6:.2f} MB, {ratio:.3f} of float, "
-            f"{measured.size['bits_per_weight']:.2f} bits per weight; {measured.coverage.parameters_quantized:.1%} of all parameters"
+            f"{measured.size['bits_per_weight']:.2f} bits per weight; {measured.coverage.parameters_quantized:.1%} "
+            "of all parameters"
         )
     for row, speed in measured.throughput.items():
         kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
@@ -191,6 +196,12 @@ def verdict(measured: Measured) -> str:
         return "no post-training baseline was measured"
     if measured.training is None:
         return f"the best post-training quantization costs {gap:.2%} of perplexity"
+    base, packed = measured.ppl("float"), measured.ppl("packed")
+    if base is not None and packed is not None and packed < base:
+        text = "the packed model is better than float: training learned the text, not only the grid"
+        return (
+            text if "float_finetuned" in measured.perplexity else text + "; --control trains float on the same tokens"
+        )
     if gap < WORTHWHILE_GAP:
         return f"the best post-training quantization costs only {gap:.2%} of perplexity: training is not worth it here"
     return f"of the {gap:.2%} that the best post-training quantization costs, training recovered {recovered:.1%}"
@@ -202,7 +213,13 @@ def show(measured: Measured) -> None:
     from rich.table import Table
 
     table = Table(title=f"{measured.recipe.model}: {measured.recipe.scheme()}")
-    for name, justify in (("", "left"), ("perplexity", "right"), ("vs float", "right"), ("KL to float", "right"), ("top-1", "right")):
+    for name, justify in (
+        ("", "left"),
+        ("perplexity", "right"),
+        ("vs float", "right"),
+        ("KL to float", "right"),
+        ("top-1", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in score_rows(measured):
         table.add_row(*row)
@@ -229,8 +246,8 @@ tags: [llmqat, compressed-tensors, int{recipe.quant.bits}]
 ---
 # {Path(recipe.model).name}, {recipe.scheme()}
 
-Quantized by llmqat {__version__} from `{recipe.model}`; codes and scales in this directory are those of training, bit for bit
-(`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: transformers and vLLM read it.
+Quantized by llmqat {__version__} from `{recipe.model}`; codes and scales in this directory are those of training, bit
+for bit (`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: transformers and vLLM read it.
 
 | | perplexity | vs float | KL to float | top-1 |
 |---|---:|---:|---:|---:|
@@ -238,8 +255,8 @@ Quantized by llmqat {__version__} from `{recipe.model}`; codes and scales in thi
 
 {lines}
 
-Machine: {env["cpu"]}, {env["threads"]} threads; torch {env["torch"]}, transformers {env["transformers"]}. The full recipe is in
-`recipe.yaml`, all numbers in `report.json`.
+Machine: {env["cpu"]}, {env["threads"]} threads; torch {env["torch"]}, transformers {env["transformers"]}. The full
+recipe is in `recipe.yaml`, all numbers in `report.json`.
 
 ```python
 import llmqat

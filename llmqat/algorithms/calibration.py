@@ -1,7 +1,7 @@
 """Walk a model block by block, collecting what layers see on the already quantized prefix.
 
-One block's activations and one stage's Hessians are in memory at a time. Inside a block the layers are taken in the order
-in which they run, those that read the same tensor together (q, k, v; then o; then gate, up; then down).
+One block's activations and one stage's Hessians are in memory at a time. Inside a block the layers are taken in the
+order in which they run, those that read the same tensor together (q, k, v; then o; then gate, up; then down).
 """
 
 from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
 
 
 def hessian_of(block: nn.Module, inputs: BlockInputs, layer: FakeQuantLinear) -> Tensor:
-    """``H = 2/n X X^T`` over all tokens, ``(in, in)`` float32, of what `layer` reads (quantized, if the layer does so)."""
+    """``H = 2/n X X^T`` over all tokens, ``(in, in)`` float32, of what `layer` reads (quantized, if it does so)."""
     H = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
     tokens = 0
 
@@ -151,14 +151,14 @@ def _quantize_layer(layer: FakeQuantLinear, H: Tensor, damp: float, keep_float: 
 def _compensation(layer: FakeQuantLinear, latent: Tensor, codes: Tensor, w_hat: Tensor) -> Tensor:
     """``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
     difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse."""
+    weight = layer.weight.detach()
     for dtype in (layer.scale_dtype, torch.float32):
-        layer.compensation = (latent - layer.weight.detach()).to(dtype)
+        layer.compensation = compensation = (latent - weight).to(dtype)
         moved = layer.codes() != codes
-        middle = (w_hat.float() - layer.weight.detach()).to(dtype)
-        layer.compensation = torch.where(moved, middle, layer.compensation)
+        layer.compensation = compensation = torch.where(moved, (w_hat.float() - weight).to(dtype), compensation)
         if torch.equal(layer.codes().float(), codes):
             break
-    return layer.compensation
+    return compensation
 
 
 def gptq_model(

@@ -2,8 +2,8 @@
 
 Differences from the paper, each measured to help or to be needed for training:
 
-- act-order with *static groups*: columns are visited by falling ``diag(H)``, while a column keeps the scale of the group
-  it lies in, so inference needs no permutation;
+- act-order with *static groups*: columns are visited by falling ``diag(H)``, while a column keeps the scale of the
+  group it lies in, so inference needs no permutation;
 - scales come from a search over shrunken ranges that weighs each column by ``diag(H)``, on scales already rounded to
   their storage dtype;
 - columns that calibration never excited keep their round-to-nearest value instead of becoming zero;
@@ -51,6 +51,8 @@ def search_scale(
     Args:
         weight: ``(out, in)``.
         importance: ``(in,)``, non-negative; ``diag(H)``, or ones for plain squared error.
+        scheme: the grid.
+        scale_dtype: dtype in which scales are stored.
     """
     best = scale = zero_point = None
     flips = (False, True) if scheme.symmetric else (False,)
@@ -91,11 +93,18 @@ def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
                     "calibration tokens (--calibration-samples), or keep the layer out of it with an override"
                 ) from error
             damp = min(MAX_DAMP, max(damp, 1e-3) * 10)
-            warnings.warn(f"GPTQ: the Hessian of {layer} is not positive definite; damping raised to {damp:g}", stacklevel=2)
+            warnings.warn(
+                f"GPTQ: the Hessian of {layer} is not positive definite; damping raised to {damp:g}", stacklevel=2
+            )
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, damp: float = 0.01, layer: str = "layer"
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: QuantScheme,
+    scale_dtype: torch.dtype,
+    damp: float = 0.01,
+    layer: str = "layer",
 ) -> GPTQResult:
     """Quantize one layer so that ``||(W - W_hat) X||^2`` stays small, given ``H = 2/n X X^T``.
 
@@ -113,7 +122,9 @@ def gptq(
     W = weight.detach().float()
     H = hessian.float().clone()
     if not torch.isfinite(H).all():
-        raise LlmqatError(f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype")
+        raise LlmqatError(
+            f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype"
+        )
     importance = H.diagonal().clone()
     dead = importance == 0
     H.diagonal()[dead] = 1.0  # nothing to compensate with or for: the column keeps its round-to-nearest code
@@ -154,9 +165,7 @@ def _quantize_columns(W: Tensor, U: Tensor, s: Tensor, z: Tensor | None, scheme:
     return latent, codes
 
 
-def _anchor(
-    latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme
-) -> Tensor:
+def _anchor(latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:
     """Keep latents within reach of the grid, and make sure each still rounds to its code."""
     length = scheme.group_length(latent.shape[1])
     s = scale.float().repeat_interleave(length, 1)

@@ -2,8 +2,8 @@
 
     s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha)          norm.weight /= s          W *= s
 
-Here ``s`` is rounded to a power of two, so that folding changes no mantissa: the float model computes the same numbers in
-float32, bfloat16 and float16 alike.
+Here ``s`` is rounded to a power of two, so that folding changes no mantissa: the float model computes the same
+numbers in float32, bfloat16 and float16 alike.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PROBE_TOKENS = 64
 
 
 def smoothing_scale(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """Powers of two next to ``activation_absmax^alpha / weight_absmax^(1 - alpha)``, ``(in,)``; 1 for unused channels."""
+    """Powers of two next to ``activation_absmax^alpha / weight_absmax^(1 - alpha)``, ``(in,)``; 1 where unused."""
     s = activation_absmax.float().pow(alpha) / weight_absmax.float().clamp(min=1e-5).pow(1 - alpha)
     return torch.where(activation_absmax > 0, s.clamp(min=1e-5).log2().round().exp2(), torch.ones_like(s))
 
@@ -48,10 +48,10 @@ def input_absmax(model: nn.Module, layers: Sequence[nn.Module], batches: list[Te
 def fold(norm: nn.Module, linears: Sequence[nn.Module], s: Tensor) -> None:
     """Divide the norm's weight (and bias) by ``s (in,)``, and multiply the columns of `linears` by it."""
     for parameter in norm.parameters():
-        parameter /= s.to(parameter.dtype)
+        parameter.div_(s.to(parameter.dtype))
     for linear in linears:
         assert isinstance(linear.weight, Tensor)
-        linear.weight *= s.to(linear.weight.dtype)
+        linear.weight.mul_(s.to(linear.weight.dtype))
 
 
 @torch.no_grad()
@@ -83,7 +83,9 @@ def smooth_model(
     changes = {}
     for (norm_path, linear_paths), activation_absmax in zip(sites, absmax, strict=True):
         norm, linears = model.get_submodule(norm_path), [model.get_submodule(path) for path in linear_paths]
-        weight_absmax = torch.stack([linear.weight.abs().amax(0) for linear in linears]).amax(0)
+        weight_absmax = torch.cat(
+            [linear.weight.abs() for linear in linears if isinstance(linear.weight, Tensor)]
+        ).amax(0)
         s = smoothing_scale(activation_absmax, weight_absmax, alpha)
         fold(norm, linears, s)
         after = model(input_ids=probe, use_cache=False).logits
@@ -91,7 +93,8 @@ def smooth_model(
         if not change <= TOLERANCE:
             fold(norm, linears, 1 / s)
             raise LlmqatError(
-                f"smoothing {norm_path} changed the float logits by {change:.1e} of their largest (limit {TOLERANCE:.0e}): "
+                f"smoothing {norm_path} changed the float logits by {change:.1e} of their largest (limit "
+                f"{TOLERANCE:.0e}): "
                 "something else reads that norm; leave --smooth out for this model, or mend its row in architectures.py"
             )
         changes[norm_path] = change

@@ -42,13 +42,16 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
     weights, acts = group["weights"], group.get("input_activations")
     if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
         raise LlmqatError(
-            f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by group or channel"
+            f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by "
+            "group or channel"
         )
     dynamic = acts is None or (acts["strategy"] == "token" and acts["dynamic"] and acts["symmetric"])
     if not dynamic:
         raise LlmqatError("cannot run these activations; llmqat reads dynamic symmetric per-token int8, or none")
     group_size = -1 if weights["strategy"] == "channel" else weights["group_size"]
-    return QuantScheme(weights["num_bits"], group_size, weights["symmetric"], None if acts is None else acts["num_bits"])
+    return QuantScheme(
+        weights["num_bits"], group_size, weights["symmetric"], None if acts is None else acts["num_bits"]
+    )
 
 
 def config_of(schemes: Mapping[str, QuantScheme], ignored: list[str]) -> dict[str, Any]:
@@ -93,7 +96,9 @@ def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str,
     for name in packed_layers:
         matching = [scheme for targets, scheme in groups if any(_matches(target, name) for target in targets)]
         if not matching:
-            raise LlmqatError(f"layer {name} is packed but no config group targets it; config.json and weights do not belong together")
+            raise LlmqatError(
+                f"layer {name} is packed but no config group targets it; config.json and weights do not belong together"
+            )
         result[name] = matching[0]
     return result
 

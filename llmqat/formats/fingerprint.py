@@ -46,7 +46,9 @@ def read(directory: Path) -> dict[str, dict[str, str | None]]:
     """
     path = directory / NAME
     if not path.exists():
-        raise LlmqatError(f"{directory} has no {NAME}: it was not written by llmqat, so there is nothing to prove it against")
+        raise LlmqatError(
+            f"{directory} has no {NAME}: it was not written by llmqat, so there is nothing to prove it against"
+        )
     layers: dict[str, dict[str, str | None]] = json.loads(path.read_text())["layers"]
     return layers
 

@@ -34,7 +34,9 @@ def local_directory(name: str | Path) -> Path:
 
         return Path(snapshot_download(str(name)))
     except Exception as error:  # offline, missing and malformed names raise exceptions of several libraries
-        raise LlmqatError(f"model {name} is neither a local directory nor a Hub repository that can be reached") from error
+        raise LlmqatError(
+            f"model {name} is neither a local directory nor a Hub repository that can be reached"
+        ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
             raise LlmqatError(f"{path} is damaged ({error}); copy it again, or write the model again") from error
 
 
-def load_packed(name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_packed(
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """A packed model, ready to run.
 
     Args:
@@ -117,10 +121,13 @@ def load_packed(name: str | Path, dtype: torch.dtype | None = None, device: torc
     _fill(model, tensors, set(schemes), dtype or stored, directory)
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
 
 
-def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], dtype: torch.dtype, directory: Path) -> None:
+def _fill(
+    model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], dtype: torch.dtype, directory: Path
+) -> None:
     """Assign tensors by name, float parts in `dtype`, and tie what is tied."""
     state = {}
     for key, tensor in tensors.items():
@@ -129,7 +136,9 @@ def _fill(model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], 
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise LlmqatError(f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}") from error
+        raise LlmqatError(
+            f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}"
+        ) from error
     model.tie_weights()
     lost = [key for key in missing if model.state_dict()[key].is_meta]
     if lost or unexpected:

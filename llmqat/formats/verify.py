@@ -82,7 +82,8 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             if module.scheme.act_bits is not None:
                 linear.register_forward_pre_hook(_quantize_input)
             dense.set_submodule(name, linear)
-    return dense.to(dtype)  # type: ignore[arg-type]
+    dense.to(dtype)  # type: ignore[arg-type]
+    return dense
 
 
 def _quantize_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

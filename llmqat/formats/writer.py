@@ -53,7 +53,9 @@ def replacing(directory: Path) -> Iterator[Path]:
                 if path.name not in names:
                     path.unlink(missing_ok=True)
     except OSError as error:
-        raise LlmqatError(f"cannot write to {directory}: {error.strerror or error}; free some space, or choose another --output") from error
+        raise LlmqatError(
+            f"cannot write to {directory}: {error.strerror or error}; free some space, or choose another --output"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -68,12 +68,19 @@ def packed_linear(
         rows = slice(start, min(start + step, out_features))
         codes = from_unsigned(unpack_rows(weight_packed[rows], bits, in_features), scheme)
         w_hat = dequantize(codes, weight_scale[rows], None if z is None else z[rows], scheme)
-        y[:, rows] = torch.nn.functional.linear(x_hat, w_hat.to(x.dtype), None if bias is None else bias[rows].to(x.dtype))
+        y[:, rows] = torch.nn.functional.linear(
+            x_hat, w_hat.to(x.dtype), None if bias is None else bias[rows].to(x.dtype)
+        )
     return y.view(*x.shape[:-1], out_features)
 
 
 def _check(
-    x: Tensor, weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None, bits: int, in_features: int
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bits: int,
+    in_features: int,
 ) -> None:
     """Shapes and dtypes, once, before any pointer is read."""
     out_features, words = weight_packed.shape
@@ -81,9 +88,7 @@ def _check(
     torch._check(
         weight_packed.dtype == torch.int32, lambda: f"weight_packed must be int32 words, got {weight_packed.dtype}"
     )
-    torch._check(
-        x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}"
-    )
+    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}")
     torch._check(
         words == packed_width(in_features, bits),
         lambda: f"{in_features} codes of {bits} bits take {packed_width(in_features, bits)} words a row, got {words}",

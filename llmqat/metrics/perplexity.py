@@ -1,8 +1,9 @@
 """Perplexity by the GPTQ protocol, and paired comparison with the float model.
 
-Protocol (IST-DASLab/gptq): documents are joined and tokenized once, the stream is cut into windows that do not overlap and
-its tail dropped, each window is scored alone by the mean cross-entropy of its ``window - 1`` shifted targets in float32, and
-perplexity is the exponential of the mean over windows. The BOS rule is part of the metric and recorded with it.
+Protocol (IST-DASLab/gptq): documents are joined and tokenized once, the stream is cut into windows that do not
+overlap and its tail dropped, each window is scored alone by the mean cross-entropy of its ``window - 1`` shifted
+targets in float32, and perplexity is the exponential of the mean over windows. The BOS rule is part of the metric and
+recorded with it.
 """
 
 import hashlib
@@ -72,7 +73,8 @@ def windows(tokenizer: Any, documents: list[str], window: int, max_tokens: int, 
     count = min(len(ids) // stride, max(1, max_tokens // window))
     if count == 0:
         raise LlmqatError(
-            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window}; give more text or a smaller --window"
+            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window}; give more text or a "
+            "smaller --window"
         )
     rows = torch.tensor(ids[: count * stride]).view(count, stride)
     if bos == "window":
@@ -143,7 +145,8 @@ def evaluate(
 
 
 def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of ``perplexity(a) - perplexity(b)``: paired bootstrap over windows (percentiles of 10,000 draws)."""
+    """95 % interval of ``perplexity(a) - perplexity(b)``: paired bootstrap over windows (percentiles of 10,000
+    draws)."""
     generator = np.random.default_rng(seed)
     n = len(a.losses)
     draws = generator.integers(0, n, size=(BOOTSTRAP_SAMPLES, n))

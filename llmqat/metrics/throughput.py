@@ -90,7 +90,8 @@ def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: in
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and prompt + new_tokens > context:
         raise LlmqatError(
-            f"{prompt} prompt and {new_tokens} new tokens exceed the model's context of {context}; lower --prompt-tokens or "
+            f"{prompt} prompt and {new_tokens} new tokens exceed the model's context of {context}; lower "
+            "--prompt-tokens or "
             "--new-tokens"
         )
     model.eval()

@@ -6,26 +6,27 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from llmqat.models.patcher import float_parameters, quantized_layers
+from llmqat.models.patcher import float_parameters
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 
 
 @contextmanager
-def disable_quantizers(model: nn.Module) -> Iterator[None]:
-    """Layers on a grid run their plain float weight, without adapters.
+def disable_quantizers(model: nn.Module, adapters: bool = True) -> Iterator[None]:
+    """Layers on a grid run their plain float weight; without adapters too, unless `adapters` is False.
 
     That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
     weights have not been trained.
     """
-    layers = [layer for _, layer, _ in quantized_layers(model)]
-    states = [layer.enabled for layer in layers]
     with ExitStack() as stack:
-        for adapter in [m for m in model.modules() if isinstance(m, LoraFakeQuantLinear) and not m.disable_adapters]:
-            adapter._disable_adapters = True  # peft's own switch also flips requires_grad, which a view must not
-            stack.callback(setattr, adapter, "_disable_adapters", False)
-        for layer, state in zip(layers, states, strict=True):
-            layer.enabled = False
-            stack.callback(setattr, layer, "enabled", state)
+        for module in model.modules():
+            if isinstance(module, FakeQuantLinear):
+                stack.callback(setattr, module, "enabled", module.enabled)
+                module.enabled = False
+            elif adapters and isinstance(module, LoraFakeQuantLinear):
+                # peft's own switch also flips requires_grad, which a view must not.
+                stack.callback(setattr, module, "_disable_adapters", module.disable_adapters)
+                module._disable_adapters = True
         yield
 
 

@@ -71,8 +71,12 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     stored = getattr(load_config(name), "dtype", None) or torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_name(name), dtype=dtype or stored)
-    except Exception as error:  # safetensors, OS and torch errors: all mean that the files are not what config.json says
-        raise LlmqatError(f"cannot load the weights of {name}: {_short(error)}; copy or download the model again") from error
+    except (
+        Exception
+    ) as error:  # safetensors, OS and torch errors: all mean that the files are not what config.json says
+        raise LlmqatError(
+            f"cannot load the weights of {name}: {_short(error)}; copy or download the model again"
+        ) from error
     return model.eval(), stored
 
 

@@ -7,6 +7,7 @@ from math import gcd
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,7 +56,9 @@ def plan(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | Non
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in overrides:
         if not any(re.search(pattern, name) for name in names):
-            raise LlmqatError(f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}")
+            raise LlmqatError(
+                f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}"
+            )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     layers = []
     for name in names:
@@ -86,7 +89,8 @@ def check_divisible(report: CoverageReport) -> None:
     overrides = " ".join(f"--override '{leaf}$:group_size=-1'" for leaf in leaves)
     assert bad[0].scheme is not None
     raise LlmqatError(
-        f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per row "
+        f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per "
+        "row "
         f"with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
         f"'{leaves[0]}$:float', or choose a --group-size that divides {common}"
     )
@@ -144,7 +148,8 @@ def prepare(
     dtype = storage_dtype or model.dtype
     for layer in report.quantized:
         linear = model.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear) and layer.scheme is not None
+        assert isinstance(linear, nn.Linear)
+        assert layer.scheme is not None
         model.set_submodule(layer.name, FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask))
     if init == "gptq":
         report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
@@ -169,7 +174,8 @@ def run_gptq(
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, out of its `PeftModel` if it is in one."""
-    root: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(root, PreTrainedModel)
     return root
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.quant.affine import choose_scale, grouped, quantize
-from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows, row_chunks, rounded_zero_point
+from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows, rounded_zero_point, row_chunks
 from llmqat.scheme import QuantScheme
 
 
@@ -59,7 +59,9 @@ class FakeQuantLinear(nn.Module):
         for parameter in linear.parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float64:
                 parameter.data = parameter.data.float()
-        module = cls(linear.weight, linear.bias, scheme, scale_dtype, clip_mask)
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        module = cls(weight, bias, scheme, scale_dtype, clip_mask)
         if not linear.weight.is_meta:
             module.set_grid(*choose_scale(linear.weight.detach(), scheme, scale_dtype))
         return module.train(linear.training)
@@ -75,7 +77,7 @@ class FakeQuantLinear(nn.Module):
     def decouple_scale(self) -> None:
         """From now on codes are found with today's scale, and training the scale moves none of them."""
         if self.code_scale is None:
-            self.code_scale = self.stored_scale().float()
+            self.code_scale = self.stored_scale().float().clone()
 
     def latent(self) -> Tensor:
         """The float32 weight that is quantized, ``(out, in)``: weight plus compensation, at full size."""
@@ -126,8 +128,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor, **lora: Any) -> Tensor:
         """``(..., in)`` to ``(..., out)``; `lora` are the adapter arguments of `fake_quant_linear`."""
         if not self.enabled:
-            dtype = x.dtype
-            return nn.functional.linear(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            return self.float_forward(x, **lora)
         return fake_quant_linear(
             x,
             self.weight,
@@ -141,6 +142,16 @@ class FakeQuantLinear(nn.Module):
             clip_mask=self.clip_mask,
             **lora,
         )
+
+    def float_forward(
+        self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, lora_scaling: float = 1.0
+    ) -> Tensor:
+        """The plain float layer, adapters beside it: no grid, no compensation."""
+        y = nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if lora_a is None or lora_b is None:
+            return y
+        thin = nn.functional.linear(x, lora_a.to(x.dtype))
+        return y + lora_scaling * nn.functional.linear(thin, lora_b.to(x.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take over `code_scale` and `compensation` as they are in the state: there, or not."""

@@ -23,28 +23,42 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
     base_layer: FakeQuantLinear
 
     def __init__(
-        self, base_layer: FakeQuantLinear, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float, **kwargs: Any
+        self,
+        base_layer: FakeQuantLinear,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         if config.lora_dropout or config.use_dora or config.lora_bias:
             raise LlmqatError(
-                "lora_dropout, use_dora and lora_bias have no meaning for an adapter inside the quantizer; leave them out"
+                "lora_dropout, use_dora and lora_bias have no meaning for an adapter inside the quantizer; leave "
+                "them out"
             )
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[arg-type]
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """``A (r, in)`` and ``B (out, r)`` of an adapter."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        return a, b
 
     def adapters(self) -> dict[str, Any]:
         """The active, unmerged adapters as arguments of `fake_quant_linear`: several are laid side by side along r."""
         names = [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
         if self.disable_adapters or not names:
             return {}
-        a = [self.lora_A[name].weight for name in names]
-        b = [self.lora_B[name].weight for name in names]
         if len(names) == 1:
-            return {"lora_a": a[0], "lora_b": b[0], "lora_scaling": self.scaling[names[0]]}
-        scaled = [weight * self.scaling[name] for name, weight in zip(names, b, strict=True)]
-        return {"lora_a": torch.cat(a), "lora_b": torch.cat(scaled, dim=1), "lora_scaling": 1.0}
+            a, b = self.factors(names[0])
+            return {"lora_a": a, "lora_b": b, "lora_scaling": self.scaling[names[0]]}
+        scaled = [self.factors(name)[1] * self.scaling[name] for name in names]
+        stacked = torch.cat([self.factors(name)[0] for name in names])
+        return {"lora_a": stacked, "lora_b": torch.cat(scaled, dim=1), "lora_scaling": 1.0}
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Weights of all adapters, active or not."""
@@ -57,7 +71,9 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``(alpha / r) B A``, ``(out, in)`` float32."""
-        return self.scaling[adapter] * (self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float())
+        a, b = self.factors(adapter)
+        delta: Tensor = self.scaling[adapter] * (b.float() @ a.float())
+        return delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -4,8 +4,8 @@ Shapes, everywhere in this package: `weight` and `codes` are ``(out, in)``, `sca
 ``(out, in / group)``. A zero point is ``None`` for a symmetric scheme.
 
 Two dtypes matter. Codes are found in float32 (float64 if the weight is float64). The dequantized weight is computed *in
-the dtype of the scale*, the dtype it is stored in: ``codes - zero_point`` is exact there (at most 9 bits), so the product
-is rounded once, and every reader of the file that multiplies in the file's dtype gets the same bits.
+the dtype of the scale*, the dtype it is stored in: ``codes - zero_point`` is exact there (at most 9 bits), so the
+product is rounded once, and every reader of the file that multiplies in the file's dtype gets the same bits.
 """
 
 import torch
@@ -19,14 +19,17 @@ RELATIVE_SCALE_FLOOR = 1e-5
 
 def grouped(tensor: Tensor, scheme: QuantScheme) -> Tensor:
     """View ``(out, in)`` as ``(out, groups, group)``."""
-    return tensor.unflatten(-1, (-1, scheme.group_length(tensor.shape[-1])))
+    groups: Tensor = tensor.unflatten(-1, (-1, scheme.group_length(tensor.shape[-1])))
+    return groups
 
 
 def store(scale: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Tensor:
     """`scale` kept at least `floor` away from zero (its sign survives) and rounded to its storage dtype."""
     tiny = torch.finfo(dtype).tiny
     magnitude = scale.abs().clamp(min=tiny).maximum(torch.as_tensor(floor, dtype=scale.dtype, device=scale.device))
-    return torch.where(scale < 0, -magnitude, magnitude).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    return (
+        torch.where(scale < 0, -magnitude, magnitude).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    )
 
 
 def scale_floor(weight: Tensor) -> Tensor:
@@ -41,8 +44,8 @@ def choose_scale(
     """Scale and zero point of round-to-nearest: the range of each group, times `shrink`.
 
     Symmetric: the entry of largest magnitude maps to ``-2^(bits-1)``, so the scale is negative where that entry is
-    positive and the whole range is used (the convention of GGUF's Q4_0). `flip` takes the opposite sign. Asymmetric: the
-    range from the least to the greatest entry, widened to hold zero.
+    positive and the whole range is used (the convention of GGUF's Q4_0). `flip` takes the opposite sign. Asymmetric:
+    the range from the least to the greatest entry, widened to hold zero.
 
     Returns:
         scale ``(out, groups)`` in `dtype`; zero_point ``(out, groups)`` float32 holding integers, or None.

@@ -64,8 +64,8 @@ def latent_rows(
     return latent
 
 
-def _rows_of(rows: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[rows] for tensor in tensors]
+def _rows_of(rows: slice, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
 
 
 def fake_quantize(
@@ -83,13 +83,12 @@ def fake_quantize(
 ) -> Tensor:
     """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default `scale_dtype`); no gradient."""
     out = torch.empty(weight.shape, dtype=out_dtype or scale_dtype, device=weight.device)
-    stored = scale.to(scale_dtype)
+    s = scale.to(scale_dtype)
+    s0 = s if code_scale is None else code_scale
     z = None if zero_point is None else rounded_zero_point(zero_point, scheme)
     for rows in row_chunks(*weight.shape):
-        latent = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling)
-        s0, s, zr = _rows_of(rows, stored if code_scale is None else code_scale, stored, z)
-        assert s0 is not None and s is not None
-        out[rows] = dequantize(code_values(latent, s0, zr, scheme), s, zr, scheme)
+        latent, zr = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling), _rows_of(rows, z)
+        out[rows] = dequantize(code_values(latent, s0[rows], zr, scheme), s[rows], zr, scheme)
     return out
 
 
@@ -123,7 +122,17 @@ class _FakeQuantLinear(torch.autograd.Function):
         ctx.clip_mask = clip_mask
         ctx.bias_dtype = None if bias is None else bias.dtype
         w_hat = fake_quantize(
-            weight, scale, zero_point, scheme, scale_dtype, code_scale, compensation, lora_a, lora_b, lora_scaling, x.dtype
+            weight,
+            scale,
+            zero_point,
+            scheme,
+            scale_dtype,
+            code_scale,
+            compensation,
+            lora_a,
+            lora_b,
+            lora_scaling,
+            x.dtype,
         )
         x_hat = x if scheme.act_bits is None else fake_quantize_activation(x)
         return linear(x_hat, w_hat, None if bias is None else bias.to(x.dtype))
@@ -149,9 +158,9 @@ class _FakeQuantLinear(torch.autograd.Function):
         dw = ds = dz = None
         if need_w or need_s or need_z or need_a or need_b:
             dw, ds, dz = _weight_gradients(ctx, gy, x2)
-        if need_a:
+        if need_a and dw is not None:
             da = lora_scaling * (lora_b.to(dw.dtype).T @ dw).to(lora_a.dtype)
-        if need_b:
+        if need_b and dw is not None:
             db = lora_scaling * (dw @ lora_a.to(dw.dtype).T).to(lora_b.dtype)
         return dx, dw if need_w else None, ds, dz, dbias, da, db, *[None] * 6
 
@@ -164,36 +173,36 @@ def _low_rank_gradients(gy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: fl
 
 
 def _weight_gradients(ctx: Any, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the latent weight, the scale and the zero point, from ``gy (tokens, out)`` and ``x (tokens, in)``."""
+    """Gradients of latent weight, scale and zero point, from ``gy (tokens, out)`` and ``x (tokens, in)``."""
     _, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = ctx.saved_tensors
     scheme, scale_dtype, lora_scaling = ctx.options
     _, _, need_s, need_z, *_ = ctx.needs_input_grad
     dw = (gy.T @ x).to(torch.promote_types(weight.dtype, torch.float32))
-    if not (need_s or need_z or ctx.clip_mask or code_scale is not None):
+    decoupled = code_scale is not None
+    if not (need_s or need_z or ctx.clip_mask or decoupled):
         return dw.to(weight.dtype), None, None
     ds = torch.empty_like(scale) if need_s else None
     dz = torch.empty_like(zero_point) if need_z else None
-    stored = scale.to(scale_dtype)
-    z = None if zero_point is None else rounded_zero_point(zero_point, scheme)
+    stored = scale.to(scale_dtype).to(dw.dtype).unsqueeze(-1)
+    code_scale = stored if code_scale is None else code_scale.to(dw.dtype).unsqueeze(-1)
+    z = torch.zeros_like(stored) if zero_point is None else rounded_zero_point(zero_point, scheme).unsqueeze(-1)
     for rows in row_chunks(*weight.shape):
         latent = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling)
-        s0, s, zr = _rows_of(rows, stored if code_scale is None else code_scale, stored, z)
-        s0, s = s0.to(latent.dtype).unsqueeze(-1), s.to(latent.dtype).unsqueeze(-1)  # type: ignore[union-attr]
-        zr = 0.0 if zr is None else zr.to(latent.dtype).unsqueeze(-1)  # type: ignore[assignment]
+        s0, s, zr = code_scale[rows], stored[rows], z[rows]
         g, v = grouped(dw[rows], scheme), grouped(latent, scheme) / s0
         u = v.round() + zr
         q = u.clamp(scheme.qmin, scheme.qmax)
         inside = (u == q) if ctx.clip_mask else None
         if ds is not None:
             step = q - zr
-            if code_scale is None:
+            if not decoupled:
                 step = step - (v if inside is None else v * inside)
             ds[rows] = (g * step).sum(-1)
         if dz is not None:
             dz[rows] = 0.0 if inside is None else -(s * g * ~inside).sum(-1)
         if inside is not None:
             g = g * inside
-        if code_scale is not None:
+        if decoupled:
             g = g * (s / s0)
         dw[rows] = g.flatten(-2)
     return dw.to(weight.dtype), ds, dz

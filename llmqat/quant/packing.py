@@ -1,8 +1,9 @@
 """Codes to int32 words and back: the one definition of the bit order.
 
-A row of unsigned codes is a bit stream: code ``i`` takes bits ``[i * bits, (i + 1) * bits)``, least significant first, and
-bit ``k`` of the stream is bit ``k % 32`` of word ``k // 32`` (compressed-tensors ``pack-quantized``, "dense" for 3 bits: a
-code may cross words). The last word is filled with zeros. So for 4 bits the codes 0..7 give the word 0x76543210.
+A row of unsigned codes is a bit stream: code ``i`` takes bits ``[i * bits, (i + 1) * bits)``, least significant
+first, and bit ``k`` of the stream is bit ``k % 32`` of word ``k // 32`` (compressed-tensors ``pack-quantized``,
+"dense" for 3 bits: a code may cross words). The last word is filled with zeros. So for 4 bits the codes 0..7 give the
+word 0x76543210.
 """
 
 import torch
@@ -22,7 +23,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     words = packed_width(length, bits)
     if bits == 3:  # 8 codes fill 3 bytes; spread them over 24 bits of an int32 and keep three of its four bytes
         padded = torch.nn.functional.pad(codes, (0, -length % 8)).view(rows, -1, 8).int()
-        as_bytes = _accumulate(padded, bits).view(torch.uint8).view(rows, -1, 4)[..., :3].flatten(1)
+        as_bytes = _accumulate(padded, bits).contiguous().view(torch.uint8).view(rows, -1, 4)[..., :3].flatten(1)
     else:
         per_byte = 8 // bits
         padded = torch.nn.functional.pad(codes, (0, -length % per_byte)).view(rows, -1, per_byte)

@@ -88,7 +88,8 @@ def load_hub(dataset: str, text_field: str) -> Corpus:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # missing, gated, offline: each library layer has exceptions of its own
         raise LlmqatError(
-            f"cannot load dataset {dataset} from the Hub: {_first_line(error)}; without a network, give a local file or stdlib"
+            f"cannot load dataset {dataset} from the Hub: {_first_line(error)}; without a network, give a local file "
+            "or stdlib"
         ) from error
     columns = {split: list(_column(rows, text_field, f"{dataset}/{split}")) for split, rows in loaded.items()}
     if "train" not in columns:
@@ -102,7 +103,9 @@ def load_hub(dataset: str, text_field: str) -> Corpus:
 
 def _column(rows: Any, text_field: str, name: str) -> Iterable[str]:
     if text_field not in rows.column_names:
-        raise LlmqatError(f"{name} has no column {text_field!r}; choose one of {', '.join(rows.column_names)} by --text-field")
+        raise LlmqatError(
+            f"{name} has no column {text_field!r}; choose one of {', '.join(rows.column_names)} by --text-field"
+        )
     return (text for text in rows[text_field] if isinstance(text, str))
 
 
@@ -144,7 +147,8 @@ def blocks(stream: Tensor, length: int, what: str) -> Tensor:
     count = len(stream) // length
     if count == 0:
         raise LlmqatError(
-            f"the {what} text has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a shorter "
+            f"the {what} text has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a "
+            "shorter "
             "--length or --window"
         )
     return stream[: count * length].view(count, length)

@@ -131,7 +131,8 @@ class Trainer:
         """Stop rather than train on, or ship, a broken model."""
         if not math.isfinite(loss):
             raise LlmqatError(
-                f"the {kind} loss became {loss} at step {self.result.steps}; lower --lr, or use --precision fp32; the last "
+                f"the {kind} loss became {loss} at step {self.result.steps}; lower --lr, or use --precision fp32; "
+                "the last "
                 "checkpoint is untouched"
             )
 
@@ -196,7 +197,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether SIGINT or SIGTERM came; both wait for the end of the step."""
     caught: list[int] = []
     try:
-        previous = {sig: signal.signal(sig, lambda number, _: caught.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            sig: signal.signal(sig, lambda number, _: caught.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)
+        }
     except ValueError:  # not in the main thread: signals are somebody else's business
         previous = {}
     try:
@@ -250,7 +253,7 @@ def fit(
 def _run(trainer: Trainer, config: TrainConfig) -> None:
     result = trainer.result
     sampler = EndlessSampler(len(trainer.blocks), config.batch_size, trainer.seed, result.steps * config.accumulation)
-    loader = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
+    loader: DataLoader[Tensor] = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
     batches = iter(trainer.accelerator.prepare(loader))
     trainer.model.train()
     clock = Clock(result)
@@ -267,7 +270,9 @@ def _run(trainer: Trainer, config: TrainConfig) -> None:
                 clock.update()
                 trainer.save()
             if interrupted() and not last:
-                raise LlmqatError(f"interrupted after step {result.steps}; the same command with --resume goes on from there")
+                raise LlmqatError(
+                    f"interrupted after step {result.steps}; the same command with --resume goes on from there"
+                )
 
 
 class Clock:

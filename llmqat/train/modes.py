@@ -20,10 +20,10 @@ from llmqat.nn.lora import LoraFakeQuantLinear
 
 
 def lora_config(model: nn.Module, r: int, alpha: float | None = None) -> LoraConfig:
-    """peft's config for adapters inside every quantizer of `model`.
+    """Peft's config for adapters inside every quantizer of `model`.
 
-    By default ``alpha / r`` is the median scale of the model: adapters then count in codes, and their learning rate does
-    not depend on the size of the weights (LR-QAT, arXiv 2406.06385, section 3.2).
+    By default ``alpha / r`` is the median scale of the model: adapters then count in codes, and their learning rate
+    does not depend on the size of the weights (LR-QAT, arXiv 2406.06385, section 3.2).
     """
     layers = {name: layer for name, layer, _ in quantized_layers(model)}
     if not layers:

@@ -155,9 +155,7 @@ def fit(output: Path, resume: bool) -> None:
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
     # Not model.to(bfloat16): that would cast the rotary frequencies too, and they are recomputed at load.
-    model.save_pretrained(
-        output / "model", state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-    )
+    model.save_pretrained(output / "model", state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
     tokenizer.save_pretrained(output / "model")
 
 

@@ -37,7 +37,7 @@ def test_round_trip(shape, scheme):
 def test_unpacks_a_slice_of_rows_and_a_transposed_view(shape, bits):
     stored = to_unsigned(random_codes(shape, QuantScheme(bits)), QuantScheme(bits))
     packed = pack_rows(stored, bits)
-    assert torch.equal(unpack_rows(packed[1:], bits, shape[1]), stored[1:])
+    assert torch.equal(unpack_rows(packed[-1:], bits, shape[1]), stored[-1:])
     assert torch.equal(unpack_rows(packed.T.contiguous().T, bits, shape[1]), stored)
 
 

@@ -1,0 +1,166 @@
+import pytest
+import torch
+from torch import nn
+
+from llmqat.algorithms import calibration
+from llmqat.algorithms.calibration import BlockInputs, gptq_model, stages_of
+from llmqat.errors import LlmqatError
+from llmqat.models.patcher import prepare
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.quant.affine import fake_quantize_activation
+from llmqat.scheme import QuantScheme
+
+STAGES = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+
+
+def prepared(model, scheme=QuantScheme(4, 16), **kwargs):
+    return model, prepare(model, scheme, **kwargs)
+
+
+def layers_of(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+
+
+def run_gptq(model, tokens, keep_float=False):
+    return gptq_model(model, model.model.layers, tokens, 0.01, keep_float)
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(input_ids=tokens[0]).logits
+
+
+def test_stages_in_running_order(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama())
+    block = model.model.layers[0]
+    inputs = BlockInputs.capture(model, block, tokens)
+    assert len(inputs.hidden) == len(tokens)
+    assert stages_of(block, inputs, layers_of(block)) == STAGES
+
+
+def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama(), overrides={"k_proj": {"act_bits": 8}})
+    block = model.model.layers[0]
+    stages = stages_of(block, BlockInputs.capture(model, block, tokens), layers_of(block))
+    assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_every_layer_is_fitted_to_its_inputs_on_the_quantized_prefix(tiny_llama, tokens, act_bits, monkeypatch):
+    """What each layer of the *finished* model reads is what GPTQ was given for it, one after the other."""
+    model, _ = prepared(tiny_llama(), QuantScheme(3, 16, act_bits=act_bits))
+    given, quantize_layer = {}, calibration._quantize_layer
+
+    def spy(layer, H, *args):
+        given[layer] = H
+        return quantize_layer(layer, H, *args)
+
+    monkeypatch.setattr(calibration, "_quantize_layer", spy)
+    run_gptq(model, tokens)
+    layers = layers_of(model)
+    assert set(given) == set(layers.values())
+    seen = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+    for batch in tokens:
+        with torch.no_grad():
+            model(input_ids=batch)
+    for name, layer in layers.items():
+        x = torch.cat([x.flatten(0, -2) for x in seen[name]])
+        x = x if act_bits is None else fake_quantize_activation(x)
+        torch.testing.assert_close(given[layer], 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keep_float_finds_the_same_codes_and_keeps_the_float_model(tiny_llama, tokens, storage, symmetric):
+    float_logits = logits(tiny_llama(), tokens)
+    models = {}
+    for keep in (False, True):
+        models[keep], _ = prepared(tiny_llama(), QuantScheme(4, 16, symmetric), storage_dtype=storage)
+        run_gptq(models[keep], tokens, keep)
+    for a, b in zip(*(layers_of(m).values() for m in models.values()), strict=True):
+        assert torch.equal(a.codes(), b.codes())
+        assert torch.equal(a.stored_scale(), b.stored_scale())
+        assert torch.equal(a.quantized_weight(), b.quantized_weight())
+        assert a.compensation is None
+        assert b.compensation.abs().max() > 0
+    assert torch.equal(logits(models[True], tokens), logits(models[False], tokens))
+    for layer in layers_of(models[True]).values():
+        layer.enabled = False
+    assert torch.equal(logits(models[True], tokens), float_logits)
+
+
+def test_compensation_takes_half_the_bytes_where_that_is_exact_enough(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama(), QuantScheme(4, 16), storage_dtype=torch.bfloat16)
+    run_gptq(model, tokens, keep_float=True)
+    assert {layer.compensation.dtype for layer in layers_of(model).values()} == {torch.bfloat16}
+
+
+def test_latents_are_kept_between_codes_for_training(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama())
+    run_gptq(model, tokens)
+    layer = model.model.layers[1].mlp.down_proj
+    assert (layer.weight - layer.quantized_weight()).abs().max() > 0.2 * layer.scale.abs().min()
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_every_layer_improves_and_so_does_the_model(tiny_llama, tokens, bits, symmetric, act_bits):
+    scheme = QuantScheme(bits, 16, symmetric, act_bits)
+    model, _ = prepared(tiny_llama(), scheme)
+    before = {name: layer.weight.detach().clone() for name, layer in layers_of(model).items()}
+    plain = logits(model, tokens)
+    errors = run_gptq(model, tokens)
+    assert [e.layer for e in errors] == [f"block {i} {n}" for i in range(2) for stage in STAGES for n in stage]
+    assert all(0 < e.gptq < e.rtn for e in errors)
+    if bits < 8 and act_bits is None:
+        float_logits = logits(tiny_llama(), tokens)
+        assert (logits(model, tokens) - float_logits).norm() < 0.9 * (plain - float_logits).norm()
+    assert all(not torch.equal(before[name], layer.weight) for name, layer in layers_of(model).items())
+
+
+def test_runs_in_bfloat16_and_restores_the_mode(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama().to(torch.bfloat16).train())
+    errors = run_gptq(model, tokens, keep_float=True)
+    assert model.training
+    assert all(e.gptq < e.rtn for e in errors)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_may_return_tuples():
+    class Doubles(nn.Module):
+        def forward(self, hidden, as_tuple):
+            return (2 * hidden, "cache") if as_tuple else 2 * hidden
+
+    for as_tuple in (False, True):
+        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], {"as_tuple": as_tuple})
+        inputs.advance(Doubles())
+        assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
+        assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(2, 8), torch.zeros(2, 9)], [torch.zeros(2, 8), torch.zeros(1, 8)]])
+def test_batches_of_one_shape(tiny_llama, batches):
+    model, _ = prepared(tiny_llama().train())
+    with pytest.raises(LlmqatError, match="at least one batch, and all batches of one shape"):
+        run_gptq(model, [b.long() for b in batches])
+    assert model.training, "a failure leaves the model in the mode it was in"
+
+
+def test_a_failure_names_the_layer(tiny_llama, tokens):
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    model, _ = prepared(model.train())
+    with pytest.raises(LlmqatError, match=r"calibration inputs of block 1 self_attn\.q_proj hold NaN"):
+        run_gptq(model, tokens)
+    assert model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_without_quantized_layers_are_passed_through(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama(), overrides={r"layers\.0\.": "float"})
+    assert {e.layer.split()[1] for e in run_gptq(model, tokens)} == {"1"}

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from llmqat.algorithms.smoothquant import TOLERANCE
+from llmqat.errors import LlmqatError
+from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of
+from llmqat.models.patcher import prepare, smooth
+from llmqat.scheme import QuantScheme
+
+
+def tiny(model_type):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).eval()
+
+
+@pytest.fixture
+def gpt_neox():
+    config = GPTNeoXConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_row_fits_its_family(model_type, tokens):
+    """Paths exist, every reader of a norm is listed (or smoothing would change the logits), and GPTQ reaches all layers."""
+    model = tiny(model_type)
+    architecture = architecture_of(model, "GPTQ", "remedy")
+    blocks = blocks_of(model, architecture)
+    assert len(blocks) == 2
+    for block in blocks:
+        for norm, linears in architecture.smooth_sites:
+            block.get_submodule(norm).weight.data[5] *= 30
+            assert all(block.get_submodule(path).in_features == 64 for path in linears)
+    changes = smooth(model, tokens, 0.5)
+    assert len(changes) == 4
+    assert max(changes.values()) <= TOLERANCE
+    report = prepare(model, QuantScheme(4, 16), init="gptq", calibration=tokens)
+    assert len(report.quantized) == len(report.errors) == 14
+    assert all(gptq < rtn for rtn, gptq in report.errors.values())
+
+
+def test_unknown_family_names_purpose_known_ones_and_remedy(gpt_neox, tokens):
+    with pytest.raises(LlmqatError, match=r"Testing does not know the model type 'gpt_neox' \(known: llama, .*\); mend it"):
+        architecture_of(gpt_neox, "Testing", "mend it")
+    with pytest.raises(LlmqatError, match=r"SmoothQuant does not know .*'gpt_neox'.* leave --smooth out, or add a row"):
+        smooth(gpt_neox, tokens)
+
+
+def test_unknown_family_can_be_rounded_but_not_calibrated(gpt_neox, tokens):
+    linears = [m for m in gpt_neox.modules() if isinstance(m, torch.nn.Linear)]
+    with pytest.raises(LlmqatError, match=r"GPTQ does not know .*'gpt_neox'.* use --init rtn, or add a row"):
+        prepare(gpt_neox, QuantScheme(4, 16), init="gptq", calibration=tokens)
+    assert [m for m in gpt_neox.modules() if isinstance(m, torch.nn.Linear)] == linears, "a refusal changes nothing"
+    report = prepare(gpt_neox, QuantScheme(4, 16))
+    assert len(report.quantized) == 8
+    assert gpt_neox(input_ids=tokens[0]).logits.isfinite().all()

@@ -1,0 +1,209 @@
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llmqat.errors import LlmqatError
+from llmqat.models.patcher import check_divisible, convert, plan, prepare, quantized_layers, round_float_parts, smooth
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.scheme import QuantScheme
+
+SCHEME = QuantScheme(4, 16)
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def schemes(report):
+    return {layer.name: layer.scheme for layer in report.layers}
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(input_ids=tokens[0]).logits
+
+
+@pytest.mark.parametrize(("tied", "reason"), [(False, "output head"), (True, "output head, tied to the embedding")])
+def test_coverage(tiny_llama, tied, reason):
+    model = tiny_llama(tie_word_embeddings=tied)
+    report = prepare(model, SCHEME)
+    assert [layer.name.rsplit(".", 1)[-1] for layer in report.quantized] == NAMES * 2
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("lm_head", reason)]
+    assert isinstance(model.lm_head, nn.Linear)
+    assert tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    on_grid = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert report.total_parameters == on_grid + 128 * 64 * (1 if tied else 2) + 5 * 64
+    assert report.parameters_quantized == on_grid / report.total_parameters
+    summary = report.summary()
+    assert summary.startswith("14 layers quantized, ")
+    assert "W4A16 g16 symmetric: 14 layers" in summary
+    assert f"float: lm_head ({reason})" in summary
+
+
+def test_parameters_are_the_same_objects(tiny_llama):
+    model = tiny_llama(attention_bias=True).to(torch.bfloat16)
+    before = dict(model.named_parameters())
+    report = prepare(model, QuantScheme(4, 16, symmetric=False))
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    for layer in report.quantized:
+        module = model.get_submodule(layer.name)
+        assert isinstance(module, FakeQuantLinear)
+        assert module.weight.dtype == torch.float32
+        assert module.scale_dtype == torch.bfloat16, "scales are stored in the model's dtype"
+    assert model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_options_reach_the_layers(tiny_llama):
+    model = tiny_llama()
+    prepare(model, SCHEME, storage_dtype=torch.float16, clip_mask=True)
+    assert {(m.scale_dtype, m.clip_mask) for _, m, _ in quantized_layers(model)} == {(torch.float16, True)}
+
+
+def test_overrides_change_layers_and_later_ones_win(tiny_llama):
+    overrides = {"down_proj": {"bits": 8, "group_size": -1}, r"layers\.1\.mlp": "float", r"1\.mlp\.up": {"symmetric": False}}
+    model = tiny_llama()
+    report = prepare(model, SCHEME, overrides=overrides)
+    got = schemes(report)
+    assert got["model.layers.0.mlp.down_proj"] == QuantScheme(8, -1)
+    assert got["model.layers.1.mlp.down_proj"] is None
+    assert got["model.layers.1.mlp.up_proj"] == QuantScheme(4, 16, False)
+    assert got["model.layers.0.self_attn.q_proj"] == SCHEME
+    reasons = {layer.name: layer.reason for layer in report.skipped}
+    assert reasons["model.layers.1.mlp.gate_proj"] == "override"
+    assert isinstance(model.model.layers[1].mlp.gate_proj, nn.Linear)
+
+
+def test_plan_changes_nothing_and_runs_on_meta(tiny_llama):
+    with torch.device("meta"):
+        model = tiny_llama()
+    report = plan(model, SCHEME)
+    assert len(report.quantized) == 14
+    assert not list(quantized_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"down_proj": 8}, "override 'down_proj': write float, or any of bits, group_size, .* got 8"),
+        ({"down_proj": {"width": 8}}, r"override 'down_proj': write float, or any of .* got \{'width': 8\}"),
+        ({"down_proj": "int8"}, "write float, or any of .* got 'int8'"),
+        ({"down_proj": {"bits": 5}}, "bits must be one of 2, 3, 4, 8, got 5"),
+        ({"experts": "float"}, "override 'experts' matches no Linear layer; the first ones are model.layers.0.self_attn.q"),
+        ({"*down": "float"}, r"override '\*down' is not a regular expression"),
+    ],
+)
+def test_malformed_overrides(tiny_llama, overrides, message):
+    with pytest.raises(LlmqatError, match=message):
+        plan(tiny_llama(), SCHEME, overrides)
+
+
+def test_indivisible_groups_name_every_layer_and_the_remedy(tiny_llama):
+    model = tiny_llama()
+    with pytest.raises(LlmqatError, match="group_size 64 does not divide 2 layers") as caught:
+        prepare(model, QuantScheme(4, 64))
+    message = str(caught.value)
+    for part in ("model.layers.0.mlp.down_proj (in_features 96)", "model.layers.1.mlp.down_proj (in_features 96)"):
+        assert part in message
+    assert "--override 'down_proj$:group_size=-1'" in message
+    assert "choose a --group-size that divides 32" in message
+    assert not list(quantized_layers(model)), "a refusal changes nothing"
+    remedy = {"down_proj$": {"group_size": -1}}
+    assert f"overrides={remedy}" in message
+    assert len(prepare(model, QuantScheme(4, 64), overrides=remedy).quantized) == 14
+    check_divisible(plan(tiny_llama(), QuantScheme(4, int(re.search(r"divides (\d+)", message)[1]))))
+
+
+def test_prepared_once(tiny_llama):
+    model = tiny_llama()
+    prepare(model, SCHEME)
+    with pytest.raises(LlmqatError, match="prepared already; load it again"):
+        prepare(model, SCHEME)
+
+
+def test_unknown_init(tiny_llama):
+    with pytest.raises(LlmqatError, match="init must be one of gptq, rtn; got 'awq'"):
+        prepare(tiny_llama(), SCHEME, init="awq")
+
+
+@pytest.mark.parametrize("calibration", [None, []])
+def test_gptq_needs_calibration(tiny_llama, calibration):
+    model = tiny_llama()
+    with pytest.raises(LlmqatError, match="at least one batch"):
+        prepare(model, SCHEME, init="gptq", calibration=calibration)
+    assert not list(quantized_layers(model)), "a refusal changes nothing"
+
+
+def test_a_model_without_linear_layers_is_refused():
+    """GPT-2 is made of Conv1D: a report of nothing quantized would be a silent fallback."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16))
+    with pytest.raises(LlmqatError, match="no Linear layer"):
+        prepare(model, SCHEME)
+
+
+def test_smooth_covers_every_block(tiny_llama, tokens):
+    model = tiny_llama()
+    before = logits(model, tokens)
+    changes = smooth(model, tokens, 0.5)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    assert list(changes) == [f"model.layers.{i}.{norm}" for i in range(2) for norm in norms]
+    torch.testing.assert_close(logits(model, tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", ["rtn", "gptq"])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_convert_runs_what_was_trained(tiny_llama, tokens, symmetric, init, dtype, act_bits):
+    model = tiny_llama(tie_word_embeddings=symmetric).to(dtype)
+    scheme = QuantScheme(4, 16, symmetric, act_bits)
+    report = prepare(model, scheme, init=init, calibration=tokens, keep_float=symmetric)
+    assert len(report.errors) == (14 if init == "gptq" else 0)
+    codes = {name: layer.codes() for name, layer, _ in quantized_layers(model)}
+    expected = logits(model, tokens)
+    assert convert(model) is model
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert list(packed) == list(codes)
+    assert all(torch.equal(m.unpack()[0], codes[name]) for name, m in packed.items())
+    assert torch.equal(logits(model, tokens), expected)
+
+
+def test_convert_takes_adapters_along(tiny_llama, tokens):
+    model = tiny_llama()
+    prepare(model, SCHEME, storage_dtype=torch.bfloat16)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=NAMES[:5], init_lora_weights=False)
+    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    plain = logits(model, tokens)
+    adapted = get_peft_model(model, config)
+    layers = list(quantized_layers(adapted))
+    assert [name for name, *_ in layers] == [layer.name for layer in plan(tiny_llama(), SCHEME).quantized]
+    assert sum(bool(lora) for *_, lora in layers) == 10
+    expected = logits(adapted, tokens)
+    assert not torch.equal(expected, plain)
+    packed = convert(adapted)
+    assert packed is model
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == 14
+    assert not any("lora" in name for name, _ in packed.named_modules())
+    assert torch.equal(logits(packed, tokens), expected)
+
+
+def test_nothing_to_convert(tiny_llama):
+    with pytest.raises(LlmqatError, match=r"nothing to convert: .* call llmqat.prepare first"):
+        convert(tiny_llama())
+
+
+def test_float_parts_are_rounded_to_storage_and_the_grid_is_left_alone(tiny_llama):
+    model = tiny_llama(attention_bias=True)
+    prepare(model, SCHEME, storage_dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-3 * torch.randn_like(parameter)
+    on_grid = {n: p.clone() for n, p in model.named_parameters() if n.endswith((".scale", "_proj.weight"))}
+    round_float_parts(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        rounded = parameter.to(torch.bfloat16).float()
+        assert torch.equal(parameter, on_grid.get(name, rounded)), name
+    assert any(not torch.equal(p, p.to(torch.bfloat16).float()) for p in on_grid.values())
