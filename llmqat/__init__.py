@@ -7,33 +7,55 @@ from llmqat.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from llmqat.api import (
+        FloatCopy,
+        FloatView,
         add_lora,
+        blocks,
         convert,
+        encode,
+        environment,
+        evaluate,
         finetune,
         load,
+        load_corpus,
+        load_float,
+        load_tokenizer,
         pack,
+        peak_memory,
         perplexity,
         prepare,
         smooth,
         throughput,
         verify,
+        windows,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FloatCopy",
+    "FloatView",
     "LlmqatError",
     "QuantScheme",
     "add_lora",
+    "blocks",
     "convert",
+    "encode",
+    "environment",
+    "evaluate",
     "finetune",
     "load",
+    "load_corpus",
+    "load_float",
+    "load_tokenizer",
     "pack",
+    "peak_memory",
     "perplexity",
     "prepare",
     "smooth",
     "throughput",
     "verify",
+    "windows",
 ]
 
 

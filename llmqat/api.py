@@ -10,32 +10,47 @@ from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.config import TrainConfig
+from llmqat.environment import environment
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
-from llmqat.metrics.perplexity import Windows, evaluate
+from llmqat.metrics.memory import peak_memory
+from llmqat.metrics.perplexity import Windows, evaluate, windows
 from llmqat.metrics.throughput import Throughput, throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import convert, prepare, smooth
+from llmqat.train.data import blocks, encode, load_corpus
 from llmqat.train.loop import TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 
 __all__ = [
     "CoverageReport",
+    "FloatCopy",
+    "FloatView",
     "Throughput",
     "TrainResult",
     "Verification",
     "add_lora",
+    "blocks",
     "convert",
+    "encode",
+    "environment",
+    "evaluate",
     "finetune",
     "load",
+    "load_corpus",
+    "load_float",
+    "load_tokenizer",
     "pack",
+    "peak_memory",
     "perplexity",
     "prepare",
     "smooth",
     "throughput",
     "verify",
+    "windows",
 ]
 
 
@@ -85,7 +100,5 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:
     Raises:
         LlmqatError: if the stream is shorter than one window, or the loss is not finite.
     """
-    from llmqat.train.data import blocks
-
     with torch.no_grad():
         return evaluate(model, Windows(blocks(tokens, window, "evaluation"), "none")).perplexity

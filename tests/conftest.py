@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmqat.scheme import QuantScheme
 
@@ -63,3 +65,32 @@ def bits(request: pytest.FixtureRequest) -> int:
 def scheme(bits: int, symmetric: bool) -> QuantScheme:
     """Every width, symmetric and not, in groups of 16."""
     return QuantScheme(bits, 16, symmetric)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, and BOS and EOS: 258 ids."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny random Llama in bfloat16 and its tokenizer, saved; not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    LlamaForCausalLM._from_config(LlamaConfig(**TINY | {"vocab_size": 258}), dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """800 short lines of a few words."""
+    words, draw = "def return self for in range print x y value index".split(), random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "words.txt"
+    path.write_text("".join(" ".join(draw.choices(words, k=6)) + "\n" for _ in range(800)))
+    return path

@@ -83,9 +83,7 @@ def smooth_model(
     changes = {}
     for (norm_path, linear_paths), activation_absmax in zip(sites, absmax, strict=True):
         norm, linears = model.get_submodule(norm_path), [model.get_submodule(path) for path in linear_paths]
-        weight_absmax = torch.cat(
-            [linear.weight.abs() for linear in linears if isinstance(linear.weight, Tensor)]
-        ).amax(0)
+        weight_absmax = torch.cat([p.abs() for linear in linears for p in linear.parameters() if p.ndim == 2]).amax(0)
         s = smoothing_scale(activation_absmax, weight_absmax, alpha)
         fold(norm, linears, s)
         after = model(input_ids=probe, use_cache=False).logits

@@ -122,7 +122,8 @@ def load_packed(
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _fill(

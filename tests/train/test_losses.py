@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from llmqat.train import losses
+from llmqat.train.losses import ce_loss, kd_loss
+
+V = 11
+
+
+def torch_kd(logits, teacher):
+    log_q, log_p = log_softmax(logits, -1).flatten(0, 1), log_softmax(teacher, -1).flatten(0, 1)
+    return kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def torch_ce(logits, ids):
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.fixture(params=["kd", "ce"])
+def loss(request):
+    """Ours, torch's, and targets ``(batch, length, ...)`` for them."""
+    if request.param == "kd":
+        return kd_loss, torch_kd, lambda *shape: 2 * torch.randn(*shape, V)
+    return ce_loss, torch_ce, lambda *shape: torch.randint(V, shape)
+
+
+# Chunks of 8 tokens: fewer, one chunk exactly, a chunk and a token, several with a rest.
+@pytest.mark.parametrize("shape", [(1, 5), (2, 4), (1, 9), (3, 9), (2, 20)], ids=str)
+def test_equals_torch_in_value_and_gradient(monkeypatch, loss, shape):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 8)
+    ours, theirs, targets = loss
+    target = targets(*shape)
+    logits = (3 * torch.randn(*shape, V)).requires_grad_()
+    twin = logits.detach().double().requires_grad_()
+    value, expected = ours(logits, target), theirs(twin, target.double() if target.is_floating_point() else target)
+    (3 * value).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits.grad.double(), twin.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_long_sequences_cross_the_real_chunks(loss):
+    ours, theirs, targets = loss
+    shape = (2, losses.CHUNK_TOKENS + 3)
+    logits, target = torch.randn(*shape, V), targets(*shape)
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32(loss):
+    ours, theirs, targets = loss
+    logits, target = torch.randn(2, 300, V).bfloat16().requires_grad_(), targets(2, 300)
+    value = ours(logits, target)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(value, theirs(logits.detach().float(), target), rtol=1e-5, atol=1e-6)
+
+
+def test_kd_is_zero_at_equality():
+    logits = torch.randn(2, 7, V, requires_grad=True)
+    loss = kd_loss(logits, logits.detach().clone())
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
+def test_kd_takes_logits_up_to_a_constant_per_token():
+    logits, teacher = torch.randn(2, 7, V), torch.randn(2, 7, V)
+    torch.testing.assert_close(kd_loss(logits + torch.randn(2, 7, 1), teacher), kd_loss(logits, teacher))
+    assert kd_loss(logits, teacher) > 0
+    assert not torch.isclose(kd_loss(logits, teacher), kd_loss(teacher, logits))  # forward KL, teacher first
+
+
+def test_token_mean_does_not_depend_on_the_batch(loss):
+    ours, _, targets = loss
+    logits, target = torch.randn(6, 7, V), targets(6, 7)
+    parts = [ours(logits[i : i + 2], target[i : i + 2]) for i in range(0, 6, 2)]
+    torch.testing.assert_close(ours(logits, target), torch.stack(parts).mean())
