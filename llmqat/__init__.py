@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llmqat.api import (
         FloatCopy,
         FloatView,
+        Windows,
         add_lora,
         blocks,
         convert,
@@ -37,6 +38,7 @@ __all__ = [
     "FloatView",
     "LlmqatError",
     "QuantScheme",
+    "Windows",
     "add_lora",
     "blocks",
     "convert",

@@ -32,6 +32,7 @@ __all__ = [
     "Throughput",
     "TrainResult",
     "Verification",
+    "Windows",
     "add_lora",
     "blocks",
     "convert",

@@ -120,26 +120,25 @@ def run_finetune(args: argparse.Namespace) -> None:
     """`llmqat finetune`."""
     from llmqat.pipeline import RECIPE, run
 
-    recipe = recipe_from(args)
-    saved = Path(recipe.output) / RECIPE
+    saved = Path(args.resolved.output) / RECIPE
     if args.resume and saved.exists():
         args.recipe = str(saved)
-        recipe = recipe_from(args)
-    run(recipe, resume=args.resume, overwrite=args.overwrite)
+        args.resolved = recipe_from(args)
+    run(args.resolved, resume=args.resume, overwrite=args.overwrite)
 
 
 def run_quantize(args: argparse.Namespace) -> None:
     """`llmqat quantize`."""
     from llmqat.pipeline import run
 
-    run(recipe_from(args), train=False, overwrite=args.overwrite)
+    run(args.resolved, train=False, overwrite=args.overwrite)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`llmqat inspect`."""
     from llmqat.inspection import describe, inspect
 
-    print(describe(inspect(recipe_from(args))))
+    print(describe(inspect(args.resolved)))
 
 
 def load_any(name: str, dtype: Any = None) -> tuple[Any, Any]:
@@ -253,6 +252,12 @@ def quiet_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed, 2 wrong arguments."""
     args = build_parser().parse_args(argv)
+    try:
+        if hasattr(args, "recipe"):  # wrong values are found before anything heavy is imported
+            args.resolved = recipe_from(args)
+    except LlmqatError as error:
+        print(f"llmqat {args.command}: {error}", file=sys.stderr)
+        return 2
     try:
         if args.command != "recipes":
             quiet_libraries()

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
 from llmqat.train import checkpoint
-from llmqat.train.data import Corpus, blocks, encode, load_corpus
+from llmqat.train.data import blocks, encode, load_corpus
 from llmqat.train.loop import fit
-from llmqat.train.modes import add_lora, select_trainable
+from llmqat.train.modes import add_lora, default_alpha, select_trainable
 
 RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
 CALIBRATION_BATCH = 8
@@ -81,6 +81,8 @@ class Run:
         self.directory = Path(recipe.output)
         self.train = train
         torch.manual_seed(recipe.seed)
+        say(f"reading {recipe.data.dataset}")
+        self.corpus = load_corpus(recipe.data.dataset, recipe.data.text_field)
         say(f"loading {recipe.model}")
         self.model: Any
         self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
@@ -92,8 +94,6 @@ class Run:
             self.recipe = recipe = fit_context(recipe, context)
         with replacing(self.directory) as scratch:
             (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
-        say(f"reading {recipe.data.dataset}")
-        self.corpus = load_corpus(recipe.data.dataset, recipe.data.text_field)
         self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
 
     def execute(self) -> Measured:
@@ -113,7 +113,7 @@ class Run:
     def smooth(self) -> None:
         """SmoothQuant on the float model, if asked for."""
         if self.recipe.init.smooth is not None:
-            changes = smooth(self.model, self.calibration(), self.recipe.init.smooth)
+            changes = smooth(self.model, self.calibration, self.recipe.init.smooth)
             say(
                 f"smoothed {len(changes)} sites; float logits changed by at most {max(changes.values()):.1e} of the "
                 "largest"
@@ -135,17 +135,19 @@ class Run:
             clip_mask=recipe.quant.clip_mask,
         )
         say(coverage.summary())
+        self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, coverage, self.test)
         self.measured.tokens["calibration"] = 0
         if recipe.init.method == "gptq":
-            self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration())
+            self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         if earlier:
             self.measured.perplexity.update(earlier)
         else:
             results["rtn"] = evaluate(self.model, self.test, description="perplexity, round to nearest")
             if recipe.init.method == "gptq":
-                errors = run_gptq(self.model, self.calibration(), recipe.init.damp, keep_float=not full)
+                errors = run_gptq(self.model, self.calibration, recipe.init.damp, keep_float=not full)
                 coverage.errors.update(errors)
+                say(coverage.error_summary())
         if self.train:
             self.select_trainable()
         self.reference = copied or FloatView(self.model)
@@ -160,18 +162,16 @@ class Run:
         config, mode = self.recipe.train, self.recipe.train.mode
         assert mode is not None
         if mode == "lora":
-            self.model = add_lora(self.model, config.lora_r)
+            self.model = add_lora(self.model, config.lora_r, self.lora_alpha)
         select_trainable(self.model, mode, config.lr_scale > 0)
 
     def fit(self) -> None:
         """Train through the grid, and the float control if it was asked for."""
         recipe, config = self.recipe, self.recipe.train
-        needed = config.max_steps * config.batch_size * config.accumulation * config.length
-        stream = encode(self.tokenizer, self.corpus.train, max(needed, LEAST_TRAIN_TOKENS))
         held_out = self.windows_of(self.corpus.validation, recipe.eval.validation_tokens, config.length).ids
         train = partial(
             fit,
-            blocks=blocks(stream, config.length, "training"),
+            blocks=blocks(self.train_stream, config.length, "training"),
             held_out=held_out,
             config=config,
             mode=config.mode or "full",
@@ -242,14 +242,22 @@ class Run:
         config = self.recipe.eval
         return windows(self.tokenizer, documents, length or config.window, tokens, config.bos)
 
+    @cached_property
+    def train_stream(self) -> Tensor:
+        """Training text as one stream of ids: all of it, or enough for the run and at least `LEAST_TRAIN_TOKENS`."""
+        config = self.recipe.train
+        needed = config.max_steps * config.batch_size * config.accumulation * config.length
+        return encode(self.tokenizer, self.corpus.train, max(needed, LEAST_TRAIN_TOKENS))
+
+    @cached_property
     def calibration(self) -> list[Tensor]:
-        """Calibration batches, from the training text or a dataset of their own: the same on every call."""
-        recipe = self.recipe
-        source = recipe.data.calibration
-        corpus: Corpus = self.corpus if source is None else load_corpus(source, recipe.data.text_field)
-        length = recipe.train.length
-        wanted = recipe.init.samples * length
-        rows = blocks(encode(self.tokenizer, corpus.train, max(wanted, LEAST_TRAIN_TOKENS)), length, "calibration")
+        """Calibration batches ``(batch, length)``, from the training text or a dataset of their own."""
+        recipe, source = self.recipe, self.recipe.data.calibration
+        stream = self.train_stream
+        if source is not None:
+            corpus = load_corpus(source, recipe.data.text_field)
+            stream = encode(self.tokenizer, corpus.train, LEAST_TRAIN_TOKENS)
+        rows = blocks(stream, recipe.train.length, "calibration")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
         size = min(CALIBRATION_BATCH, len(order))
         return list(rows[order[: len(order) // size * size]].split(size))

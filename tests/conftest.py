@@ -90,7 +90,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 short lines of a few words."""
-    words, draw = "def return self for in range print x y value index".split(), random.Random(0)
+    words, draw = ["def", "return", "self", "for", "in", "range", "print", "x", "y", "value", "index"], random.Random(0)
     path = tmp_path_factory.mktemp("data") / "words.txt"
     path.write_text("".join(" ".join(draw.choices(words, k=6)) + "\n" for _ in range(800)))
     return path

@@ -19,20 +19,18 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 
 
-def lora_config(model: nn.Module, r: int, alpha: float | None = None) -> LoraConfig:
-    """Peft's config for adapters inside every quantizer of `model`.
+def default_alpha(model: nn.Module, r: int) -> float:
+    """The alpha with which adapters count in codes: ``alpha / r`` is the median scale of the model.
 
-    By default ``alpha / r`` is the median scale of the model: adapters then count in codes, and their learning rate
-    does not depend on the size of the weights (LR-QAT, arXiv 2406.06385, section 3.2).
+    Their learning rate then does not depend on the size of the weights (LR-QAT, arXiv 2406.06385, section 3.2).
+
+    Raises:
+        LlmqatError: if no layer is quantized.
     """
-    layers = {name: layer for name, layer, _ in quantized_layers(model)}
-    if not layers:
+    medians = [float(layer.scale.detach().abs().median()) for _, layer, _ in quantized_layers(model)]
+    if not medians:
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before add_lora")
-    if alpha is None:
-        alpha = r * median(float(layer.scale.detach().abs().median()) for layer in layers.values())
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(layers), task_type="CAUSAL_LM")  # type: ignore[arg-type]
-    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
-    return config
+    return r * median(medians)
 
 
 def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, adapter: str | None = None) -> PeftModel:
@@ -41,7 +39,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
     Args:
         model: prepared by `llmqat.prepare`.
         r: rank.
-        alpha: scaling is ``alpha / r``; by default adapters count in codes, see `lora_config`.
+        alpha: scaling is ``alpha / r``; by default adapters count in codes, see `default_alpha`.
         adapter: directory of a saved adapter to load instead of a fresh one.
 
     Returns:
@@ -51,7 +49,11 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         LlmqatError: if the model is not prepared.
     """
     if adapter is None:
-        return get_peft_model(model, lora_config(model, r, alpha))
+        alpha = default_alpha(model, r) if alpha is None else alpha
+        names = [name for name, _, _ in quantized_layers(model)]
+        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+        return get_peft_model(model, config)  # type: ignore[return-value]
     config = LoraConfig.from_pretrained(adapter)
     config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
     return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
@@ -87,7 +89,7 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
 
 
 def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[dict[str, Any]]:
-    """Optimizer groups of what trains, one per learning rate."""
+    """Optimizer groups of what trains: one per tensor, each with its own learning rate."""
     assert config.lr is not None
     if mode == "lora":
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
@@ -96,14 +98,14 @@ def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[d
         step = float(layer.scale.detach().abs().median())
         rates[id(layer.weight)] = config.lr * step
         rates[id(layer.scale)] = (config.lr if mode == "scales" else config.lr_scale) * step
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             rate = rates.get(id(parameter))
             if rate is None:
                 rate = config.lr_float * float(parameter.detach().square().mean().sqrt().clamp(min=1e-3))
-            groups.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+            groups.append({"params": [parameter], "lr": rate})
+    return groups
 
 
 @torch.no_grad()

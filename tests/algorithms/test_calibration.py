@@ -18,7 +18,10 @@ STAGES = [
 ]
 
 
-def prepared(model, scheme=QuantScheme(4, 16), **kwargs):
+SCHEME = QuantScheme(4, 16)
+
+
+def prepared(model, scheme=SCHEME, **kwargs):
     return model, prepare(model, scheme, **kwargs)
 
 
@@ -143,7 +146,9 @@ def test_blocks_may_return_tuples():
         assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
 
 
-@pytest.mark.parametrize("batches", [[], [torch.zeros(2, 8), torch.zeros(2, 9)], [torch.zeros(2, 8), torch.zeros(1, 8)]])
+@pytest.mark.parametrize(
+    "batches", [[], [torch.zeros(2, 8), torch.zeros(2, 9)], [torch.zeros(2, 8), torch.zeros(1, 8)]]
+)
 def test_batches_of_one_shape(tiny_llama, batches):
     model, _ = prepared(tiny_llama().train())
     with pytest.raises(LlmqatError, match="at least one batch, and all batches of one shape"):

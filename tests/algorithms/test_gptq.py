@@ -144,7 +144,7 @@ def test_damping_and_factor(damp):
 
 def test_damping_is_raised_until_the_hessian_can_be_inverted():
     H = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # eigenvalues 2.05 and -0.05
-    with pytest.warns(UserWarning, match=r"Hessian of block 3 down_proj is not positive definite; damping raised to 0\.1"):
+    with pytest.warns(UserWarning, match=r"Hessian of block 3 down_proj is not positive .* raised to 0\.1"):
         U = inverse_cholesky(H, 0.01, "block 3 down_proj")
     torch.testing.assert_close(U.T @ U, torch.linalg.inv(H + 0.1 * torch.eye(2)))
     with pytest.warns(UserWarning, match=r"damping raised to 0\.01"), warnings.catch_warnings():

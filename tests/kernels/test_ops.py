@@ -39,7 +39,9 @@ def test_opcheck(symmetric, bias, act_bits, x_shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_linear_on_the_dequantized_weight(bits, symmetric, shape, dtype, monkeypatch):
     out_features, in_features, group_size = shape
-    packed, codes, zero_point, w_hat = packed_layer(out_features, in_features, QuantScheme(bits, group_size, symmetric), dtype)
+    packed, codes, zero_point, w_hat = packed_layer(
+        out_features, in_features, QuantScheme(bits, group_size, symmetric), dtype
+    )
     unpacked, unpacked_zero = ops.unpack_weight(*packed, QuantScheme(bits, group_size, symmetric), in_features)
     assert torch.equal(unpacked, codes)
     assert (unpacked_zero is None) == (zero_point is None)

@@ -64,7 +64,11 @@ def test_options_reach_the_layers(tiny_llama):
 
 
 def test_overrides_change_layers_and_later_ones_win(tiny_llama):
-    overrides = {"down_proj": {"bits": 8, "group_size": -1}, r"layers\.1\.mlp": "float", r"1\.mlp\.up": {"symmetric": False}}
+    overrides = {
+        "down_proj": {"bits": 8, "group_size": -1},
+        r"layers\.1\.mlp": "float",
+        r"1\.mlp\.up": {"symmetric": False},
+    }
     model = tiny_llama()
     report = prepare(model, SCHEME, overrides=overrides)
     got = schemes(report)
@@ -92,7 +96,7 @@ def test_plan_changes_nothing_and_runs_on_meta(tiny_llama):
         ({"down_proj": {"width": 8}}, r"override 'down_proj': write float, or any of .* got \{'width': 8\}"),
         ({"down_proj": "int8"}, "write float, or any of .* got 'int8'"),
         ({"down_proj": {"bits": 5}}, "bits must be one of 2, 3, 4, 8, got 5"),
-        ({"experts": "float"}, "override 'experts' matches no Linear layer; the first ones are model.layers.0.self_attn.q"),
+        ({"experts": "float"}, "override 'experts' matches no Linear layer; the first ones are model.layers.0.self"),
         ({"*down": "float"}, r"override '\*down' is not a regular expression"),
     ],
 )

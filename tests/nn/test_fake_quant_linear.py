@@ -11,10 +11,11 @@ from llmqat.quant.affine import choose_scale, dequantize
 from llmqat.scheme import QuantScheme
 
 IN, OUT = 64, 24
+SCHEME = QuantScheme(4, 16)
 VARIANTS = [{}, {"code_scale": True}, {"compensation": True}, {"lora": True}, {"compensation": True, "lora": True}]
 
 
-def make(scheme=QuantScheme(4, 16), dtype=torch.float32, lora=False, compensation=False, code_scale=False, **kwargs):
+def make(scheme=SCHEME, dtype=torch.float32, lora=False, compensation=False, code_scale=False, **kwargs):
     """A layer that looks as if it had been trained, and the adapter arguments of its forward."""
     layer = FakeQuantLinear.from_linear(nn.Linear(IN, OUT), scheme, dtype, **kwargs)
     with torch.no_grad():
@@ -212,7 +213,9 @@ def test_used_twice_in_one_graph_gradients_add_up(symmetric):
         torch.testing.assert_close(p.grad, a + b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, {"lora": True, "clip_mask": True}], ids=lambda v: "+".join(v) or "plain")
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, {"lora": True, "clip_mask": True}], ids=lambda v: "+".join(v) or "plain"
+)
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_of_weight_size_is_saved_but_the_weight(variant, scale_dtype, symmetric):
     layer, lora = make(QuantScheme(4, 16, symmetric, 8), scale_dtype, **variant)

@@ -154,7 +154,7 @@ def test_adapters_stay_float32_masters(trained):
     "option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}], ids=lambda option: next(iter(option))
 )
 def test_rejects_what_has_no_meaning_inside(prepared, option):
-    with pytest.raises(LlmqatError, match="lora_dropout, use_dora and lora_bias have no meaning .* leave them out"):
+    with pytest.raises(LlmqatError, match=r"lora_dropout, use_dora and lora_bias have no meaning .* leave them out"):
         get_peft_model(prepared(), lora_config(**option))
 
 

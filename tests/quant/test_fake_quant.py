@@ -15,7 +15,9 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
-@pytest.mark.parametrize(("columns", "group_size"), [(96, 1), (96, 16), (96, 32), (96, -1), (83, -1), (83, 1), (85, 17)])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(96, 1), (96, 16), (96, 32), (96, -1), (83, -1), (83, 1), (85, 17)]
+)
 def test_is_dequantize_of_quantize_bit_for_bit(bits, symmetric, columns, group_size, scale_dtype, monkeypatch):
     scheme = QuantScheme(bits, group_size, symmetric)
     for seed in range(6):
@@ -95,8 +97,8 @@ class Case:
 
 
 def reference(
-    x, weight, scale, zero_point, bias, scheme, scale_dtype, *, clip_mask, lora_scaling, code_scale=None, compensation=None,
-    lora_a=None, lora_b=None,
+    x, weight, scale, zero_point, bias, scheme, scale_dtype, *, clip_mask, lora_scaling,
+    code_scale=None, compensation=None, lora_a=None, lora_b=None,
 ):  # fmt: skip
     latent = weight if compensation is None else weight + compensation
     if lora_a is not None:
@@ -162,7 +164,9 @@ def test_gradients_as_close_to_float64_as_plain_torch(symmetric, dtype):
         assert error(value, exact[name]) <= 2 * error(baseline[name], exact[name]) + 1e-7, name
 
 
-@pytest.mark.parametrize("frozen", [("weight", "scale", "zero_point"), ("weight", "lora_a"), ("x", "bias"), ("scale",)], ids=str)
+@pytest.mark.parametrize(
+    "frozen", [("weight", "scale", "zero_point"), ("weight", "lora_a"), ("x", "bias"), ("scale",)], ids=str
+)
 @pytest.mark.parametrize("options", [{}, {"code_scale": True}, {"clip_mask": True}], ids=str)
 def test_frozen_inputs_change_no_other_gradient(symmetric, frozen, options):
     """Above all: adapters alone take their gradient from thin factors, and get the one of the full formula."""
@@ -196,7 +200,9 @@ def test_any_leading_shape(x_shape):
     assert all(t.grad.shape == t.shape for t in case.tensors.values())
 
 
-@pytest.mark.parametrize(("lora", "scale_dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)])
+@pytest.mark.parametrize(
+    ("lora", "scale_dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)]
+)
 def test_torch_compile_trains_on_the_same_grid(lora, scale_dtype):
     """A fused kernel that skips the rounding of the scale to bfloat16 would train on codes that are never packed."""
     torch._dynamo.reset()

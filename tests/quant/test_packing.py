@@ -52,6 +52,8 @@ def test_the_bit_order_itself():
     assert pack_rows(crossing, 3).tolist() == [[1 << 30, 1]]
 
 
-@pytest.mark.parametrize(("length", "bits", "words"), [(8, 4, 1), (9, 4, 2), (32, 3, 3), (11, 3, 2), (545, 3, 52), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("length", "bits", "words"), [(8, 4, 1), (9, 4, 2), (32, 3, 3), (11, 3, 2), (545, 3, 52), (1, 2, 1)]
+)
 def test_packed_width(length, bits, words):
     assert packed_width(length, bits) == words

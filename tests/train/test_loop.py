@@ -1,0 +1,252 @@
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+
+from llmqat.config import TrainConfig
+from llmqat.errors import LlmqatError
+from llmqat.models.patcher import quantized_layers
+from llmqat.train import checkpoint, loop
+from llmqat.train.loop import Trainer, fit, lr_factor
+
+
+def train(run, config, mode, **kwargs):
+    kwargs.setdefault("teacher", run.teacher)
+    return fit(run.model, run.blocks, run.held_out, config, mode=mode, **kwargs)
+
+
+def codes(model):
+    return {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(monkeypatch, steps, action):
+    """Run `action` at the end of optimizer step `steps`."""
+    original = Trainer.step
+
+    def step(self, batches):
+        loss = original(self, batches)
+        if self.result.steps == steps:
+            action()
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_falls(prepared, train_config, mode, precision):
+    run = prepared(mode)
+    result = train(run, train_config(mode, max_steps=16, lr=0.01 if mode != "lora" else 0.02, precision=precision), mode)
+    assert result.held_out[result.best_step] < 0.99 * result.held_out[0]
+    assert result.best_step >= 6
+    assert result.steps == 16
+    assert result.tokens == 16 * 4 * 16
+    assert result.held_out.keys() == set(range(0, 17, 2))
+    assert result.losses.keys() == set(range(1, 17))
+    assert result.seconds > 0
+    assert (result.codes_changed > 0) == (mode != "scales")
+
+
+def test_cross_entropy_falls_without_a_teacher(prepared, train_config, mode):
+    run = prepared(mode)
+    result = train(run, train_config(mode, max_steps=16, loss="ce"), mode, teacher=None)
+    assert result.held_out[16] < result.held_out[0]
+
+
+def test_a_single_step(prepared, train_config, mode):
+    result = train(prepared(mode), train_config(mode, max_steps=1), mode)
+    assert result.losses.keys() == {1}
+    assert result.held_out.keys() == {0, 1}
+
+
+def test_losses_are_those_of_their_step(prepared, train_config, monkeypatch):
+    seen, original = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batches: seen.append(original(self, batches)) or seen[-1])
+    result = train(prepared("full"), train_config("full"), "full")
+    assert result.losses == dict(enumerate(seen, start=1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resume_is_bit_identical(prepared, train_config, mode, dtype, accumulation, monkeypatch, tmp_path):
+    config = train_config(mode, max_steps=7, save_every=3, batch_size=2, accumulation=accumulation)
+    whole = prepared(mode, dtype=dtype)
+    expected = train(whole, config, mode)
+
+    broken = prepared(mode, dtype=dtype)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(broken, config, mode, directory=tmp_path)
+
+    again = prepared(mode, dtype=dtype)
+    torch.rand(3)  # a new process has another random state
+    state = checkpoint.load(tmp_path)
+    assert state["result"]["steps"] == 3
+    result = train(again, config, mode, directory=tmp_path, resume=state)
+    assert dataclasses.replace(result, seconds=0) == dataclasses.replace(expected, seconds=0)
+    assert same(codes(again.model), codes(whole.model))
+    assert same(trained(again.model), trained(whole.model))
+
+
+def test_resume_rebuilds_the_optimizer_whatever_the_grid_was(prepared, train_config, tmp_path):
+    """A resumed run starts from round-to-nearest, not from the initialization and training that the checkpoint holds."""
+    config = train_config("full", max_steps=4, lr=0.02)
+    first, fresh = prepared("full", dtype=torch.bfloat16), prepared("full", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for index, (_, layer, _) in enumerate(quantized_layers(first.model)):
+            layer.scale.fill_(0.02 if index < 4 else 0.03)
+            layer.code_scale.copy_(layer.scale)
+    result = train(first, config, "full", directory=tmp_path)
+    state = checkpoint.load(tmp_path)
+    assert train(fresh, config, "full", resume=state).held_out == result.held_out
+    assert same(codes(fresh.model), codes(first.model))
+
+
+def test_the_best_state_is_kept(prepared, train_config, mode, monkeypatch):
+    run = prepared(mode)
+    states, original = {}, Trainer.evaluate
+
+    def evaluate(self):
+        original(self)
+        states[self.result.steps] = trained(run.model)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    held_out = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr(Trainer, "held_out_loss", lambda self: next(held_out))
+    result = train(run, train_config(mode), mode)
+    assert (result.best_step, result.held_out) == (2, {0: 5.0, 2: 3.0, 4: 4.0})
+    assert same(trained(run.model), states[2])
+    assert not same(states[2], states[4])
+
+
+def test_the_state_before_training_competes(prepared, train_config, mode):
+    run = prepared(mode)
+    before, parameters = codes(run.model), trained(run.model)
+    result = train(run, train_config(mode, lr=50.0, warmup=0.0), mode)
+    assert result.best_step == 0
+    assert result.held_out[4] > result.held_out[0]
+    assert result.codes_changed == 0
+    assert same(codes(run.model), before)
+    assert same(trained(run.model), parameters)
+
+
+def test_non_finite_training_loss_names_the_step(prepared, train_config, monkeypatch, tmp_path):
+    calls, original = [], loop.kd_loss
+
+    def kd_loss(logits, targets):
+        calls.append(1)
+        return original(logits, targets) * (float("nan") if len(calls) == 6 else 1)  # 2 held-out batches, 3 steps
+
+    monkeypatch.setattr(loop, "kd_loss", kd_loss)
+    with pytest.raises(LlmqatError, match=r"the training loss became nan at step 4; lower --lr, or use --precision fp32"):
+        train(prepared("full"), train_config("full", eval_every=9, save_every=1), "full", directory=tmp_path)
+    assert checkpoint.load(tmp_path)["result"]["steps"] == 3
+
+
+def test_non_finite_held_out_loss_names_the_step(prepared, train_config, tmp_path):
+    run = prepared("scales")
+    with torch.no_grad():
+        run.model.model.norm.weight[0] = float("inf")
+    with pytest.raises(LlmqatError, match="the held-out loss became nan at step 0; lower --lr"):
+        train(run, train_config("scales"), "scales", directory=tmp_path)
+    assert checkpoint.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves(prepared, train_config, monkeypatch, tmp_path, number):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop_after(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    message = "interrupted after step 3; the same command with --resume goes on from there"
+    with pytest.raises(LlmqatError, match=message):
+        train(prepared("full"), train_config("full"), "full", directory=tmp_path)
+    assert checkpoint.load(tmp_path)["result"]["steps"] == 3
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_signal_in_the_last_step_finishes_the_run(prepared, train_config, monkeypatch):
+    stop_after(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(prepared("full"), train_config("full"), "full").steps == 4
+
+
+def test_accumulation_equals_a_big_batch(prepared, train_config, mode):
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        run = prepared(mode)
+        config = train_config(mode, max_steps=3, batch_size=size, accumulation=accumulation, eval_every=1)
+        results.append(train(run, config, mode))
+    for other in results[1:]:
+        assert other.losses == pytest.approx(results[0].losses, rel=1e-4)
+        assert other.held_out == pytest.approx(results[0].held_out, rel=1e-4)
+        assert other.tokens == results[0].tokens
+
+
+def test_gradient_checkpointing_changes_nothing(prepared, train_config, mode):
+    losses = []
+    for gradient_checkpointing in (False, True):
+        run = prepared(mode)
+        config = train_config(mode, gradient_checkpointing=gradient_checkpointing)
+        losses.append(train(run, config, mode).losses)
+        assert run.model.is_gradient_checkpointing == gradient_checkpointing
+    assert losses[0] == losses[1]
+
+
+def test_training_leaves_float32_logits(prepared, train_config):
+    """accelerate wraps the forward in autocast; what is measured afterwards must not be."""
+    run = prepared("full")
+    ids = run.held_out[:1]
+    train(run, train_config("full", lr=0.0, lr_scale=0.0, lr_float=0.0, precision="bf16"), "full")
+    assert torch.equal(run.model.eval()(input_ids=ids).logits, prepared("full").model(input_ids=ids).logits)
+
+
+def test_another_seed_is_another_order(prepared, train_config):
+    losses = [train(prepared("full"), train_config("full"), "full", seed=seed).losses for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "factors"), [(0.5, 4, [0.5, 1.0, 1.0, 0.5]), (0.0, 2, [1.0, 1.0]), (1.0, 2, [0.5, 1.0])]
+)
+def test_learning_rate_schedule(warmup, steps, factors):
+    config = TrainConfig(warmup=warmup, max_steps=steps)
+    assert [lr_factor(step, config) for step in range(steps)] == pytest.approx(factors)
+
+
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    assert checkpoint.load(tmp_path) is None
+    checkpoint.save(tmp_path, {"x": torch.ones(2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda state, file: file.write(b"half") and crash())
+        with pytest.raises(RuntimeError, match="power cut"):
+            checkpoint.save(tmp_path, {"x": torch.zeros(2)})
+    assert torch.equal(checkpoint.load(tmp_path)["x"], torch.ones(2))
+    checkpoint.discard(tmp_path)
+    assert checkpoint.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip file at all"], ids=["empty", "text"])
+def test_damaged_checkpoint(tmp_path, content):
+    (tmp_path / checkpoint.NAME).write_bytes(content)
+    with pytest.raises(LlmqatError, match=r"checkpoint\.pt is damaged; delete it and start again without --resume"):
+        checkpoint.load(tmp_path)
+
+
+def test_truncated_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, {"x": torch.ones(1000)})
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(LlmqatError, match="is damaged"):
+        checkpoint.load(tmp_path)
