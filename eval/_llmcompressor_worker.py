@@ -64,7 +64,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
     if job["method"] == "gptq":
         settings |= {
-            "actorder": str(weights.actorder),
+            "actorder": getattr(weights.actorder, "value", weights.actorder),
             "damp": modifier.dampening_frac,
             "block_size": modifier.block_size,
         }

@@ -26,6 +26,16 @@ class LayerError(NamedTuple):
     gptq: float
 
 
+def check_batches(batches: list[Tensor]) -> None:
+    """Refuse to calibrate on nothing, or on batches of several shapes.
+
+    Raises:
+        LlmqatError: if there are no batches, or their shapes differ.
+    """
+    if not batches or len({batch.shape for batch in batches}) != 1:
+        raise LlmqatError("calibration needs at least one batch, and all batches of one shape (batch, length)")
+
+
 class _Stop(Exception):
     """Raised by a hook once it has what it came for."""
 
@@ -40,8 +50,7 @@ class BlockInputs:
     @torch.no_grad()
     def capture(cls, model: nn.Module, first_block: nn.Module, batches: list[Tensor]) -> "BlockInputs":
         """Run the model up to its first block. `batches`: token ids ``(batch, length)``, all of one shape."""
-        if not batches or len({batch.shape for batch in batches}) != 1:
-            raise LlmqatError("calibration needs at least one batch, and all batches of one shape (batch, length)")
+        check_batches(batches)
         hidden: list[Tensor] = []
         arguments: dict[str, Any] = {}
 
@@ -73,6 +82,17 @@ class BlockInputs:
         """Make the block's outputs the inputs of the next."""
         for index, output in enumerate(self.run(block)):
             self.hidden[index] = output
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode; its own mode again afterwards, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -176,17 +196,15 @@ def gptq_model(
     Raises:
         LlmqatError: if there are no batches, or a Hessian cannot be used.
     """
-    training = model.training
-    model.eval()
-    inputs = BlockInputs.capture(model, blocks[0], batches)
     errors = []
-    for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
-        layers = {name: m for name, m in block.named_modules() if isinstance(m, FakeQuantLinear)}
-        for names in stages_of(block, inputs, layers) if layers else []:
-            # One Hessian serves all layers of the stage: they read the same tensor.
-            H = hessian_of(block, inputs, layers[names[0]])
-            for name in names:
-                errors.append(_quantize_layer(layers[name], H, damp, keep_float, f"block {index} {name}"))
-        inputs.advance(block)
-    model.train(training)
+    with evaluating(model):
+        inputs = BlockInputs.capture(model, blocks[0], batches)
+        for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
+            layers = {name: m for name, m in block.named_modules() if isinstance(m, FakeQuantLinear)}
+            for names in stages_of(block, inputs, layers) if layers else []:
+                # One Hessian serves all layers of the stage: they read the same tensor.
+                H = hessian_of(block, inputs, layers[names[0]])
+                for name in names:
+                    errors.append(_quantize_layer(layers[name], H, damp, keep_float, f"block {index} {name}"))
+            inputs.advance(block)
     return errors

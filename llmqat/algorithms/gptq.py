@@ -127,7 +127,9 @@ def gptq(
         )
     importance = H.diagonal().clone()
     dead = importance == 0
-    H.diagonal()[dead] = 1.0  # nothing to compensate with or for: the column keeps its round-to-nearest code
+    # Nothing to compensate with or for: the column keeps its round-to-nearest code. In the unit of H, or it would drown
+    # the damping of the others.
+    H.diagonal()[dead] = 1.0 if dead.all() else importance[~dead].mean()
     scale, zero_point = search_scale(W, importance + importance.mean() * 1e-6 + 1e-30, scheme, scale_dtype)
 
     perm = H.diagonal().argsort(descending=True)

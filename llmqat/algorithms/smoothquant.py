@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from llmqat.algorithms.calibration import evaluating
 from llmqat.errors import LlmqatError
 from llmqat.progress import track
 
@@ -74,8 +75,14 @@ def smooth_model(
     """
     if not 0.0 <= alpha <= 1.0:
         raise LlmqatError(f"the smoothing strength alpha must lie between 0 and 1, got {alpha:g}")
-    training = model.training
-    model.eval()
+    with evaluating(model):
+        return _smooth(model, sites, batches, alpha)
+
+
+def _smooth(
+    model: nn.Module, sites: Sequence[tuple[str, Sequence[str]]], batches: list[Tensor], alpha: float
+) -> dict[str, float]:
+    """`smooth_model` in evaluation mode."""
     first_readers = [model.get_submodule(linears[0]) for _, linears in sites]
     absmax = input_absmax(model, first_readers, batches)
     probe = batches[0][:1, :PROBE_TOKENS].to(next(model.parameters()).device)
@@ -96,5 +103,4 @@ def smooth_model(
                 "something else reads that norm; leave --smooth out for this model, or mend its row in architectures.py"
             )
         changes[norm_path] = change
-    model.train(training)
     return changes

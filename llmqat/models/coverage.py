@@ -57,7 +57,7 @@ class CoverageReport:
         ratios = [gptq / rtn for rtn, gptq in self.errors.values() if rtn > 0]
         better = sum(ratio < 1 for ratio in ratios)
         return (
-            f"GPTQ: layer output error {fmean(ratios):.0%} of round-to-nearest's on average, at most {max(ratios):.0%}; "
+            f"GPTQ: output error {fmean(ratios):.0%} of round-to-nearest's on average, {max(ratios):.0%} at most, "
             f"less in {better} of {len(ratios)} layers"
         )
 

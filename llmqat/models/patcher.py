@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.algorithms.calibration import gptq_model
+from llmqat.algorithms.calibration import check_batches, gptq_model
 from llmqat.algorithms.smoothquant import smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import architecture_of, blocks_of
@@ -22,6 +22,7 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
 INITS = ("gptq", "rtn")
+GPTQ_REMEDY = "use --init rtn, or add a row to models/architectures.py"
 # Pattern -> changes to the scheme, or "float". Later patterns win.
 Overrides = Mapping[str, Mapping[str, Any] | str]
 
@@ -55,6 +56,10 @@ def plan(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | Non
     overrides = overrides or {}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in overrides:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LlmqatError(f"override {pattern!r} is not a regular expression: {error}") from error
         if not any(re.search(pattern, name) for name in names):
             raise LlmqatError(
                 f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}"
@@ -144,7 +149,12 @@ def prepare(
     if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
     report = plan(model, scheme, overrides)
+    if not report.quantized:
+        raise LlmqatError(f"{type(model).__name__} has no Linear layer to quantize: {report.summary()}")
     check_divisible(report)
+    if init == "gptq":  # what it lacks is said before anything is replaced
+        architecture_of(model, "GPTQ", GPTQ_REMEDY)
+        check_batches(calibration or [])
     dtype = storage_dtype or model.dtype
     for layer in report.quantized:
         linear = model.get_submodule(layer.name)
@@ -167,7 +177,7 @@ def run_gptq(
     Raises:
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
     """
-    architecture = architecture_of(model, "GPTQ", "use --init rtn, or add a row to models/architectures.py")
+    architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
     errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float)
     return {error.layer: (error.rtn, error.gptq) for error in errors}
 

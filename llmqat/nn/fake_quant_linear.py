@@ -110,11 +110,12 @@ class FakeQuantLinear(nn.Module):
     def clipped(self, **lora: Any) -> int:
         """How many latent weights lie more than half a code beyond the ends of the grid."""
         s0 = self.stored_scale() if self.code_scale is None else self.code_scale
+        z = self.stored_zero_point()
         adapters = (lora.get("lora_a"), lora.get("lora_b"), lora.get("lora_scaling", 1.0))
         count = 0
         for rows in row_chunks(*self.weight.shape):
             v = grouped(latent_rows(rows, self.weight, self.compensation, *adapters), self.scheme) / s0[rows, :, None]
-            u = v if self.zero_point is None else v + self.zero_point[rows, :, None]
+            u = v if z is None else v + z[rows, :, None]
             count += int(((u < self.scheme.qmin - 0.5) | (u > self.scheme.qmax + 0.5)).sum())
         return count
 

@@ -4,7 +4,8 @@ An adapter beside the quantizer, ``Q(W) x + B A x``, is lost when it is merged i
 what gets codes, so packing loses nothing (LR-QAT, arXiv 2406.06385, section 3).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from peft.tuners.lora.config import LoraConfig
@@ -13,7 +14,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
+from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.quant.fake_quant import latent_rows, row_chunks
 
 
 class LoraFakeQuantLinear(nn.Module, LoraLayer):
@@ -51,8 +54,9 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
     def adapters(self) -> dict[str, Any]:
         """The active, unmerged adapters as arguments of `fake_quant_linear`: several are laid side by side along r."""
         names = [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
-        if self.disable_adapters or not names:
-            return {}
+        return {} if self.disable_adapters or not names else self._side_by_side(names)
+
+    def _side_by_side(self, names: list[str]) -> dict[str, Any]:
         if len(names) == 1:
             a, b = self.factors(names[0])
             return {"lora_a": a, "lora_b": b, "lora_scaling": self.scaling[names[0]]}
@@ -69,6 +73,9 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
         y: Tensor = self.base_layer(x, **self.adapters())
         return y
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)  # adapters are float32 masters too
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``(alpha / r) B A``, ``(out, in)`` float32."""
         a, b = self.factors(adapter)
@@ -77,13 +84,16 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the float master, inside the quantizer: the codes stay as they are."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            delta = self.get_delta_weight(name)
-            if safe_merge and not torch.isfinite(delta).all():
+        """Add adapters to the float master, inside the quantizer, by the forward's operations: codes stay the same."""
+        names = check_adapters_to_merge(self, adapter_names)
+        for name in names if safe_merge else ():
+            if not torch.isfinite(self.get_delta_weight(name)).all():
                 raise LlmqatError(f"adapter {name!r} holds non-finite weights; train again with a lower learning rate")
-            self.base_layer.weight.data += delta
-            self.merged_adapters.append(name)
+        if names:
+            weight, lora = self.base_layer.weight.data, self._side_by_side(names)
+            for rows in row_chunks(*weight.shape):
+                weight[rows] = latent_rows(rows, weight, None, **lora)
+            self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self) -> None:

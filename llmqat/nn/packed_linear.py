@@ -63,12 +63,12 @@ class PackedLinear(nn.Module):
             module.in_features, module.out_features, scheme, module.scale_dtype, module.bias is not None, "meta"
         )
         packed.weight_packed = pack_rows(to_unsigned(module.codes(**lora), scheme), bits)
-        packed.weight_scale = module.stored_scale()
+        packed.weight_scale = module.stored_scale().clone()
         packed.weight_shape = torch.tensor([module.out_features, module.in_features])
         zero_point = module.stored_zero_point()
         if zero_point is not None:
             packed.weight_zero_point = pack_rows(zero_point.T.contiguous(), bits).T.contiguous()
-        packed.bias = None if module.bias is None else module.bias.detach().to(module.scale_dtype)
+        packed.bias = None if module.bias is None else module.bias.detach().to(module.scale_dtype, copy=True)
         return packed
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:

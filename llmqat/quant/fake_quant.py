@@ -32,8 +32,8 @@ CHUNK_ELEMENTS = 1 << 18
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over `rows` of about `CHUNK_ELEMENTS` elements each; a single one under `torch.compile`, which fuses."""
-    step = rows if torch.compiler.is_compiling() else max(1, CHUNK_ELEMENTS // columns)
+    """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
+    step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -46,7 +46,7 @@ def latent_rows(
     lora_b: Tensor | None,
     lora_scaling: float,
 ) -> Tensor:
-    """Rows of the latent weight ``weight + compensation + lora_scaling * lora_b @ lora_a``, float32 or wider.
+    """Rows of the latent weight ``weight + lora_scaling * lora_b @ lora_a + compensation``, float32 or wider.
 
     Args:
         rows: which of the ``out`` rows.
@@ -57,10 +57,11 @@ def latent_rows(
         lora_scaling: ``alpha / r``.
     """
     latent = weight[rows].to(torch.promote_types(weight.dtype, torch.float32))
-    if compensation is not None:
-        latent = latent + compensation[rows]
     if lora_a is not None and lora_b is not None:
-        latent = torch.addmm(latent, lora_b[rows].to(latent.dtype), lora_a.to(latent.dtype), alpha=lora_scaling)
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = torch.addmm(latent, lora_b[rows].to(latent.dtype), lora_a.to(latent.dtype), alpha=lora_scaling)
+    if compensation is not None:  # last: merged adapters then give the same bits
+        latent = latent + compensation[rows]
     return latent
 
 
@@ -139,10 +140,11 @@ class _FakeQuantLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no second look
+        x, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = saved
         scheme, scale_dtype, lora_scaling = ctx.options
         need_x, need_w, need_s, need_z, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        gy, x2 = grad_y.flatten(0, -2), x.flatten(0, -2)
+        gy, x2 = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         if scheme.act_bits is not None:
             x2 = fake_quantize_activation(x2)
         dx = da = db = None
@@ -157,7 +159,7 @@ class _FakeQuantLinear(torch.autograd.Function):
             return dx, None, None, None, dbias, da, db, *[None] * 6
         dw = ds = dz = None
         if need_w or need_s or need_z or need_a or need_b:
-            dw, ds, dz = _weight_gradients(ctx, gy, x2)
+            dw, ds, dz = _weight_gradients(ctx, saved, gy, x2)
         if need_a and dw is not None:
             da = lora_scaling * (lora_b.to(dw.dtype).T @ dw).to(lora_a.dtype)
         if need_b and dw is not None:
@@ -172,9 +174,11 @@ def _low_rank_gradients(gy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: fl
     return scaling * da.to(a.dtype), scaling * db.to(b.dtype)
 
 
-def _weight_gradients(ctx: Any, gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _weight_gradients(
+    ctx: Any, saved: tuple[Any, ...], gy: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of latent weight, scale and zero point, from ``gy (tokens, out)`` and ``x (tokens, in)``."""
-    _, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = ctx.saved_tensors
+    _, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = saved
     scheme, scale_dtype, lora_scaling = ctx.options
     _, _, need_s, need_z, *_ = ctx.needs_input_grad
     dw = (gy.T @ x).to(torch.promote_types(weight.dtype, torch.float32))
@@ -247,8 +251,27 @@ def fake_quant_linear(
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    result: Tensor = _FakeQuantLinear.apply(
-        x, weight, scale, zero_point, bias, lora_a, lora_b, code_scale, compensation,
-        scheme, scale_dtype, lora_scaling, clip_mask,
-    )  # fmt: skip
+    with torch.autocast(device_type, enabled=False):
+        y: Tensor = _eager(
+            x,
+            weight,
+            scale,
+            zero_point,
+            bias,
+            lora_a,
+            lora_b,
+            code_scale,
+            compensation,
+            scheme,
+            scale_dtype,
+            lora_scaling,
+            clip_mask,
+        )
+    return y
+
+
+@torch.compiler.disable
+def _eager(*args: Any) -> Tensor:
+    """Eager inside `torch.compile` too: Inductor fuses away the rounding of scale and ``W_hat`` to `scale_dtype`."""
+    result: Tensor = _FakeQuantLinear.apply(*args)
     return result

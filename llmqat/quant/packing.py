@@ -23,13 +23,19 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     words = packed_width(length, bits)
     if bits == 3:  # 8 codes fill 3 bytes; spread them over 24 bits of an int32 and keep three of its four bytes
         padded = torch.nn.functional.pad(codes, (0, -length % 8)).view(rows, -1, 8).int()
-        as_bytes = _accumulate(padded, bits).contiguous().view(torch.uint8).view(rows, -1, 4)[..., :3].flatten(1)
+        as_bytes = _bytes_of(_accumulate(padded, bits)).view(rows, -1, 4)[..., :3].flatten(1)
     else:
         per_byte = 8 // bits
         padded = torch.nn.functional.pad(codes, (0, -length % per_byte)).view(rows, -1, per_byte)
         as_bytes = _accumulate(padded, bits)
     fitted = torch.nn.functional.pad(as_bytes, (0, max(0, words * 4 - as_bytes.shape[1])))[:, : words * 4]
     return fitted.contiguous().view(torch.int32)
+
+
+def _bytes_of(words: Tensor) -> Tensor:
+    """The bytes ``(rows, 4 n)`` of words ``(rows, n)``; `contiguous` leaves a dimension of size 1 an odd stride."""
+    words = words.contiguous() if words.stride(-1) == 1 else words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def _accumulate(codes: Tensor, bits: int) -> Tensor:
@@ -44,12 +50,12 @@ def unpack_rows(packed: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack_rows`: int32 ``(rows, words)`` to uint8 codes ``(rows, length)``."""
     rows = packed.shape[0]
     if bits == 3:
-        as_bytes = packed.contiguous().view(torch.uint8)
+        as_bytes = _bytes_of(packed)
         triples = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % 3)).view(rows, -1, 3).int()
         chunks = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
         shifts = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
     else:
-        chunks = packed.contiguous().view(torch.uint8)
+        chunks = _bytes_of(packed)
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
     codes = (chunks.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(1)[:, :length].to(torch.uint8)

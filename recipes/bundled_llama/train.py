@@ -154,9 +154,15 @@ def fit(output: Path, resume: bool) -> None:
                 save_checkpoint(checkpoint, done, model, opts)
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
-    # Not model.to(bfloat16): that would cast the rotary frequencies too, and they are recomputed at load.
-    model.save_pretrained(output / "model", state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
-    tokenizer.save_pretrained(output / "model")
+    export(model, tokenizer, output / "model")
+
+
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Save in bfloat16. Not by ``model.to(bfloat16)``, which would cast the rotary frequencies too."""
+    rounded = LlamaForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    rounded.load_state_dict(model.state_dict())
+    rounded.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,16 @@ def test_compensation_takes_half_the_bytes_where_that_is_exact_enough(tiny_llama
     assert {layer.compensation.dtype for layer in layers_of(model).values()} == {torch.bfloat16}
 
 
+def test_compensation_takes_float32_where_half_the_bytes_lose_a_code():
+    layer = FakeQuantLinear(nn.Parameter(torch.full((1, 4), 100.0)), None, QuantScheme(8, 4), torch.bfloat16)
+    layer.scale.data.fill_(0.25)
+    codes = torch.tensor([[1.0, -3.0, 100.0, -77.0]])
+    w_hat = layer.stored_scale() * codes
+    layer.compensation = calibration._compensation(layer, w_hat + 0.1, codes, w_hat)  # 100 away: 0.5 apart in bfloat16
+    assert layer.compensation.dtype == torch.float32
+    assert torch.equal(layer.codes().float(), codes)
+
+
 def test_latents_are_kept_between_codes_for_training(tiny_llama, tokens):
     model, _ = prepared(tiny_llama())
     run_gptq(model, tokens)

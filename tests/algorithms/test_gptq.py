@@ -171,3 +171,13 @@ def test_non_finite_inputs_are_named(value):
     H[3, 4] = value
     with pytest.raises(LlmqatError, match="calibration inputs of block 0 o_proj hold NaN or infinity; check the float"):
         gptq(weight, H, QuantScheme(4, 16), torch.float32, layer="block 0 o_proj")
+
+
+def test_a_latent_that_would_round_elsewhere_goes_to_the_middle_of_its_code(symmetric):
+    scheme = QuantScheme(4, 2, symmetric)
+    codes, scale = torch.tensor([[3.0, 5.0]]), torch.tensor([[-0.5]])
+    zero_point = None if symmetric else torch.tensor([[2.0]])
+    middle = dequantize(codes, scale, zero_point, scheme)
+    latent = middle + torch.tensor([[0.2, 0.3]])  # 0.4 and 0.6 of a code away
+    anchored = module._anchor(latent, codes, scale, zero_point, scheme)
+    torch.testing.assert_close(anchored, torch.stack([latent[:, 0], middle[:, 1]], 1))

@@ -1,0 +1,103 @@
+import re
+
+import pytest
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.compressed_tensors import config_of, schemes_of
+from llmqat.scheme import QuantScheme
+
+INT4 = QuantScheme(4, 128)
+
+
+def weights(**changes):
+    args = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False}
+    return args | changes
+
+
+def acts(**changes):
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} | changes
+
+
+def config(group=None, **changes):
+    """The config of a foreign writer, with a change."""
+    group = {"targets": ["Linear"], "weights": weights(), "input_activations": None} | (group or {})
+    top = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    return top | changes
+
+
+def test_config_is_the_minimal_one_that_loads():
+    """formats.md, section 1.2, to the letter."""
+    assert config_of({"a": INT4, "b": INT4}, ["lm_head"]) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "pack-quantized",
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 128,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def test_config_of_channels_zero_points_and_activations():
+    group = config_of({"a": QuantScheme(8, -1, False, 8)}, [])["config_groups"]["group_0"]
+    assert group["weights"] == weights(num_bits=8, symmetric=False, strategy="channel", group_size=None)
+    assert group["input_activations"] == acts()
+
+
+def test_several_schemes_name_their_layers():
+    int8 = QuantScheme(8, -1)
+    groups = config_of({"a": INT4, "b": int8, "c": INT4}, [])["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["a", "c"], ["b"]]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [4, 8]
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_round_trip(bits, symmetric, group_size, act_bits):
+    first, second = QuantScheme(bits, group_size, symmetric, act_bits), QuantScheme(4, 64)
+    for schemes in ({"a": first, "b": first}, {"a": first, "b": second, "c": first}):
+        assert schemes_of(config_of(schemes, ["lm_head"]), list(schemes)) == schemes
+
+
+def test_targets_of_other_writers():
+    targets = config({"targets": [r"re:.*layers\.\d+\.mlp\..*"]})
+    assert schemes_of(targets, ["model.layers.10.mlp.up_proj"]) == {"model.layers.10.mlp.up_proj": INT4}
+    with pytest.raises(LlmqatError, match=r"layer model\.norm is packed but no config group targets it; config\.json and"):
+        schemes_of(targets, ["model.norm"])
+    assert schemes_of(config({"targets": ["x.y"]}), ["x.y"]) == {"x.y": INT4}
+    with pytest.raises(LlmqatError, match="layer x is packed but no config group targets it"):
+        schemes_of(config({"targets": ["x.y"]}), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (config(quant_method="gptq"), "quantization 'gptq' in format 'pack-quantized' is not compressed-tensors"),
+        (config(format="int-quantized"), "in format 'int-quantized' is not compressed-tensors pack-quantized; load this"),
+        ({}, "quantization None in format None is not compressed-tensors pack-quantized"),
+        (config({"weights": weights(type="float")}), "cannot run float weights of strategy 'group'; llmqat reads int"),
+        (config({"weights": weights(strategy="block")}), "cannot run int weights of strategy 'block'"),
+        (config({"weights": weights(num_bits=5)}), "bits must be one of 2, 3, 4, 8, got 5"),
+        (config({"input_activations": acts(strategy="tensor")}), "cannot run these activations; llmqat reads dynamic"),
+        (config({"input_activations": acts(dynamic=False)}), "cannot run these activations"),
+        (config({"input_activations": acts(symmetric=False)}), "cannot run these activations"),
+        (config({"input_activations": acts(num_bits=4)}), "act_bits must be 8"),
+        (config({"input_activations": acts(type="float")}), "cannot run these activations"),
+    ],
+)
+def test_what_llmqat_cannot_run(bad, message):
+    with pytest.raises(LlmqatError, match=re.escape(message)):
+        schemes_of(bad, ["x"])

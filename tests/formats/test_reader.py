@@ -1,0 +1,231 @@
+"""Reading packed directories: by llmqat, by transformers, and when they are broken."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen2Config, Qwen2ForCausalLM
+
+from llmqat.errors import LlmqatError
+from llmqat.formats import writer
+from llmqat.formats.reader import is_packed, load_packed, local_directory, read_config
+from llmqat.formats.writer import save_packed
+from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.scheme import QuantScheme
+
+IDS = torch.arange(24).view(2, 12)
+INT4 = QuantScheme(4, 16)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_tensors(directory, edit):
+    """Apply `edit` to the dict of tensors of a directory."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def qwen2():
+    """Random, with biases in q, k and v."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.15,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        (INT4, {}),
+        (QuantScheme(4, -1), {}),
+        (QuantScheme(8, 16), {}),
+        (INT4, {"mode": "lora"}),
+        (INT4, {"model": "tied"}),
+        (INT4, {"model": "qwen2"}),
+        (INT4, {"overrides": {"down_proj$": {"bits": 8}, "o_proj$": "float"}}),
+        (QuantScheme(4, 16, False), {}),
+        (QuantScheme(8, -1, False), {}),
+    ],
+    ids=["int4", "int4-channel", "int8", "lora", "tied", "qwen2", "mixed", "int4-asym", "int8-asym-channel"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_transformers_reads_it(trained, small_llama, tmp_path, scheme, options, dtype):
+    """Equal weights in every layer. The default route for symmetric grids; zero points need dequantize=True."""
+    models = {"tied": lambda: small_llama(tie_word_embeddings=True), "qwen2": qwen2}
+    options = options | ({"model": models[options["model"]]()} if "model" in options else {})
+    model = trained(scheme, dtype, **options)
+    directory = save_packed(model, tmp_path)
+    route = {} if scheme.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    theirs = AutoModelForCausalLM.from_pretrained(directory, **route)
+    assert theirs.dtype == dtype
+    with torch.no_grad():
+        logits = theirs(input_ids=IDS).logits  # the default route decompresses at the first forward
+        torch.testing.assert_close(logits, load_packed(directory)(input_ids=IDS).logits, rtol=3e-2, atol=3e-2)
+    quantized = dict(load_packed(directory).named_modules())
+    for name, layer, _ in quantized_layers(model):
+        packed, linear = quantized[name], theirs.get_submodule(name)
+        expected = packed(torch.eye(layer.in_features, dtype=dtype)).T
+        if packed.bias is not None:
+            assert torch.equal(linear.bias, packed.bias)
+            expected = (packed.double().__class__.forward(packed, torch.eye(layer.in_features).double()) - packed.bias).T
+        assert torch.equal(linear.weight, expected.to(dtype)), name
+    root = plain_model(model)
+    assert torch.equal(theirs.model.embed_tokens.weight, root.model.embed_tokens.weight.to(dtype))
+    assert torch.equal(theirs.lm_head.weight, root.lm_head.weight.to(dtype))
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("name", ["int4", "mixed"])
+def test_no_dense_weight_is_ever_made(trained, tmp_path, monkeypatch, name):
+    model = trained(INT4, overrides={"down_proj$": {"bits": 8}} if name == "mixed" else None)
+    directory = save_packed(model, tmp_path)
+    made, original = [], torch.empty
+
+    def empty(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    loaded = load_packed(directory)
+    linears = [name for name, module in loaded.named_modules() if isinstance(module, nn.Linear)]
+    assert linears == ["lm_head"]
+    packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 7
+    assert made
+    assert all(tensor.is_meta for tensor in made if tensor.dim() == 2)
+    for module in packed:
+        elements = module.in_features * module.out_features
+        tensors = [t for t in (*module.parameters(), *module.buffers()) if t is not None]
+        assert max(t.numel() for t in tensors) <= elements * module.scheme.bits // 32
+
+
+def test_loading_runs_no_kernel(packed, monkeypatch):
+    monkeypatch.setattr("llmqat.kernels.ops.packed_linear", lambda *_: pytest.fail("loading dequantized a layer"))
+    monkeypatch.setattr("llmqat.quant.affine.dequantize", lambda *_: pytest.fail("loading dequantized a layer"))
+    load_packed(packed[1])
+
+
+def test_dtype_changes_float_parts_only(packed):
+    _, directory = packed
+    stored, wide = load_packed(directory), load_packed(directory, torch.float32)
+    assert not wide.training
+    assert wide.model.norm.weight.dtype == wide.lm_head.weight.dtype == torch.float32
+    for model in (stored, wide, stored.float()):
+        assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.bfloat16
+
+
+def test_generates(packed):
+    model, directory = packed
+    loaded = load_packed(directory)
+    assert loaded.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 16)
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_is_packed(packed, model_dir):
+    assert is_packed(packed[1])
+    assert not is_packed(model_dir)
+    assert read_config(packed[1])["model_type"] == "llama"
+
+
+def test_hub_names(monkeypatch, packed):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: {"org/x": str(packed[1])}[name])
+    assert local_directory("org/x") == packed[1]
+    with pytest.raises(LlmqatError, match="model org/y is neither a local directory nor a Hub repository that can be"):
+        local_directory("org/y")
+
+
+def drop(name):
+    return lambda directory: edit_tensors(directory, lambda tensors: tensors.pop(name))
+
+
+def resize(name, *shape):
+    def edit(tensors):
+        tensors[name] = torch.zeros(shape, dtype=tensors[name].dtype)
+
+    return lambda directory: edit_tensors(directory, edit)
+
+
+def write_config(text):
+    return lambda directory: (directory / "config.json").write_text(text)
+
+
+def config_with(**values):
+    return lambda directory: edit_json(directory / "config.json", **values)
+
+
+UP, NORM = "model.layers.0.mlp.up_proj", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), r"packed has no readable config\.json; is it a model directory\?"),
+        (write_config("{"), r"config\.json is damaged \(.* in line 1\); write the model again"),
+        (lambda d: (d / "model.safetensors").unlink(), r"lacks model\.safetensors; copy the directory again, or write"),
+        (lambda d: (d / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged \(.*\); copy it again"),
+        (config_with(quantization_config={"quant_method": "gptq"}), "quantization 'gptq' in format None is not compr"),
+        (config_with(quantization_config={}), "quantization None in format None is not compressed-tensors"),
+        (drop(NORM), rf"lacks {NORM}; its weights and config\.json do not belong together"),
+        (drop(f"{UP}.weight_scale"), rf"lacks {UP}\.weight_scale"),
+        (drop(f"{UP}.weight_packed"), r"do not belong together"),
+        (config_with(num_hidden_layers=2), r"lacks model\.layers\.1\..*do not belong together"),
+        (config_with(num_hidden_layers=0), r"do not (fit|belong)"),
+        (config_with(intermediate_size=96), r"tensors do not fit config\.json: .*size mismatch"),
+        (resize(NORM, 7), r"tensors do not fit config\.json: size mismatch for model\.norm\.weight"),
+        (config_with(architectures=["NoSuchModel"]), r"NoSuchModel"),
+        (config_with(architectures=None), r"architectures"),
+        (config_with(model_type="foo"), r"foo"),
+    ],
+)
+def test_damage_is_named(packed, damage, message):
+    _, directory = packed
+    damage(directory)
+    with pytest.raises(LlmqatError, match=message) as caught:
+        load_packed(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [7, 200, -1])
+def test_truncated_file(packed, keep):
+    path = packed[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LlmqatError, match=rf"{re.escape(str(path))} is damaged \(.*\); copy it again, or write the model"):
+        load_packed(packed[1])
+
+
+def test_missing_shard(packed, monkeypatch, tmp_path):
+    monkeypatch.setattr(writer, "MAX_SHARD_SIZE", 4000)
+    directory = save_packed(packed[0], tmp_path / "sharded")
+    shard = sorted(directory.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(LlmqatError, match=f"lacks {shard.name}; copy the directory again, or write the model again"):
+        load_packed(directory)
+
+
+def test_mixed_up_directories(packed, trained, tmp_path):
+    """The config of one run beside the weights of another."""
+    other = save_packed(trained(QuantScheme(8, 16)), tmp_path / "other")
+    shutil.copy(other / "config.json", packed[1] / "config.json")
+    with pytest.raises(LlmqatError, match=r"tensors do not fit config\.json: size mismatch for .*weight_packed"):
+        load_packed(packed[1])
