@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llmqat.config import Recipe
 from llmqat.scheme import QuantScheme
 
 TINY = {
@@ -94,3 +95,34 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "words.txt"
     path.write_text("".join(" ".join(draw.choices(words, k=6)) + "\n" for _ in range(800)))
     return path
+
+
+@pytest.fixture(scope="session")
+def small_recipe(model_dir: Path, text_file: Path) -> Callable[..., Recipe]:
+    """``small_recipe(output, {"train.mode": "lora"})``: a run of a second on the tiny model, with changes."""
+    small = {
+        "model": str(model_dir),
+        "data.dataset": str(text_file),
+        "init.samples": 8,
+        "train.max_steps": 4,
+        "train.length": 32,
+        "train.batch_size": 4,
+        "train.lr": 0.005,
+        "train.eval_every": 2,
+        "train.save_every": 2,
+        "eval.window": 32,
+        "eval.tokens": 512,
+        "eval.validation_tokens": 256,
+        "eval.repeats": 0,
+    }
+    return lambda output, changes=None: Recipe().with_values({**small, "output": str(output), **(changes or {})})
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callable[..., Recipe]) -> Path:
+    """The directory of a finished LoRA run; not to be written to."""
+    from llmqat.pipeline import run
+
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    run(small_recipe(directory, {"train.mode": "lora"}))
+    return directory
