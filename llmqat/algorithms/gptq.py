@@ -4,8 +4,9 @@ Differences from the paper, each measured to help or to be needed for training:
 
 - act-order with *static groups*: columns are visited by falling ``diag(H)``, while a column keeps the scale of the
   group it lies in, so inference needs no permutation;
-- scales come from a search over shrunken ranges that weighs each column by ``diag(H)``, on scales already rounded to
-  their storage dtype;
+- scales come from a search over shrunken ranges, on scales already rounded to their storage dtype; it weighs a column's
+  error by ``1 / diag(H^-1)``, what it costs after the others have compensated (the paper's eq. 2). ``diag(H)`` leaves
+  the compensation out, and gave a higher KL divergence on the bundled model;
 - columns that calibration never excited keep their round-to-nearest value instead of becoming zero;
 - the compensated weight just before rounding is returned too: the latent that training starts from.
 """
@@ -50,7 +51,7 @@ def search_scale(
 
     Args:
         weight: ``(out, in)``.
-        importance: ``(in,)``, non-negative; ``diag(H)``, or ones for plain squared error.
+        importance: ``(in,)``, non-negative; ones for plain squared error.
         scheme: the grid.
         scale_dtype: dtype in which scales are stored.
     """
@@ -125,21 +126,21 @@ def gptq(
         raise LlmqatError(
             f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype"
         )
-    importance = H.diagonal().clone()
-    dead = importance == 0
+    dead = H.diagonal() == 0
     # Nothing to compensate with or for: the column keeps its round-to-nearest code. In the unit of H, or it would drown
     # the damping of the others.
-    H.diagonal()[dead] = 1.0 if dead.all() else importance[~dead].mean()
-    scale, zero_point = search_scale(W, importance + importance.mean() * 1e-6 + 1e-30, scheme, scale_dtype)
-
+    H.diagonal()[dead] = 1.0 if dead.all() else H.diagonal()[~dead].mean()
     perm = H.diagonal().argsort(descending=True)
-    group = torch.div(perm, scheme.group_length(W.shape[1]), rounding_mode="floor")
+    inverse = perm.argsort()
     U = inverse_cholesky(H[perm][:, perm], damp, layer)
+    importance = 1 / U.square().sum(0)[inverse]  # diag(H^-1) is that of U^T U
+    scale, zero_point = search_scale(W, importance, scheme, scale_dtype)
+
+    group = torch.div(perm, scheme.group_length(W.shape[1]), rounding_mode="floor")
     s = scale[:, group]
     z = None if zero_point is None else zero_point[:, group]
     latent, codes = _quantize_columns(W[:, perm], U, s, z, scheme)
 
-    inverse = perm.argsort()
     codes, latent = codes[:, inverse], latent[:, inverse]
     return GPTQResult(codes, scale, zero_point, _anchor(latent, codes, scale, zero_point, scheme))
 
