@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import venv
@@ -132,7 +131,7 @@ def compare(run: Comparison, scheme: QuantScheme, python: Path) -> dict[str, dic
 
 def show(scheme: QuantScheme, rows: dict[str, dict[str, Any]]) -> None:
     """Print the table of one scheme."""
-    print(f"\n{str(scheme):<34} {'perplexity':>10} {'KL':>8} {'loss - llmqat gptq':>19} {'seconds':>8}")
+    print(f"\n{scheme!s:<34} {'perplexity':>10} {'KL':>8} {'loss - llmqat gptq':>19} {'seconds':>8}")
     for name, row in rows.items():
         difference = f"{row['loss_minus_llmqat_gptq']:+.4f} ± {row['standard_error']:.4f}"
         print(f"{name:<34} {row['perplexity']:10.4f} {row['kl_to_float']:8.5f} {difference:>19} {row['seconds']:8.1f}")
@@ -149,9 +148,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--eval-tokens", type=int, default=65536, help="upper limit of tokens scored")
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 32])
-    parser.add_argument("--asymmetric", action=argparse.BooleanOptionalAction, default=True, help="asymmetric grids too")
+    parser.add_argument(
+        "--asymmetric", action=argparse.BooleanOptionalAction, default=True, help="asymmetric grids too"
+    )
     parser.add_argument("--peer-env", type=Path, default=Path("runs/llmcompressor-env"), help="made on first use")
-    parser.add_argument("--peer-dtype", choices=["float32", "bfloat16"], help="default: the dtype the model is stored in")
+    parser.add_argument(
+        "--peer-dtype", choices=["float32", "bfloat16"], help="default: the dtype the model is stored in"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, of both tools")
     parser.add_argument("--output", type=Path, default=Path("eval/results/gptq_vs_llmcompressor.json"))
     return parser.parse_args()
@@ -180,7 +183,9 @@ def main() -> None:
             for group_size in args.group_size:
                 scheme = QuantScheme(bits=4, group_size=group_size, symmetric=symmetric)
                 rows = compare(run, scheme, python)
-                result["peer_environment"] = [row.pop("environment") for row in rows.values() if "environment" in row][0]
+                result["peer_environment"] = [row.pop("environment") for row in rows.values() if "environment" in row][
+                    0
+                ]
                 result["schemes"][str(scheme)] = rows
                 show(scheme, rows)
                 args.output.write_text(json.dumps(result, indent=2) + "\n")

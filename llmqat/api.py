@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from llmqat import config as config_module
 from llmqat.config import TrainConfig
 from llmqat.environment import environment
+from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
@@ -20,7 +21,7 @@ from llmqat.metrics.throughput import Throughput, throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.loading import load_float, load_tokenizer
-from llmqat.models.patcher import convert, prepare, smooth
+from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
 from llmqat.train.data import blocks, encode, load_corpus
 from llmqat.train.loop import TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
@@ -84,10 +85,22 @@ def finetune(
     """
     recipe = config_module.from_dict({"train": {**(options or {}), "mode": mode}})
     config: TrainConfig = config_module.resolve(recipe, sum(p.numel() for p in model.parameters())).train
+    if next(quantized_layers(model), None) is None:
+        raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
     select_trainable(model, mode, config.lr_scale > 0)
-    view = FloatView(model) if teacher == "self" else FloatCopy(teacher) if isinstance(teacher, nn.Module) else None
+    view = _teacher(model, teacher)
     directory = None if output is None else Path(output)
     return fit(model, tokens, held_out, config, mode=mode, teacher=view, seed=seed, directory=directory)
+
+
+def _teacher(model: nn.Module, teacher: Any) -> FloatCopy | FloatView | None:
+    if isinstance(teacher, nn.Module):
+        return FloatCopy(teacher)
+    if teacher is None or isinstance(teacher, FloatCopy | FloatView):
+        return teacher
+    if isinstance(teacher, str) and teacher == "self":
+        return FloatView(model)
+    raise LlmqatError(f"teacher must be a model, a FloatCopy, a FloatView, 'self' or None; got {teacher!r}")
 
 
 def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:

@@ -182,7 +182,9 @@ def run_eval(args: argparse.Namespace) -> None:
         "kernel": kernel_name(),
     }
     if args.throughput:
-        speed = throughput(load_any(args.model)[0], min(256, args.window // 2), 64)
+        context = getattr(model.config, "max_position_embeddings", None) or 320
+        new_tokens = min(64, context // 2)
+        speed = throughput(load_any(args.model)[0], min(256, context - new_tokens), new_tokens)
         numbers |= {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
     for key, value in numbers.items():
         if value is not None:

@@ -125,7 +125,7 @@ def recipe_folder() -> Path:
 
 def bundled_recipes() -> dict[str, Path]:
     """Bundled recipes by name."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(recipe_folder().rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

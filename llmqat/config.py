@@ -22,17 +22,26 @@ BOS_RULES = ("stream", "window", "none")
 
 
 def meta(
-    help: str, flag: str | None = None, choices: tuple[Any, ...] = (), least: float | None = None
+    help: str,
+    flag: str | None = None,
+    choices: tuple[Any, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
 ) -> dict[str, Any]:
     """What a recipe field carries besides its default."""
-    return {"help": help, "flag": flag, "choices": choices, "least": least}
+    return {"help": help, "flag": flag, "choices": choices, "least": least, "most": most}
 
 
 def option(
-    default: Any, help: str, flag: str | None = None, choices: tuple[Any, ...] = (), least: float | None = None
+    default: Any,
+    help: str,
+    flag: str | None = None,
+    choices: tuple[Any, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
 ) -> Any:
-    """A recipe field: default, help, its flag on the command line, allowed values, and the least allowed one."""
-    return field(default=default, metadata=meta(help, flag, choices, least))
+    """A recipe field: default, help, its flag on the command line, allowed values, the least and the greatest one."""
+    return field(default=default, metadata=meta(help, flag, choices, least, most))
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,11 @@ class InitConfig:
 
     method: str = option("gptq", "initial codes", "--init", choices=INITS)
     smooth: float | None = option(
-        None, "SmoothQuant strength in [0, 1]: fold activation outliers into the weights first", "--smooth", least=0.0
+        None,
+        "SmoothQuant strength in [0, 1]: fold activation outliers into the weights first",
+        "--smooth",
+        least=0.0,
+        most=1.0,
     )
     samples: int = option(128, "calibration sequences", "--calibration-samples", least=1)
     damp: float = option(0.01, "GPTQ damping, as a fraction of the mean diagonal of the Hessian", "--damp", least=0.0)
@@ -91,7 +104,7 @@ class TrainConfig:
     )
     lora_r: int = option(32, "LoRA rank", "--lora-r", least=1)
     warmup: float = option(
-        0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0
+        0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0, most=1.0
     )
     max_grad_norm: float = option(1.0, "gradient clipping", "--max-grad-norm", least=0.0)
     precision: str = option("bf16", "compute precision; masters are float32 always", "--precision", choices=PRECISIONS)
@@ -246,6 +259,8 @@ def _value(hint: Any, value: Any, name: str, metadata: Mapping[str, Any]) -> Any
         raise LlmqatError(f"{name} must be one of {', '.join(map(str, metadata['choices']))}; got {value!r}")
     if metadata["least"] is not None and not value >= metadata["least"]:
         raise LlmqatError(f"{name} must be at least {metadata['least']:g}, got {value!r}")
+    if metadata["most"] is not None and not value <= metadata["most"]:
+        raise LlmqatError(f"{name} must be at most {metadata['most']:g}, got {value!r}")
     return value
 
 

@@ -23,9 +23,19 @@ from llmqat.kernels.ops import kernel_name
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
 from llmqat.metrics.throughput import throughput
+from llmqat.models.architectures import architecture_of
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.loading import load_float, load_tokenizer
-from llmqat.models.patcher import prepare, quantized_layers, round_float_parts, run_gptq, smooth
+from llmqat.models.patcher import (
+    GPTQ_REMEDY,
+    check_divisible,
+    plan,
+    prepare,
+    quantized_layers,
+    round_float_parts,
+    run_gptq,
+    smooth,
+)
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
@@ -69,8 +79,6 @@ def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: 
         LlmqatError: whatever goes wrong and can be mended by the caller.
     """
     check_output(Path(recipe.output), resume, overwrite)
-    if overwrite and not resume:
-        checkpoint.discard(Path(recipe.output) / CHECKPOINT)
     return Run(recipe, train, resume).execute()
 
 
@@ -92,9 +100,16 @@ class Run:
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None:
             self.recipe = recipe = fit_context(recipe, context)
+        self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
+        check_divisible(plan(self.model, recipe.scheme(), recipe.quant.overrides))
+        if recipe.init.method == "gptq":
+            architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
+        # From here on the run can start: only now may it touch what an earlier one left.
+        if self.state is None:
+            checkpoint.discard(self.directory / CHECKPOINT)
+            checkpoint.discard(self.directory / ADAPTER)
         with replacing(self.directory) as scratch:
             (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
-        self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
 
     def execute(self) -> Measured:
         """All stages in order."""

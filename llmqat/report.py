@@ -196,6 +196,8 @@ def verdict(measured: Measured) -> str:
         return "no post-training baseline was measured"
     if measured.training is None:
         return f"the best post-training quantization costs {gap:.2%} of perplexity"
+    if measured.training.best_step == 0:
+        return "training found nothing better than its start, which is what was packed; try a lower --lr"
     base, packed = measured.ppl("float"), measured.ppl("packed")
     if base is not None and packed is not None and packed < base:
         text = "the packed model is better than float: training learned the text, not only the grid"
@@ -263,12 +265,12 @@ import llmqat
 model = llmqat.load("path/to/this/directory")  # runs on the packed weights
 
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{_transformers_hint(recipe)})
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{_transformers_hint(measured)})
 ```
 """
 
 
-def _transformers_hint(recipe: Recipe) -> str:
-    if recipe.quant.symmetric:
+def _transformers_hint(measured: Measured) -> str:
+    if all(layer.scheme is None or layer.scheme.symmetric for layer in measured.coverage.layers):
         return ""
     return ", quantization_config=CompressedTensorsConfig(dequantize=True)"

@@ -83,7 +83,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     """A tiny random Llama in bfloat16 and its tokenizer, saved; not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    LlamaForCausalLM._from_config(LlamaConfig(**TINY | {"vocab_size": 258}), dtype=torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM._from_config(LlamaConfig(**TINY | {"vocab_size": 258}), dtype=torch.bfloat16).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -126,3 +128,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callable[..
     directory = tmp_path_factory.mktemp("runs") / "finished"
     run(small_recipe(directory, {"train.mode": "lora"}))
     return directory
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., int]:
+    """``call([arguments])``: the exit code of a command line, run in this process."""
+    from llmqat.cli import main
+
+    def run(argv: list[object]) -> int:
+        try:
+            return main([str(argument) for argument in argv])
+        except SystemExit as stopped:
+            return stopped.code
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_flags() -> list[str]:
+    """Flags of a run of a second."""
+    run = "--calibration-samples 8 --max-steps 4 --length 32 --batch-size 4 --eval-every 2 --save-every 2"
+    measure = "--window 32 --eval-tokens 512 --validation-tokens 256 --repeats 0"
+    return [*run.split(), *measure.split()]

@@ -171,8 +171,8 @@ def test_gap_recovered(rows, gap, recovered):
         ),
         (
             {"float": 10, "rtn": 11, "qat": 1, "packed": 9.5},
-            "the packed model is better than float: training learned the text, not only the grid; --control trains float on "
-            "the same tokens",
+            "the packed model is better than float: training learned the text, not only the grid; --control trains "
+            "float on the same tokens",
         ),
         (
             {"float": 10, "float_finetuned": 9.4, "rtn": 11, "qat": 1, "packed": 9.5},
@@ -225,7 +225,9 @@ def test_table_and_card(full, capsys, tmp_path):
     assert "models/tiny: W4A16 g32 symmetric" in shown
     assert "+5.00%" in shown
     card = model_card(full)
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: models/tiny\ntags: [llmqat, compressed-tensors, int4]\n---")
+    assert card.startswith(
+        "---\nlibrary_name: transformers\nbase_model: models/tiny\ntags: [llmqat, compressed-tensors, int4]\n---"
+    )
     assert "| GPTQ | 10.5000 | +5.00% | 0.02000 | 90.00% |" in card
     assert environment()["cpu"] in card
     assert "dequantize=True" not in card

@@ -45,7 +45,9 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
             f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by "
             "group or channel"
         )
-    dynamic = acts is None or (acts["strategy"] == "token" and acts["dynamic"] and acts["symmetric"])
+    dynamic = acts is None or (
+        acts["type"] == "int" and acts["strategy"] == "token" and acts["dynamic"] and acts["symmetric"]
+    )
     if not dynamic:
         raise LlmqatError("cannot run these activations; llmqat reads dynamic symmetric per-token int8, or none")
     group_size = -1 if weights["strategy"] == "channel" else weights["group_size"]

@@ -49,7 +49,10 @@ def read(directory: Path) -> dict[str, dict[str, str | None]]:
         raise LlmqatError(
             f"{directory} has no {NAME}: it was not written by llmqat, so there is nothing to prove it against"
         )
-    layers: dict[str, dict[str, str | None]] = json.loads(path.read_text())["layers"]
+    try:
+        layers: dict[str, dict[str, str | None]] = json.loads(path.read_text())["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmqatError(f"{path} is damaged; copy it again, or write the model again") from error
     return layers
 
 

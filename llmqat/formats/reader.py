@@ -57,7 +57,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def is_packed(directory: Path) -> bool:
     """Whether a directory holds a model packed by compressed-tensors."""
-    return bool(read_config(directory).get("quantization_config", {}).get("quant_method") == METHOD)
+    return bool(_quantization(directory).get("quant_method") == METHOD)
+
+
+def _quantization(directory: Path) -> dict[str, Any]:
+    return read_config(directory).get("quantization_config") or {}
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -67,7 +71,10 @@ def weight_files(directory: Path) -> list[Path]:
         LlmqatError: if there are none, or some are missing.
     """
     index = directory / INDEX
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LlmqatError(f"{index} is damaged; copy it again, or write the model again") from error
     for name in names:
         if not (directory / name).exists():
             raise LlmqatError(f"{directory} lacks {name}; copy the directory again, or write the model again")
@@ -103,18 +110,27 @@ def load_packed(
         LlmqatError: if the directory is incomplete or damaged, or of a format llmqat does not run.
     """
     directory = local_directory(name)
-    config = AutoConfig.from_pretrained(directory)
-    quantization = read_config(directory).get("quantization_config", {})
+    quantization = _quantization(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        model_class = getattr(transformers, config.architectures[0])
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # unknown model type, or none or no known class
+        raise LlmqatError(
+            f"cannot use {directory / 'config.json'}: {' '.join(str(error).split())}; its model_type or "
+            "architectures are unknown to this transformers"
+        ) from error
     config.__dict__.pop("quantization_config", None)
     stored: torch.dtype = config.dtype or torch.float32
     tensors = dict(read_tensors(directory))
     schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
-    model_class = getattr(transformers, config.architectures[0])
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
+    modules = dict(model.named_modules())
     for layer, scheme in schemes.items():
-        old = model.get_submodule(layer)
-        assert isinstance(old, nn.Linear)
+        old = modules.get(layer)
+        if not isinstance(old, nn.Linear) or f"{layer}.weight_scale" not in tensors:
+            what = f"lacks {layer}.weight_scale" if isinstance(old, nn.Linear) else f"packs {layer}, which is no Linear"
+            raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")
         scale_dtype = tensors[f"{layer}.weight_scale"].dtype
         packed = PackedLinear(old.in_features, old.out_features, scheme, scale_dtype, old.bias is not None, "meta")
         model.set_submodule(layer, packed)

@@ -89,7 +89,9 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def _quantize_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     from llmqat.quant.affine import fake_quantize_activation
 
-    return (fake_quantize_activation(args[0]),)
+    # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half of
+    # absmax), and float64 would break it differently.
+    return (fake_quantize_activation(args[0].float()).to(args[0].dtype),)
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ def replacing(directory: Path) -> Iterator[Path]:
         yield scratch
         written = sorted(scratch.iterdir(), key=lambda path: (path.name == "config.json", path.name))
         for file in written:
+            file.chmod(_file_mode())  # safetensors makes its files private
             os.replace(file, directory / file.name)
         if any(file.suffix == ".safetensors" for file in written):
             names = {file.name for file in written}
@@ -58,6 +59,13 @@ def replacing(directory: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _file_mode() -> int:
+    """Permissions of a new file under this process's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def storage_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -70,13 +70,19 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     """
     stored = getattr(load_config(name), "dtype", None) or torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_name(name), dtype=dtype or stored)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_name(name), dtype=dtype or stored, output_loading_info=True
+        )
     except (
         Exception
     ) as error:  # safetensors, OS and torch errors: all mean that the files are not what config.json says
         raise LlmqatError(
             f"cannot load the weights of {name}: {_short(error)}; copy or download the model again"
         ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        lost = ", ".join(sorted(info["missing_keys"])[:3])
+        raise LlmqatError(f"cannot load the weights of {name}: they lack {lost}; copy or download the model again")
     return model.eval(), stored
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -75,8 +76,11 @@ class Trainer:
         directory: Path | None,
     ) -> None:
         self.config, self.teacher, self.directory, self.blocks, self.seed = config, teacher, directory, blocks, seed
+        precision = "bf16" if config.precision == "bf16" else "no"
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+            AcceleratorState._reset_state()  # an earlier run of this process computed in another precision
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            mixed_precision=precision,
             gradient_accumulation_steps=config.accumulation,
             log_with=config.tracker,
             project_dir=None if directory is None else str(directory),
@@ -120,18 +124,18 @@ class Trainer:
         """Held-out loss of the current state; keep the state if it is the best so far."""
         result = self.result
         loss = self.held_out_loss()
-        self.check_finite(loss, "held-out")
+        self.check_finite(loss, "held-out", result.steps)
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
             self.best = {name: value.to("cpu", copy=True) for name, value in self.trainable().items()}
         self.accelerator.log({"held_out_loss": loss}, step=result.steps)
 
-    def check_finite(self, loss: float, kind: str) -> None:
+    def check_finite(self, loss: float, kind: str, step: int) -> None:
         """Stop rather than train on, or ship, a broken model."""
         if not math.isfinite(loss):
             raise LlmqatError(
-                f"the {kind} loss became {loss} at step {self.result.steps}; lower --lr, or use --precision fp32; "
+                f"the {kind} loss became {loss} at step {step}; lower --lr, or use --precision fp32; "
                 "the last "
                 "checkpoint is untouched"
             )
@@ -144,7 +148,7 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(batch)
                 total += loss.item() / self.config.accumulation
-                self.check_finite(total, "training")
+                self.check_finite(total, "training", self.result.steps + 1)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.max_grad_norm:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -259,7 +263,8 @@ def _run(trainer: Trainer, config: TrainConfig) -> None:
     clock = Clock(result)
     with interruptible() as interrupted:
         while result.steps < config.max_steps:
-            result.losses[result.steps + 1] = loss = trainer.step(batches)
+            loss = trainer.step(batches)
+            result.losses[result.steps] = loss
             clock.update()
             trainer.accelerator.log({"loss": loss, "lr": trainer.scheduler.get_last_lr()[0]}, step=result.steps)
             last = result.steps == config.max_steps

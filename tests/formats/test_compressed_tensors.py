@@ -75,7 +75,9 @@ def test_round_trip(bits, symmetric, group_size, act_bits):
 def test_targets_of_other_writers():
     targets = config({"targets": [r"re:.*layers\.\d+\.mlp\..*"]})
     assert schemes_of(targets, ["model.layers.10.mlp.up_proj"]) == {"model.layers.10.mlp.up_proj": INT4}
-    with pytest.raises(LlmqatError, match=r"layer model\.norm is packed but no config group targets it; config\.json and"):
+    with pytest.raises(
+        LlmqatError, match=r"layer model\.norm is packed but no config group targets it; config\.json and"
+    ):
         schemes_of(targets, ["model.norm"])
     assert schemes_of(config({"targets": ["x.y"]}), ["x.y"]) == {"x.y": INT4}
     with pytest.raises(LlmqatError, match="layer x is packed but no config group targets it"):
@@ -86,7 +88,10 @@ def test_targets_of_other_writers():
     ("bad", "message"),
     [
         (config(quant_method="gptq"), "quantization 'gptq' in format 'pack-quantized' is not compressed-tensors"),
-        (config(format="int-quantized"), "in format 'int-quantized' is not compressed-tensors pack-quantized; load this"),
+        (
+            config(format="int-quantized"),
+            "in format 'int-quantized' is not compressed-tensors pack-quantized; load this",
+        ),
         ({}, "quantization None in format None is not compressed-tensors pack-quantized"),
         (config({"weights": weights(type="float")}), "cannot run float weights of strategy 'group'; llmqat reads int"),
         (config({"weights": weights(strategy="block")}), "cannot run int weights of strategy 'block'"),

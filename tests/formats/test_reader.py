@@ -165,30 +165,39 @@ def config_with(**values):
 UP, NORM = "model.layers.0.mlp.up_proj", "model.norm.weight"
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: (d / "config.json").unlink(), r"packed has no readable config\.json; is it a model directory\?"),
-        (write_config("{"), r"config\.json is damaged \(.* in line 1\); write the model again"),
-        (lambda d: (d / "model.safetensors").unlink(), r"lacks model\.safetensors; copy the directory again, or write"),
-        (lambda d: (d / "model.safetensors").write_bytes(b""), r"model\.safetensors is damaged \(.*\); copy it again"),
-        (config_with(quantization_config={"quant_method": "gptq"}), "quantization 'gptq' in format None is not compr"),
-        (config_with(quantization_config=None), "quantization None in format None is not compressed-tensors"),
-        (config_with(quantization_config={}), "quantization None in format None is not compressed-tensors"),
-        (drop(NORM), rf"lacks {NORM}; its weights and config\.json do not belong together"),
-        (drop(f"{UP}.weight_scale"), rf"lacks {UP}\.weight_scale"),
-        (drop(f"{UP}.weight_packed"), r"do not belong together"),
-        (config_with(num_hidden_layers=2), r"lacks model\.layers\.1\..*do not belong together"),
-        (config_with(num_hidden_layers=0), r"do not (fit|belong)"),
-        (config_with(intermediate_size=96), r"tensors do not fit config\.json: .*size mismatch"),
-        (resize(NORM, 7), r"tensors do not fit config\.json: size mismatch for model\.norm\.weight"),
-        (config_with(architectures=["NoSuchModel"]), r"cannot use .*config\.json: .*NoSuchModel"),
-        (config_with(architectures=None), r"cannot use .*config\.json: .*"),
-        (config_with(model_type="foo"), r"cannot use .*config\.json: .*foo"),
-    ],
-)
-def test_damage_is_named(packed, damage, message):
+DAMAGE = {
+    "no config": (lambda d: (d / "config.json").unlink(), r"has no readable config\.json; is it a model directory\?"),
+    "half a config": (write_config("{"), r"config\.json is damaged \(.* in line 1\); write the model again"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"lacks model\.safetensors; copy the directory again"),
+    "empty": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        r"model\.safetensors is damaged \(.*\); copy it again",
+    ),
+    "method": (
+        config_with(quantization_config={"quant_method": "gptq"}),
+        "quantization 'gptq' in format None is not compr",
+    ),
+    "float model": (
+        config_with(quantization_config=None),
+        "quantization None in format None is not compressed-tensors",
+    ),
+    "no norm": (drop(NORM), rf"lacks {NORM}; its weights and config\.json do not belong together"),
+    "no scale": (drop(f"{UP}.weight_scale"), rf"lacks {UP}\.weight_scale; .* do not belong together"),
+    "no codes": (drop(f"{UP}.weight_packed"), r"do not belong together"),
+    "more layers": (config_with(num_hidden_layers=2), r"lacks model\.layers\.1\..*do not belong together"),
+    "fewer layers": (config_with(num_hidden_layers=0), r"model\.layers\.0\..*do not belong together"),
+    "width": (config_with(intermediate_size=96), r"tensors do not fit config\.json: .*size mismatch"),
+    "shape": (resize(NORM, 7), r"tensors do not fit config\.json: size mismatch for model\.norm\.weight"),
+    "class": (config_with(architectures=["NoSuchModel"]), r"cannot use .*config\.json: .*NoSuchModel"),
+    "no class": (config_with(architectures=None), r"cannot use .*config\.json: .*architectures"),
+    "type": (config_with(model_type="foo"), r"cannot use .*config\.json: .*foo"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(packed, kind):
     _, directory = packed
+    damage, message = DAMAGE[kind]
     damage(directory)
     with pytest.raises(LlmqatError, match=message) as caught:
         load_packed(directory)
@@ -199,7 +208,9 @@ def test_damage_is_named(packed, damage, message):
 def test_truncated_file(packed, keep):
     path = packed[1] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(LlmqatError, match=rf"{re.escape(str(path))} is damaged \(.*\); copy it again, or write the model"):
+    with pytest.raises(
+        LlmqatError, match=rf"{re.escape(str(path))} is damaged \(.*\); copy it again, or write the model"
+    ):
         load_packed(packed[1])
 
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmqat.errors import LlmqatError
-from llmqat.formats import fingerprint, verify as verify_module
+from llmqat.formats import fingerprint
+from llmqat.formats import verify as verify_module
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed
 from llmqat.scheme import QuantScheme
@@ -92,7 +93,9 @@ def test_a_missing_layer_is_found(packed, trained, tmp_path, side):
 def test_no_fingerprint(packed):
     model, directory = packed
     (directory / fingerprint.NAME).unlink()
-    with pytest.raises(LlmqatError, match=r"has no fingerprint\.json: it was not written by llmqat, so there is nothing"):
+    with pytest.raises(
+        LlmqatError, match=r"has no fingerprint\.json: it was not written by llmqat, so there is nothing"
+    ):
         verify(directory)
     assert verify(directory, against=model).ok
 

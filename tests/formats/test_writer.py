@@ -127,7 +127,9 @@ def test_tied_head_is_stored_once(trained, small_llama, tmp_path):
 
 
 def test_unprepared_model(small_llama, tmp_path):
-    with pytest.raises(LlmqatError, match=r"nothing to pack: no layer of this model is quantized; call llmqat\.prepare"):
+    with pytest.raises(
+        LlmqatError, match=r"nothing to pack: no layer of this model is quantized; call llmqat\.prepare"
+    ):
         save_packed(small_llama(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -179,8 +181,9 @@ def test_replacing_keeps_foreign_files_and_weights(packed):
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LlmqatError, match="cannot write to .*: Not a directory; choose another --output"), replacing(
-        tmp_path / "file" / "below"
+    with (
+        pytest.raises(LlmqatError, match=r"cannot write to .*: Not a directory; choose another --output"),
+        replacing(tmp_path / "file" / "below"),
     ):
         pass
 

@@ -101,7 +101,9 @@ def test_kl_and_agreement_equal_torch(tiny_llama):
     assert result.top1_agreement < 1
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 32), QuantScheme(3, -1, False), QuantScheme(8, 32, act_bits=8)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(4, 32), QuantScheme(3, -1, False), QuantScheme(8, 32, act_bits=8)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_equals_fake_quantized(tiny_llama, tmp_path, scheme, dtype):
     model = tiny_llama()

@@ -21,7 +21,10 @@ def test_what_is_timed(tiny_llama, monkeypatch):
     model, lengths = tiny_llama(), []
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(
-            (kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length() if kwargs["past_key_values"] else 0)
+            (
+                kwargs["input_ids"].shape[1],
+                kwargs["past_key_values"].get_seq_length() if kwargs["past_key_values"] else 0,
+            )
         ),
         with_kwargs=True,
     )
@@ -63,7 +66,11 @@ def test_weight_bytes_of_a_float_model(tiny_llama, tied, dtype):
 def test_weight_bytes_of_a_packed_model(tiny_llama, tied, group_size):
     model = tiny_llama(tie_word_embeddings=tied)
     linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
-    rows = sum(m.weight.numel() // (32 if group_size == 32 else m.in_features) for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    rows = sum(
+        m.weight.numel() // (32 if group_size == 32 else m.in_features)
+        for m in model.model.modules()
+        if isinstance(m, torch.nn.Linear)
+    )
     rest = sum(p.numel() for p in model.parameters()) - linear
     embedding = 0 if tied else model.model.embed_tokens.weight.numel()
     prepare(model, QuantScheme(4, group_size), storage_dtype=torch.bfloat16)

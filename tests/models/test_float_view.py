@@ -57,7 +57,7 @@ def test_the_teacher_is_the_float_model_exactly(run):
 
 
 def test_norms_that_train_come_back(run):
-    model, view, expected = run
+    model, view, _ = run
     trained(model)
     norms = [p.clone() for name, p in model.named_parameters() if "norm" in name]
     pointers = [p.data_ptr() for p in model.parameters()]

@@ -55,7 +55,9 @@ def test_aliases(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all"])
 def test_missing_directory(name):
-    with pytest.raises(LlmqatError, match=f"model directory {name} does not exist; give a directory, a Hub id, or llama"):
+    with pytest.raises(
+        LlmqatError, match=f"model directory {name} does not exist; give a directory, a Hub id, or llama"
+    ):
         load_config(name)
 
 
@@ -71,7 +73,7 @@ def test_unreachable_hub(monkeypatch):
 
 def test_unknown_family(damaged):
     edit_config(damaged, model_type="foo")
-    with pytest.raises(LlmqatError, match="cannot use model .*: .*`foo`"):
+    with pytest.raises(LlmqatError, match=r"cannot use model .*: .*`foo`"):
         load_float(str(damaged))
 
 
@@ -99,14 +101,14 @@ def test_missing_weights(damaged):
 @pytest.mark.parametrize("content", ["", "{", "[]"], ids=["empty", "truncated", "list"])
 def test_damaged_config(damaged, content):
     (damaged / "config.json").write_text(content)
-    with pytest.raises(LlmqatError, match="cannot (load|use) model"):
+    with pytest.raises(LlmqatError, match=r"cannot (load|use) model"):
         load_config(str(damaged))
 
 
 def test_weights_of_another_config(damaged):
     """transformers fills what is missing with random numbers; a run on those would be worse than none."""
     edit_config(damaged, num_hidden_layers=3)
-    with pytest.raises(LlmqatError, match="cannot load the weights of .*layers.2"):
+    with pytest.raises(LlmqatError, match=r"cannot load the weights of .*layers\.2"):
         load_float(str(damaged))
 
 

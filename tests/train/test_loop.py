@@ -104,7 +104,7 @@ def test_resume_is_bit_identical(prepared, train_config, mode, dtype, monkeypatc
 
 
 def test_resume_rebuilds_the_optimizer_whatever_the_grid_was(prepared, train_config, tmp_path):
-    """A resumed run starts from round-to-nearest, not from the initialization and training that the checkpoint holds."""
+    """A resumed run starts from round-to-nearest, whatever grid the checkpoint holds."""
     config = train_config("full", max_steps=4, lr=0.02)
     first, fresh = prepared("full", dtype=torch.bfloat16), prepared("full", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -153,7 +153,9 @@ def test_non_finite_training_loss_names_the_step(prepared, train_config, monkeyp
         return original(logits, targets) * (float("nan") if len(calls) == 6 else 1)  # 2 held-out batches, 3 steps
 
     monkeypatch.setattr(loop, "kd_loss", kd_loss)
-    with pytest.raises(LlmqatError, match=r"the training loss became nan at step 4; lower --lr, or use --precision fp32"):
+    with pytest.raises(
+        LlmqatError, match=r"the training loss became nan at step 4; lower --lr, or use --precision fp32"
+    ):
         train(prepared("full"), train_config("full", eval_every=9, save_every=1), "full", directory=tmp_path)
     assert checkpoint.load(tmp_path)["result"]["steps"] == 3
 

@@ -125,7 +125,9 @@ def test_rates_of_the_other_modes(tiny_llama, train_config):
     select_trainable(model, "scales")
     rates = rate_of(model, "scales", train_config("scales", lr=0.1))
     layer = model.model.layers[1].self_attn.o_proj
-    assert rates["model.layers.1.self_attn.o_proj.scale"] == pytest.approx(0.1 * float(layer.scale.detach().abs().median()))
+    assert rates["model.layers.1.self_attn.o_proj.scale"] == pytest.approx(
+        0.1 * float(layer.scale.detach().abs().median())
+    )
     assert rates.keys() == trained_names(model)
 
     model = tiny_llama()

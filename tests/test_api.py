@@ -1,0 +1,169 @@
+"""The Python surface, as the README uses it."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import llmqat
+from llmqat import QuantScheme, api
+from llmqat.errors import LlmqatError
+from llmqat.models.patcher import quantized_layers
+from llmqat.nn.packed_linear import PackedLinear
+
+IDS = torch.randint(0, 128, (20, 16), generator=torch.Generator().manual_seed(1))
+OPTIONS = {"max_steps": 4, "batch_size": 4, "length": 16, "precision": "fp32", "eval_every": 2}
+
+
+def codes(model):
+    return {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+
+
+def test_exports():
+    assert llmqat.__all__ == sorted(llmqat.__all__)
+    for name in llmqat.__all__:
+        assert getattr(llmqat, name) is not None
+    own = {"LlmqatError", "QuantScheme"}
+    assert set(llmqat.__all__) - own <= set(api.__all__)
+    assert all(hasattr(api, name) for name in api.__all__)
+    for verb in ("prepare", "smooth", "add_lora", "finetune", "pack", "load", "perplexity", "throughput", "verify"):
+        assert verb in llmqat.__all__
+    with pytest.raises(AttributeError, match="module 'llmqat' has no attribute 'quantise'"):
+        llmqat.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "scales"])
+def test_from_the_float_model_to_the_packed_file(tiny_llama, tokens, tokenizer, tmp_path, mode):
+    model, teacher = tiny_llama(), tiny_llama()
+    assert max(llmqat.smooth(model, tokens).values()) < 1e-5
+    report = llmqat.prepare(
+        model,
+        QuantScheme(3, 32),
+        init="gptq",
+        calibration=tokens,
+        keep_float=mode != "full",
+        storage_dtype=torch.bfloat16,
+    )
+    assert len(report.quantized) == len(report.errors) == 14
+    if mode == "lora":
+        model = llmqat.add_lora(model, r=4)
+    result = llmqat.finetune(
+        model,
+        IDS[:14],
+        IDS[14:],
+        mode=mode,
+        teacher=teacher if mode == "full" else "self",
+        options=OPTIONS,
+        output=tmp_path / "checkpoint",
+    )
+    assert result.steps == 4
+    assert (tmp_path / "checkpoint" / "checkpoint.pt").exists()
+    llmqat.pack(model, tmp_path / "packed", tokenizer=tokenizer)
+    packed = llmqat.load(tmp_path / "packed")
+    assert packed.dtype == torch.bfloat16
+    assert packed.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape == (1, 19)
+    check = llmqat.verify(tmp_path / "packed", against=model)
+    assert check.ok
+    assert check == llmqat.verify(tmp_path / "packed")
+    ppl = llmqat.perplexity(llmqat.load(tmp_path / "packed", torch.float32), IDS.flatten(), window=16)
+    assert ppl == pytest.approx(llmqat.perplexity(model, IDS.flatten(), window=16), rel=1e-2)
+    assert min(llmqat.throughput(packed, prompt=8, new_tokens=4, repeats=1).decode) > 0
+
+
+def test_convert_in_place(tiny_llama):
+    model = tiny_llama()
+    llmqat.prepare(model, QuantScheme(4, 32))
+    expected = model(input_ids=IDS).logits
+    assert llmqat.convert(model) is model
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 14
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(LlmqatError, match="nothing to convert: no layer of this model is quantized"):
+        llmqat.convert(model)
+
+
+def test_teachers(tiny_llama):
+    """The float model inside a scales model, the same as a copy, and either as a view; and no teacher at all."""
+
+    def losses(teacher):
+        model = tiny_llama()
+        llmqat.prepare(model, QuantScheme(3, 32))
+        teacher = teacher(model) if callable(teacher) else teacher
+        return llmqat.finetune(model, IDS[:14], IDS[14:], mode="scales", teacher=teacher, options=OPTIONS).losses
+
+    distilled = losses("self")
+    assert losses(lambda _: tiny_llama()) == distilled
+    assert losses(llmqat.FloatCopy(tiny_llama())) == distilled
+    assert losses(llmqat.FloatView) == distilled
+    entropy = losses(None)
+    assert entropy != distilled
+    assert entropy[1] > 2
+    with pytest.raises(
+        LlmqatError, match="teacher must be a model, a FloatCopy, a FloatView, 'self' or None; got 'llama'"
+    ):
+        losses("llama")
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "message"),
+    [
+        ({"max_step": 4}, "full", "unknown key train.max_step; did you mean train.max_steps?"),
+        ({"lr": -1.0}, "full", "train.lr must be at least 0"),
+        ({}, "all", "train.mode must be one of full, lora, scales; got 'all'"),
+    ],
+)
+def test_bad_options(tiny_llama, options, mode, message):
+    model = tiny_llama()
+    llmqat.prepare(model, QuantScheme(4, 32))
+    with pytest.raises(LlmqatError, match=message):
+        llmqat.finetune(model, IDS[:14], IDS[14:], mode=mode, options=options)
+
+
+def test_unprepared_model(tiny_llama):
+    with pytest.raises(LlmqatError, match=r"no layer of this model is quantized; call llmqat\.prepare"):
+        llmqat.finetune(tiny_llama(), IDS[:14], IDS[14:], options=OPTIONS)
+
+
+def test_seed_and_default_rate(tiny_llama):
+    def train(**options):
+        model = tiny_llama()
+        llmqat.prepare(model, QuantScheme(4, 32))
+        return llmqat.finetune(model, IDS[:14], IDS[14:], options={**OPTIONS, **options}, seed=3).losses
+
+    assert train() == train()
+    assert train() != train(lr=0.05)
+
+
+def test_perplexity_is_the_gptq_protocol(tiny_llama):
+    model, stream = tiny_llama(), IDS.flatten()[:70]
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in stream[:64].view(4, 16)]
+    expected = float(torch.tensor(losses).mean().exp())
+    assert llmqat.perplexity(model, stream, window=16) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(LlmqatError, match="the evaluation text has 10 tokens, fewer than one sequence of 16"):
+        llmqat.perplexity(model, stream[:10], window=16)
+
+
+def test_the_trainer_of_transformers_trains_it_unchanged(tiny_llama, tmp_path):
+    model = tiny_llama()
+    llmqat.prepare(model, QuantScheme(4, 32))
+    before = codes(model)
+    arguments = TrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=3,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in IDS]).train()
+    trained = codes(model)
+    assert any(not torch.equal(trained[name], before[name]) for name in trained)
+    llmqat.pack(model, tmp_path / "packed")
+    grids = {
+        name: module.unpack()[0]
+        for name, module in llmqat.load(tmp_path / "packed").named_modules()
+        if isinstance(module, PackedLinear)
+    }
+    assert grids.keys() == trained.keys()
+    assert all(torch.equal(grids[name], trained[name]) for name in trained)
