@@ -86,8 +86,8 @@ class TrainConfig:
         choices=MODES,
     )
     loss: str = option("kd", "distil from the float model, or cross-entropy on the text", "--loss", choices=LOSSES)
-    max_steps: int = option(300, "optimizer steps", "--max-steps", least=1)
-    batch_size: int = option(8, "sequences per step and process, before accumulation", "--batch-size", least=1)
+    max_steps: int = option(500, "optimizer steps", "--max-steps", least=1)
+    batch_size: int = option(4, "sequences per step and process, before accumulation", "--batch-size", least=1)
     accumulation: int = option(1, "batches summed into one step", "--accumulation", least=1)
     length: int = option(512, "tokens per training sequence", "--length", least=8)
     lr: float | None = option(
@@ -97,7 +97,11 @@ class TrainConfig:
         least=0.0,
     )
     lr_scale: float = option(
-        1e-3, "full: learning rate of the scales, as a fraction of the scale", "--lr-scale", least=0.0
+        0.0,
+        "full: learning rate of the scales, as a fraction of the scale; 0 leaves the grid as it was initialized, which is "
+        "cheaper",
+        "--lr-scale",
+        least=0.0,
     )
     lr_float: float = option(
         1e-3, "learning rate of norms and embeddings, as a fraction of their RMS", "--lr-float", least=0.0
@@ -111,8 +115,8 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, slower", "--gradient-checkpointing"
     )
-    eval_every: int = option(50, "steps between held-out losses; the best state is kept", "--eval-every", least=1)
-    save_every: int = option(50, "steps between checkpoints", "--save-every", least=1)
+    eval_every: int = option(100, "steps between held-out losses; the best state is kept", "--eval-every", least=1)
+    save_every: int = option(100, "steps between checkpoints", "--save-every", least=1)
     tracker: str | None = option(None, "accelerate tracker for curves", "--tracker", choices=("tensorboard", "wandb"))
 
 
@@ -295,4 +299,4 @@ def resolve(recipe: Recipe, parameters: int) -> Recipe:
     return replace(recipe, quant=quant, train=replace(train, mode=mode, lr=lr))
 
 
-DEFAULT_LR = {"full": 0.02, "lora": 3e-3, "scales": 3e-3}
+DEFAULT_LR = {"full": 5e-3, "lora": 3e-3, "scales": 3e-3}
