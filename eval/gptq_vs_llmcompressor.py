@@ -3,9 +3,9 @@
     python eval/gptq_vs_llmcompressor.py --output eval/results/gptq_vs_llmcompressor.json
 
 Both tools write a compressed-tensors directory, which `llmqat.load` reads back and `llmqat.evaluate` scores in float32.
-Calibration batches are the same ids in the same batches. llm-compressor runs with its defaults (activation order "static",
-range by min/max), and with each of its own range searches, so that the best of it is what llmqat is compared with. It needs
-an environment of its own, made on first use from llmcompressor_env.txt.
+Calibration batches are the same ids in the same batches: the rows that `llmqat quantize` takes. llm-compressor runs
+with its defaults (activation order "static", ranges by min/max), and with each of its own range searches, so that llmqat
+is compared with the best of it. It needs an environment of its own, made on first use from llmcompressor_env.txt.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from llmqat import QuantScheme
 
 HERE = Path(__file__).parent
 BATCH, DAMP = 8, 0.01
+TOKENIZED = 8_000_000  # of the training text, as in `llmqat quantize`
 # Row -> method, and observer (None is llm-compressor's default).
 PEER = {
     "llmcompressor rtn": ("rtn", None),
@@ -73,9 +74,13 @@ class Comparison:
 
     def calibration_batches(self, tokenizer: Any, documents: list[str]) -> torch.Tensor:
         """``(batches, BATCH, length)`` ids: blocks of the training text, drawn by the seed."""
-        rows = llmqat.blocks(llmqat.encode(tokenizer, documents), self.args.length, "calibration")
+        samples, length = self.args.samples, self.args.length
+        stream = llmqat.encode(tokenizer, documents, max(samples * length, TOKENIZED))
+        rows = llmqat.blocks(stream, length, "calibration")
+        if len(rows) < samples:
+            raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples asks for {samples}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        return rows[order[: self.args.samples // BATCH * BATCH]].view(-1, BATCH, self.args.length)
+        return rows[order[:samples]].view(-1, BATCH, length)
 
     def score(self, directory: Path) -> dict[str, Any]:
         """Perplexity and KL to the float model of a packed directory, computed in float32."""
@@ -134,7 +139,8 @@ def show(scheme: QuantScheme, rows: dict[str, dict[str, Any]]) -> None:
     print(f"\n{scheme!s:<34} {'perplexity':>10} {'KL':>8} {'loss - llmqat gptq':>19} {'seconds':>8}")
     for name, row in rows.items():
         difference = f"{row['loss_minus_llmqat_gptq']:+.4f} ± {row['standard_error']:.4f}"
-        print(f"{name:<34} {row['perplexity']:10.4f} {row['kl_to_float']:8.5f} {difference:>19} {row['seconds']:8.1f}")
+        numbers = f"{row['perplexity']:10.4f} {row['kl_to_float']:8.5f} {difference:>19} {row['seconds']:8.1f}"
+        print(f"{name:<34} {numbers}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -157,7 +163,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, of both tools")
     parser.add_argument("--output", type=Path, default=Path("eval/results/gptq_vs_llmcompressor.json"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.samples < BATCH or args.samples % BATCH:
+        parser.error(f"--samples must be a multiple of {BATCH}, got {args.samples}")
+    return args
 
 
 def main() -> None:
@@ -171,21 +180,21 @@ def main() -> None:
         result: dict[str, Any] = {
             "model": args.model,
             "dataset": args.dataset,
+            "seed": args.seed,
             "environment": {"llmqat": llmqat.__version__, **llmqat.environment()},
             "calibration": {"tokens": ids.tokens, "shape": list(run.calibration.shape), "sha256": ids.sha256},
             "eval": {"tokens": run.test.tokens, "window": args.window, "bos": run.test.bos, "sha256": run.test.sha256},
             "float_perplexity": float(np.exp(run.float_losses.mean())),
             "schemes": {},
         }
-        print(f"float perplexity {result['float_perplexity']:.4f}")
+        print(f"float perplexity {result['float_perplexity']:.4f}", flush=True)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         for symmetric in (True, False) if args.asymmetric else (True,):
             for group_size in args.group_size:
                 scheme = QuantScheme(bits=4, group_size=group_size, symmetric=symmetric)
                 rows = compare(run, scheme, python)
-                result["peer_environment"] = [row.pop("environment") for row in rows.values() if "environment" in row][
-                    0
-                ]
+                for name in PEER:
+                    result["peer_environment"] = rows[name].pop("environment")
                 result["schemes"][str(scheme)] = rows
                 show(scheme, rows)
                 args.output.write_text(json.dumps(result, indent=2) + "\n")

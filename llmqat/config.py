@@ -86,6 +86,12 @@ class TrainConfig:
         choices=MODES,
     )
     loss: str = option("kd", "distil from the float model, or cross-entropy on the text", "--loss", choices=LOSSES)
+    hidden_weight: float = option(
+        10.0,
+        "kd: weight of the relative squared error of hidden states; 0 leaves the KL divergence alone",
+        "--hidden-weight",
+        least=0.0,
+    )
     max_steps: int = option(500, "optimizer steps", "--max-steps", least=1)
     batch_size: int = option(4, "sequences per step and process, before accumulation", "--batch-size", least=1)
     accumulation: int = option(1, "batches summed into one step", "--accumulation", least=1)
@@ -98,8 +104,7 @@ class TrainConfig:
     )
     lr_scale: float = option(
         0.0,
-        "full: learning rate of the scales, as a fraction of the scale; 0 leaves the grid as it was initialized, which is "
-        "cheaper",
+        "full: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized",
         "--lr-scale",
         least=0.0,
     )

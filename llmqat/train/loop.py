@@ -21,7 +21,7 @@ from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.progress import say
 from llmqat.train import checkpoint
 from llmqat.train.data import EndlessSampler
-from llmqat.train.losses import ce_loss, kd_loss
+from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
 
 Teacher = FloatCopy | FloatView
@@ -99,13 +99,20 @@ class Trainer:
         self.first_codes: dict[str, Tensor] = {}
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Loss of one batch ``(batch, length)`` of token ids."""
+        """Loss of one batch ``(batch, length)`` of token ids: cross-entropy, or distance from the teacher."""
         batch = batch.to(self.accelerator.device)
         if self.teacher is None:
             return ce_loss(self.model(input_ids=batch, use_cache=False).logits, batch)
+        # Held-out losses are the KL divergence alone: what is compared must not depend on a weight.
+        weight = self.config.hidden_weight if torch.is_grad_enabled() else 0.0
+        arguments = {"input_ids": batch, "use_cache": False, "output_hidden_states": weight > 0}
         with self.teacher.active() as teacher, self.accelerator.autocast():
-            targets = teacher(input_ids=batch, use_cache=False).logits
-        return kd_loss(self.model(input_ids=batch, use_cache=False).logits, targets)
+            targets = teacher(**arguments)
+        outputs = self.model(**arguments)
+        loss = kd_loss(outputs.logits, targets.logits)
+        if weight > 0:
+            loss = loss + weight * hidden_loss(outputs.hidden_states[1:], targets.hidden_states[1:])
+        return loss
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
