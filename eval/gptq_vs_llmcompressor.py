@@ -4,8 +4,9 @@
 
 Both tools write a compressed-tensors directory, which `llmqat.load` reads back and `llmqat.evaluate` scores in float32.
 Calibration batches are the same ids in the same batches: the rows that `llmqat quantize` takes. llm-compressor runs
-with its defaults (activation order "static", ranges by min/max), and with each of its own range searches, so that llmqat
-is compared with the best of it. It needs an environment of its own, made on first use from llmcompressor_env.txt.
+with its defaults (activation order "static", ranges by min/max), and with each of its own range searches, so that
+llmqat is compared with the best of it. It needs an environment of its own, made on first use from
+llmcompressor_env.txt.
 """
 
 import argparse
@@ -78,7 +79,9 @@ class Comparison:
         stream = llmqat.encode(tokenizer, documents, max(samples * length, TOKENIZED))
         rows = llmqat.blocks(stream, length, "calibration")
         if len(rows) < samples:
-            raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples asks for {samples}")
+            raise SystemExit(
+                f"the training text gives {len(rows)} rows of {length} tokens; --samples asks for {samples}"
+            )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
         return rows[order[:samples]].view(-1, BATCH, length)
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.errors import LlmqatError
+
 CHUNK_TOKENS = 512
 
 
@@ -59,7 +61,12 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> T
     Args:
         states: ``(batch, length, hidden)`` after each block.
         teacher_states: likewise.
+
+    Raises:
+        LlmqatError: if the two models differ in depth or width.
     """
+    if [state.shape for state in states] != [target.shape for target in teacher_states]:
+        raise LlmqatError("hidden states of model and teacher differ in depth or width; set hidden_weight to 0")
     errors = []
     for state, target in zip(states, teacher_states, strict=True):
         h, t = state.float(), target.float()

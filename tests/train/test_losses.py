@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from llmqat.errors import LlmqatError
 from llmqat.train import losses
-from llmqat.train.losses import ce_loss, kd_loss
+from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 
 V = 11
 
@@ -77,3 +78,18 @@ def test_token_mean_does_not_depend_on_the_batch(loss):
     logits, target = torch.randn(6, 7, V), targets(6, 7)
     parts = [ours(logits[i : i + 2], target[i : i + 2]) for i in range(0, 6, 2)]
     torch.testing.assert_close(ours(logits, target), torch.stack(parts).mean())
+
+
+def test_hidden_loss_is_the_relative_error_of_each_token_and_block():
+    teacher = [torch.randn(2, 5, 8) for _ in range(3)]
+    assert hidden_loss(teacher, teacher) == 0
+    off = [state * (1 + 0.1 * (block + 1)) for block, state in enumerate(teacher)]
+    torch.testing.assert_close(hidden_loss(off, teacher), torch.tensor((0.01 + 0.04 + 0.09) / 3))
+    scaled = hidden_loss([100 * state for state in off], [100 * state for state in teacher])
+    torch.testing.assert_close(scaled, hidden_loss(off, teacher))  # no block counts more for being larger
+
+
+@pytest.mark.parametrize("states", [[torch.ones(1, 2, 8)], [torch.ones(1, 2, 4), torch.ones(1, 2, 4)]])
+def test_hidden_loss_needs_a_teacher_of_the_same_shape(states):
+    with pytest.raises(LlmqatError, match="differ in depth or width; set hidden_weight to 0"):
+        hidden_loss(states, [torch.ones(1, 2, 8), torch.ones(1, 2, 8)])
