@@ -232,7 +232,7 @@ def test_table_and_card(full, capsys, tmp_path):
     assert environment()["cpu"] in card
     assert "dequantize=True" not in card
     asymmetric = make(float=10.0)
-    asymmetric.recipe = asymmetric.recipe.with_values({"quant.symmetric": False})
+    asymmetric.coverage = CoverageReport((LayerCoverage("q_proj", (8, 32), QuantScheme(4, 32, False)),), 256)
     assert "CompressedTensorsConfig(dequantize=True))" in model_card(asymmetric)
     write_json(full, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(full.to_dict()))
