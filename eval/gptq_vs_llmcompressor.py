@@ -36,6 +36,7 @@ PEER = {
     "llmcompressor gptq, mse": ("gptq", "mse"),
     "llmcompressor gptq, imatrix_mse": ("gptq", "imatrix_mse"),
 }
+GRIDS = {"symmetric": True, "asymmetric": False}
 OURS = {"llmqat rtn": "rtn", "llmqat gptq": "gptq"}
 
 
@@ -79,9 +80,7 @@ class Comparison:
         stream = llmqat.encode(tokenizer, documents, max(samples * length, TOKENIZED))
         rows = llmqat.blocks(stream, length, "calibration")
         if len(rows) < samples:
-            raise SystemExit(
-                f"the training text gives {len(rows)} rows of {length} tokens; --samples asks for {samples}"
-            )
+            raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples is {samples}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
         return rows[order[:samples]].view(-1, BATCH, length)
 
@@ -157,9 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--eval-tokens", type=int, default=65536, help="upper limit of tokens scored")
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 32])
-    parser.add_argument(
-        "--asymmetric", action=argparse.BooleanOptionalAction, default=True, help="asymmetric grids too"
-    )
+    parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
     parser.add_argument("--peer-env", type=Path, default=Path("runs/llmcompressor-env"), help="made on first use")
     parser.add_argument(
         "--peer-dtype", choices=["float32", "bfloat16"], help="default: the dtype the model is stored in"
@@ -192,9 +189,9 @@ def main() -> None:
         }
         print(f"float perplexity {result['float_perplexity']:.4f}", flush=True)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        for symmetric in (True, False) if args.asymmetric else (True,):
+        for grid in args.grid:
             for group_size in args.group_size:
-                scheme = QuantScheme(bits=4, group_size=group_size, symmetric=symmetric)
+                scheme = QuantScheme(bits=4, group_size=group_size, symmetric=GRIDS[grid])
                 rows = compare(run, scheme, python)
                 for name in PEER:
                     result["peer_environment"] = rows[name].pop("environment")

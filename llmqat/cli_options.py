@@ -119,8 +119,8 @@ def _checked(pattern: str) -> str:
 
 def recipe_folder() -> Path:
     """Where the bundled recipes are: inside the installed package, or beside it in a checkout."""
-    inside = Path(str(files("llmqat"))) / "recipes"
-    return inside if inside.is_dir() else inside.parent.parent / "recipes"
+    inside = files("llmqat") / "recipes"
+    return Path(str(inside)) if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def bundled_recipes() -> dict[str, Path]:
