@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.config import TrainConfig
-from llmqat.environment import environment
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
+from llmqat.machine import environment
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Windows, evaluate, windows
 from llmqat.metrics.throughput import Throughput, throughput

@@ -155,8 +155,8 @@ def run_eval(args: argparse.Namespace) -> None:
     """`llmqat eval`."""
     import torch
 
-    from llmqat.environment import environment
     from llmqat.kernels.ops import kernel_name
+    from llmqat.machine import environment
     from llmqat.metrics.perplexity import evaluate, windows
     from llmqat.metrics.throughput import throughput
     from llmqat.models.float_view import FloatCopy

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmqat import __version__
 from llmqat.config import Recipe
-from llmqat.environment import environment
 from llmqat.formats.verify import Verification
+from llmqat.machine import environment
 from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport

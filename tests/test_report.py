@@ -7,8 +7,8 @@ import torch
 
 import llmqat
 from llmqat.config import from_dict, resolve
-from llmqat.environment import PACKAGES, environment
 from llmqat.formats.verify import Verification
+from llmqat.machine import PACKAGES, environment
 from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport, LayerCoverage
