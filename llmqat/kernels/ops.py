@@ -1,11 +1,12 @@
 """The operator `llmqat::packed_linear`: schema, shape function and the pure-torch reference.
 
-A compiled kernel registers under this same operator for its device; nothing above this layer knows which one runs.
+On a CPU the compiled kernels of `native` run under this same operator; nothing above this layer knows which one runs.
 """
 
 import torch
 from torch import Tensor
 
+from llmqat.kernels import native
 from llmqat.quant.affine import dequantize, fake_quantize_activation
 from llmqat.quant.packing import from_unsigned, packed_width, unpack_rows
 from llmqat.scheme import QuantScheme
@@ -55,6 +56,24 @@ def packed_linear(
         act_bits: 8 quantizes `x` per token first, exactly as in training; None leaves it alone.
     """
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
+    if native.supports(x, weight_scale, in_features, bits):
+        return native.linear(
+            x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits
+        )
+    return reference(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
+
+
+def reference(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Tensor:
+    """`packed_linear` in plain torch, on any device and in any dtype; it defines what the kernels compute."""
     scheme = _scheme(weight_scale, weight_zero_point, bits, in_features, act_bits)
     out_features = weight_packed.shape[0]
     x_hat = x if act_bits is None else fake_quantize_activation(x)
@@ -117,7 +136,3 @@ def _(
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
-
-def kernel_name() -> str:
-    """Name of the implementation that `packed_linear` runs here, as reports print it."""
-    return "reference"

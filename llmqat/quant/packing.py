@@ -29,7 +29,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         padded = torch.nn.functional.pad(codes, (0, -length % per_byte)).view(rows, -1, per_byte)
         as_bytes = _accumulate(padded, bits)
     fitted = torch.nn.functional.pad(as_bytes, (0, max(0, words * 4 - as_bytes.shape[1])))[:, : words * 4]
-    return fitted.contiguous().view(torch.int32)
+    return fitted.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _bytes_of(words: Tensor) -> Tensor:

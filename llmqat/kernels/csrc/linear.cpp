@@ -1,0 +1,171 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace llmqat {
+namespace {
+
+// act_bits: 8 means integers where the activations are no finer than the storage dtype of W_hat = scale * code: its
+// rounding, which the integers leave out, is then below that of the reference. Else W_hat itself is multiplied.
+Path path_of(const Matrix& w, const Variant& v, int32_t dtype) {
+    bool integers = dtype == LLMQAT_BFLOAT16 || w.scale_dtype == LLMQAT_FLOAT32 || dtype == w.scale_dtype;
+    if (w.act_bits == 8 && integers) return Path::INTEGER;
+    return v.bfloat && w.scale_dtype == LLMQAT_BFLOAT16 ? Path::BFLOAT : Path::FLOAT;
+}
+
+int planes_of(int32_t dtype) { return dtype == LLMQAT_BFLOAT16 ? 1 : dtype == LLMQAT_FLOAT16 ? 2 : 3; }
+
+void load_row(const void* x, int64_t start, int64_t k, int32_t dtype, float* row) {
+    if (dtype == LLMQAT_FLOAT32) std::memcpy(row, static_cast<const float*>(x) + start, size_t(k) * sizeof(float));
+    else
+        for (int64_t i = 0; i < k; ++i) row[i] = load(x, start + i, dtype);
+}
+
+// The value as a sum of bfloat16 numbers: 8 + 8 + 8 bits hold the 24 of a float32.
+void split(float value, int planes, uint16_t* part, int64_t plane_stride) {
+    for (int p = 0; p < planes; ++p) {
+        part[p * plane_stride] = to_bfloat16(value);
+        value -= from_bfloat16(part[p * plane_stride]);
+    }
+}
+
+struct Preparer {
+    const Variant& v;
+    const Matrix& w;
+    const void* x;
+    int32_t dtype;
+    Input& in;
+    float* floats;
+    uint16_t* parts;
+    int8_t* q;
+    float* q_scale;
+
+    bool fake_quantizes() const { return w.act_bits == 8 && in.path != Path::INTEGER; }
+
+    void token(int64_t m) const {
+        thread_local Scratch row_scratch, code_scratch;
+        float* row = in.path == Path::FLOAT ? floats + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
+        if (m >= in.m) std::fill(row, row + in.k, 0.0f);
+        else load_row(x, m * in.k, in.k, dtype, row);
+        std::fill(row + in.k, row + in.k_pad, 0.0f);
+        if (fake_quantizes()) {
+            int8_t* codes = code_scratch.get<int8_t>(size_t(in.k));
+            float scale = v.quantize(row, in.k, codes);
+            for (int64_t i = 0; i < in.k; ++i) row[i] = round_to(float(codes[i]) * scale, dtype);
+        }
+        if (in.path == Path::BFLOAT) bfloat(m, row);
+        if (in.path == Path::INTEGER) integer(m, row, code_scratch.get<int8_t>(size_t(in.k_pad)));
+    }
+
+    void bfloat(int64_t m, const float* row) const {
+        if (!in.tiled) {
+            uint16_t* to = parts + m * in.planes * in.k_pad;
+            for (int64_t i = 0; i < in.k_pad; ++i) split(row[i], in.planes, to + i, in.k_pad);
+            return;
+        }
+        for (int64_t i = 0; i < in.k_pad; ++i) {
+            int64_t at = ((m / 16 * (in.k_pad / 32) + i / 32) * 16 + m % 16) * 32 + i % 32;
+            split(row[i], in.planes, parts + at, in.m_pad * in.k_pad);
+        }
+    }
+
+    void integer(int64_t m, const float* row, int8_t* codes) const {
+        if (!in.tiled) codes = q + m * in.k_pad;
+        q_scale[m] = v.quantize(row, in.k_pad, codes);
+        if (!in.tiled) return;
+        for (int64_t i = 0; i < in.k_pad; i += 64)
+            std::memcpy(q + ((m / 16 * (in.k_pad / 64) + i / 64) * 16 + m % 16) * 64, codes + i, 64);
+    }
+};
+
+Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype) {
+    thread_local Scratch floats, parts, q, q_scale;
+    Input in = {};
+    in.path = path_of(w, v, dtype), in.tiled = v.tiles(w, in.path, m);
+    in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
+    in.planes = planes_of(dtype);
+    Preparer prepare{v, w, x, dtype, in, nullptr, nullptr, nullptr, nullptr};
+    size_t elements = size_t(in.m_pad * in.k_pad);
+    if (in.path == Path::FLOAT) in.x = prepare.floats = floats.get<float>(elements);
+    if (in.path == Path::BFLOAT) in.parts = prepare.parts = parts.get<uint16_t>(elements * size_t(in.planes));
+    if (in.path == Path::INTEGER) {
+        in.q = prepare.q = q.get<int8_t>(elements);
+        in.q_scale = prepare.q_scale = q_scale.get<float>(size_t(in.m_pad));
+    }
+    constexpr int64_t TOKENS = 8;
+    parallel_for((in.m_pad + TOKENS - 1) / TOKENS, [&](int64_t chunk) {
+        for (int64_t i = chunk * TOKENS; i < std::min((chunk + 1) * TOKENS, in.m_pad); ++i) prepare.token(i);
+    });
+    return in;
+}
+
+// Rows a thread takes at a time: enough bytes to amortize the claim and to keep streams long, and at least some chunks
+// for every thread. Tiles come in 32 rows.
+int64_t chunk_rows(const Matrix& w, const Input& in, int64_t total_rows) {
+    constexpr int64_t BYTES = 128 << 10, CHUNKS_PER_THREAD = 8;
+    if (in.tiled) return in.m >= 128 && total_rows >= 128 * 4 * threads() ? 128 : 32;
+    int64_t by_size = BYTES / std::max<int64_t>(w.row_bytes, 1), by_share = total_rows / (threads() * CHUNKS_PER_THREAD);
+    return round_up(std::max<int64_t>(std::min(by_size, by_share), 4), 4);
+}
+
+}  // namespace
+
+bool supports(const Matrix& w) { return w.groups == 1 || (w.in % w.groups == 0 && group_size(w) % 16 == 0); }
+
+void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype) {
+    constexpr int MAX_JOBS = 8;
+    if (m == 0 || count == 0) return;
+    const Variant& v = variant();
+    Input in = prepare(v, *jobs[0].w, x, m, dtype);
+    int64_t total = 0, first[MAX_JOBS + 1] = {};
+    for (int j = 0; j < count; ++j) total += jobs[j].w->out;
+    int64_t step = chunk_rows(*jobs[0].w, in, total);
+    for (int j = 0; j < count; ++j) first[j + 1] = first[j] + (jobs[j].w->out + step - 1) / step;
+    parallel_for(first[count], [&](int64_t chunk) {
+        int j = 0;
+        while (chunk >= first[j + 1]) ++j;
+        int64_t n0 = (chunk - first[j]) * step;
+        v.rows(*jobs[j].w, in, jobs[j].out, n0, std::min(n0 + step, jobs[j].w->out));
+    });
+}
+
+}  // namespace llmqat
+
+extern "C" {
+
+void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }
+
+int32_t llmqat_supports(const llmqat_matrix* matrix) { return llmqat::supports(*matrix); }
+
+void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype) {
+    llmqat::Job job = {matrix, {y, matrix->out, dtype}};
+    llmqat::linear(&job, 1, x, m, dtype);
+}
+
+double llmqat_read_bandwidth(const void* data, int64_t bytes) {
+    constexpr int64_t CHUNK = 1 << 20;
+    const auto* words = static_cast<const uint64_t*>(data);
+    static volatile uint64_t sink;
+    auto start = std::chrono::steady_clock::now();
+    llmqat::parallel_for(bytes / CHUNK, [&](int64_t chunk) {
+        // Four streams, so that the prefetchers run as well as in the kernels.
+        constexpr int64_t QUARTER = CHUNK / 4 / 8;
+        const uint64_t* p = words + chunk * (CHUNK / 8);
+        uint64_t sum[32] = {};
+        for (int64_t i = 0; i < QUARTER; i += 8)
+            for (int s = 0; s < 4; ++s) {
+                __builtin_prefetch(p + s * QUARTER + i + 256);
+                for (int j = 0; j < 8; ++j) sum[s * 8 + j] += p[s * QUARTER + i + j];
+            }
+        uint64_t total = 0;
+        for (uint64_t part : sum) total += part;
+        sink = sink + total;
+    });
+    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return double(bytes / CHUNK * CHUNK) / seconds.count();
+}
+}

@@ -1,0 +1,19 @@
+// Layers on packed weights: choose a path, prepare the activations once, compute rows in parallel.
+#pragma once
+
+#include "matrix.h"
+
+namespace llmqat {
+
+struct Job {
+    const Matrix* w;
+    Output out;
+};
+
+bool supports(const Matrix& w);
+
+// Several layers that read one input (q, k, v; gate, up): activations are prepared once, and one parallel region runs
+// all rows. x is (m, in), contiguous in dtype. Every job has the same `in`, `act_bits` and storage dtype.
+void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype);
+
+}  // namespace llmqat

@@ -1,0 +1,43 @@
+// C interface of the CPU kernels. Python mirrors these structs with ctypes (llmqat/kernels/native.py).
+#pragma once
+
+#include <cstdint>
+
+enum llmqat_dtype : int32_t { LLMQAT_FLOAT32 = 0, LLMQAT_BFLOAT16 = 1, LLMQAT_FLOAT16 = 2 };
+
+// Instruction sets, in the order in which they are preferred.
+enum llmqat_isa : int32_t { LLMQAT_PORTABLE = 0, LLMQAT_NEON = 1, LLMQAT_AVX2 = 2, LLMQAT_AVX512 = 3, LLMQAT_AMX = 4 };
+
+// A packed weight as it lies in the file: W_hat = scale * (code - zero_point), rounded to the dtype of scale.
+struct llmqat_matrix {
+    const uint8_t* codes;        // (out, row_bytes): the bit stream of llmqat/quant/packing.py, unsigned codes
+    const void* scale;           // (out, groups), scale_dtype
+    const uint32_t* zero_point;  // (ceil(out * bits / 32), groups), packed along `out`; null if symmetric
+    const void* bias;            // (out,), bias_dtype; or null
+    int64_t out, in, groups, row_bytes;
+    int32_t bits, scale_dtype, bias_dtype, act_bits;  // act_bits: 8 or 0
+};
+static_assert(sizeof(llmqat_matrix) == 80, "native.py lays this struct out by hand");
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+extern "C" {
+// Best instruction set of this machine, whatever was forced.
+int32_t llmqat_best_isa();
+// Whether `isa` can run here and was compiled in.
+int32_t llmqat_has_isa(int32_t isa);
+// Run this instruction set from now on; nonzero if it cannot run here.
+int32_t llmqat_use_isa(int32_t isa);
+// Number of threads of the next calls, the calling one included.
+void llmqat_set_threads(int32_t threads);
+// Whether llmqat_linear takes this layer: groups of a multiple of 16 weights, or one group a row.
+int32_t llmqat_supports(const llmqat_matrix* matrix);
+// y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`.
+void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
+// Bytes per second of reading `bytes` from `data` once with the threads of the pool.
+double llmqat_read_bandwidth(const void* data, int64_t bytes);
+}
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,161 @@
+"""The compiled CPU kernels (`csrc/`), through ctypes. Absent or unfit, the torch reference of `ops` runs.
+
+`LLMQAT_KERNELS` forces one: ``reference``, ``portable``, ``neon``, ``avx2``, ``avx512`` or ``amx``.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import llmqat.kernels
+from llmqat.errors import LlmqatError
+
+LIBRARY = "_kernels.so"
+# Names by the number of `llmqat_isa` in csrc/llmqat.h.
+ISAS = ("portable", "neon", "avx2", "avx512", "amx")
+REFERENCE = "reference"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Matrix(ctypes.Structure):
+    """`llmqat_matrix` of csrc/llmqat.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero_point", "bias")),
+        *((name, ctypes.c_int64) for name in ("out", "in", "groups", "row_bytes")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_dtype", "bias_dtype", "act_bits")),
+    )
+
+
+@cache
+def library_path() -> Path | None:
+    """The shared library, or None where the package was installed without a compiler."""
+    # An editable install has two folders: the sources, and what was built.
+    return next((path for folder in llmqat.kernels.__path__ if (path := Path(folder) / LIBRARY).exists()), None)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library with the instruction set that `LLMQAT_KERNELS` asks for, by default the best; else None.
+
+    Raises:
+        LlmqatError: if `LLMQAT_KERNELS` names no kernel, or one that cannot run here.
+    """
+    wanted = os.environ.get("LLMQAT_KERNELS", "")
+    if wanted not in ("", REFERENCE, *ISAS):
+        raise LlmqatError(f"LLMQAT_KERNELS={wanted} is none of {', '.join((REFERENCE, *ISAS))}")
+    path = library_path()
+    if wanted == REFERENCE or (path is None and not wanted):
+        return None
+    if path is None:
+        raise LlmqatError(f"LLMQAT_KERNELS={wanted}, but llmqat was installed without a C++ compiler; install it again")
+    loaded = ctypes.CDLL(str(path))
+    loaded.llmqat_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    loaded.llmqat_linear.restype = None
+    loaded.llmqat_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.llmqat_read_bandwidth.restype = ctypes.c_double
+    if wanted and loaded.llmqat_use_isa(ISAS.index(wanted)):
+        raise LlmqatError(f"LLMQAT_KERNELS={wanted} cannot run on this machine; it has {', '.join(available())}")
+    if not wanted:
+        loaded.llmqat_use_isa(loaded.llmqat_best_isa())
+    return loaded
+
+
+def available() -> list[str]:
+    """Instruction sets that were compiled in and can run here, the best last."""
+    path = library_path()
+    if path is None:
+        return []
+    loaded = ctypes.CDLL(str(path))
+    return [name for number, name in enumerate(ISAS) if loaded.llmqat_has_isa(number)]
+
+
+def kernel_name() -> str:
+    """Name of what runs `packed_linear` on a CPU here, as reports print it."""
+    if library() is None:
+        return REFERENCE
+    return os.environ.get("LLMQAT_KERNELS") or available()[-1]
+
+
+def explain() -> str:
+    """One line: what runs, what else could, and why not more."""
+    if library_path() is None:
+        return f"{REFERENCE}: llmqat was installed without a C++ compiler; install one and install llmqat again"
+    forced = ", forced by LLMQAT_KERNELS" if os.environ.get("LLMQAT_KERNELS") else ""
+    missing = [name for name in ISAS if name not in available()]
+    return f"{kernel_name()}{forced}; can run {', '.join(available())}; not on this machine: {', '.join(missing)}"
+
+
+def supports(x: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> bool:
+    """Whether the compiled kernels take this call: CPU, at most 32-bit floats, groups of a multiple of 16 or whole rows."""
+    groups = weight_scale.shape[1]
+    fits = groups == 1 or (in_features // groups) % 16 == 0
+    return fits and x.device.type == "cpu" and x.dtype in DTYPES and weight_scale.dtype in DTYPES and library() is not None
+
+
+def matrix(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Matrix:
+    """The struct of a layer. It borrows the tensors, all contiguous: keep them alive while it is used."""
+    return Matrix(
+        weight_packed.data_ptr(),
+        weight_scale.data_ptr(),
+        None if weight_zero_point is None else weight_zero_point.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        weight_packed.shape[0],
+        in_features,
+        weight_scale.shape[1],
+        weight_packed.shape[1] * 4,
+        bits,
+        DTYPES[weight_scale.dtype],
+        0 if bias is None else DTYPES[bias.dtype],
+        act_bits or 0,
+    )
+
+
+def linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Tensor:
+    """`ops.packed_linear` by the compiled kernels; `supports` has said yes."""
+    kernels = library()
+    assert kernels is not None
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], weight_packed.shape[0], dtype=x.dtype)
+    zero_point = None if weight_zero_point is None else weight_zero_point.contiguous()
+    bias = None if bias is None else (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    weights = (weight_packed.contiguous(), weight_scale.contiguous(), zero_point, bias)
+    layer = matrix(*weights, bits, in_features, act_bits)
+    kernels.llmqat_set_threads(torch.get_num_threads())
+    tokens = x.numel() // in_features
+    kernels.llmqat_linear(ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
+    return y
+
+
+def read_bandwidth(data: Tensor) -> float:
+    """Bytes per second of reading `data` once, with torch's number of threads and the streams of the kernels.
+
+    Raises:
+        LlmqatError: if there are no compiled kernels.
+    """
+    kernels = library()
+    if kernels is None:
+        raise LlmqatError(f"no compiled kernels: {explain()}")
+    kernels.llmqat_set_threads(torch.get_num_threads())
+    return float(kernels.llmqat_read_bandwidth(data.data_ptr(), data.numel() * data.element_size()))
