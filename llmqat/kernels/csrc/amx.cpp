@@ -90,9 +90,9 @@ Block make_block(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64
     Block b = {w, in, n0, n1, round_up(n1 - n0, 32), round_up(units_of(w, unit), 16) + 16, nullptr, nullptr, nullptr, nullptr};
     b.rows = rows.get<RowScales>(size_t(b.padded));
     float* s = scale.get<float>(size_t(b.padded * b.entries));
-    int32_t* z = zero.get<int32_t>(size_t(b.padded * b.entries));
+    float* z = zero.get<float>(size_t(b.padded * b.entries));
     for (int64_t n = 0; n < b.padded; ++n) {
-        b.rows[n] = {unit, s + n * b.entries, z + n * b.entries};
+        b.rows[n] = {unit, 1, s + n * b.entries, z + n * b.entries};
         expand_scales(w, b.row(n), b.rows[n]);
     }
     b.line = line.get<uint8_t>(size_t(16 * LINE_BYTES));
@@ -196,9 +196,15 @@ inline void add_scaled(const int32_t* exact, __m512 scale, float* sums, int64_t 
     }
 }
 
+// Units of the tiles: whole groups if 64 divides them, or 32 weights; 16 are too few.
+int64_t tile_unit(const Matrix& w) {
+    int64_t group = group_size(w);
+    return w.groups == 1 || group % 64 == 0 || group == 32 ? group : 16;
+}
+
 template <int BITS>
 void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    const int64_t unit = integer_unit(w), step = unit == 32 && w.groups > 1 ? 32 : 64;
+    const int64_t unit = tile_unit(w), step = unit == 32 && w.groups > 1 ? 32 : 64;
     _tile_loadconfig(step == 32 ? &HALF : &FULL);
     Block b = make_block(w, in, n0, n1, unit);
     thread_local Scratch scale_scratch;
@@ -207,15 +213,15 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     for (int64_t n = 0; n < b.padded; ++n)
         for (int64_t u = 0; u < units; ++u) scales[u * b.padded + n] = b.rows[n].scale[u];
     const Lanes64<BITS> lanes;
-    const SmallUnits spread(unit);
+    const SmallUnits<4> spread(unit);
     auto decode = [&](int64_t n, int64_t k0, int64_t k1) {
         for (int r = 0; r < 16; ++r) {
             const uint8_t* row = w.codes + b.row(n + r) * w.row_bytes;
             const RowScales& scale = b.rows[n + r];
             for (int64_t k = k0; k < k1; k += 64) {
                 int64_t offset = k * BITS / 8, left = (w.in * BITS + 7) / 8 - offset;
-                const int32_t* z = scale.zero + (w.groups == 1 ? 0 : k / unit);
-                __m512i zero = repeat_bytes(step == 32 ? spread.zeros(z) : _mm512_set1_epi32(*z));
+                const float* z = scale.zero + (w.groups == 1 ? 0 : k / unit);
+                __m512i zero = repeat_bytes(step == 32 ? spread(z) : _mm512_set1_ps(*z));
                 __m512i codes = _mm512_sub_epi8(lanes.codes(row + offset, left), zero);
                 _mm512_storeu_si512(b.line + r * LINE_BYTES + (k - k0), codes);
             }
@@ -263,10 +269,28 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     _tile_release();
 }
 
+void pack_bfloat(const Input& in, int64_t m, const float* row) {
+    const int64_t plane = in.m_pad * in.k_pad;
+    for (int64_t k = 0; k < in.k_pad; k += 16) {
+        uint16_t* to = in.parts + ((m / 16 * (in.k_pad / 32) + k / 32) * 16 + m % 16) * 32 + k % 32;
+        split(_mm512_load_ps(row + k), in.planes, to, plane);
+    }
+}
+
+void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
+    if (!in.tiled) return avx512_variant()->pack(w, in, m, row);
+    if (in.path == Path::BFLOAT) return pack_bfloat(in, m, row);
+    thread_local Scratch scratch;
+    int8_t* codes = scratch.get<int8_t>(size_t(in.k_pad));
+    in.q_scale[m] = quantize_lanes(row, in.k_pad, codes);
+    for (int64_t k = 0; k < in.k_pad; k += 64)
+        std::memcpy(in.q + ((m / 16 * (in.k_pad / 64) + k / 64) * 16 + m % 16) * 64, codes + k, 64);
+}
+
 bool tiles(const Matrix& w, Path path, int64_t m) {
     if (path == Path::BFLOAT) return m > 8;
     // Centered codes must fit int8, and a tile holds at least 32 columns of one scale.
-    int64_t unit = integer_unit(w);
+    int64_t unit = tile_unit(w);
     return path == Path::INTEGER && m > 8 && !(w.bits == 8 && w.zero_point) && (unit != 16 || w.groups == 1);
 }
 
@@ -288,7 +312,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     }
 }
 
-constexpr Variant VARIANT = {"amx", true, tiles, rows, quantize_lanes};
+constexpr Variant VARIANT = {"amx", true, tiles, quantize_lanes, pack, rows};
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// AVX-512 with VNNI and BF16. Four row streams a thread keep the memory busy; every row's codes are read once for up to
-// four tokens (or parts of tokens).
+// AVX-512 with VNNI and BF16. Four row streams a thread keep the memory busy; codes are read once for up to four tokens.
+// bfloat16 weights are multiplied in float32: vdpbf16ps has a third of the throughput of the two FMAs that it replaces.
 #include "avx512.h"
 
 #include <type_traits>
@@ -9,7 +9,7 @@ namespace {
 
 #include "rows.inc"
 
-// R rows at a time, each from a run of memory of its own, and their scales.
+// R rows at a time, each from a run of memory of its own; their scales are interleaved, so that one pointer finds them.
 template <int R>
 struct Streams {
     const uint8_t* row[R];
@@ -18,132 +18,252 @@ struct Streams {
 
     Streams(const Matrix& w, int64_t unit) {
         thread_local Scratch scale_scratch, zero_scratch;
-        int64_t entries = round_up(units_of(w, unit), 16) + 16;
-        float* scale = scale_scratch.get<float>(size_t(entries * R));
-        int32_t* zero = zero_scratch.get<int32_t>(size_t(entries * R));
-        for (int r = 0; r < R; ++r) scales[r] = {unit, scale + r * entries, zero + r * entries};
+        size_t entries = size_t(round_up(units_of(w, unit), 16) + 16);
+        float* scale = scale_scratch.get<float>(entries * R);
+        float* zero = zero_scratch.get<float>(entries * R);
+        bool small = unit < 128 && w.groups > 1;  // those kernels load the entries of one row by vectors
+        for (int r = 0; r < R; ++r)
+            scales[r] = small ? RowScales{unit, 1, scale + size_t(r) * entries, zero + size_t(r) * entries}
+                              : RowScales{unit, R, scale + r, zero + r};
     }
 
     // Row i of each stream; a row beyond n1 is read as the last one, and not stored.
     void seek(const Matrix& w, int64_t n0, int64_t n1, int64_t i) {
-        int64_t span = (n1 - n0 + R - 1) / R;
+        int64_t span = (n1 - n0 + R - 1) / R, safe[R];
         for (int r = 0; r < R; ++r) {
             n[r] = n0 + r * span + i;
-            int64_t safe = n[r] < n1 ? n[r] : n1 - 1;
-            row[r] = w.codes + safe * w.row_bytes;
-            expand_scales(w, safe, scales[r]);
+            safe[r] = n[r] < n1 ? n[r] : n1 - 1;
+            row[r] = w.codes + safe[r] * w.row_bytes;
+        }
+        if (R == 4 && scales[0].stride == 4) return interleave(w, safe);
+        for (int r = 0; r < R; ++r)
+            if (scales[r].stride == 1) expand_scales(w, safe[r], scales[r]);
+            else fill_row_scales(w, safe[r], scales[r]);
+    }
+
+    void interleave(const Matrix& w, const int64_t* rows) {
+        for (int64_t g = 0; g < w.groups; g += 16) {
+            __mmask16 mask = low_lanes(w.groups - g);
+            __m512 scale[4], zero[4];
+            for (int r = 0; r < 4; ++r) {
+                scale[r] = load_scales(w, rows[r] * w.groups + g, mask);
+                zero[r] = load_zeros(w, rows[r], g, mask);
+            }
+            store_interleaved(scale, scales[0].scale + 4 * g);
+            store_interleaved(zero, scales[0].zero + 4 * g);
         }
     }
 };
 
-// V activation vectors from vector v on: whole tokens, each of in.planes parts whose sums are added.
-template <int BITS, int R, int V>
-void bfloat_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t v) {
-    const uint16_t* x = in.parts + v * in.k_pad;
-    __m512 sum[R][V];
+// The totals of R rows for one token: y[n] = sum * factor + bias.
+template <int R>
+void store_rows(const Matrix& w, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m, const __m512* sum,
+                float factor) {
+    alignas(16) float total[4];
+    _mm_store_ps(total, sum_lanes(sum[0], sum[1], sum[R > 2 ? 2 : 0], sum[R > 2 ? 3 : 0]));
+    for (int r = 0; r < R && streams.n[r] < n1; ++r)
+        store(out.y, m * out.stride + streams.n[r], out.dtype, total[r] * factor + bias_at(w, streams.n[r]));
+}
+
+// Four bits in groups of a multiple of 128: 64 bytes are 128 codes, and a shift by 4 j brings code 8 i + j to the low bits
+// of lane i, where vpermps looks it up. `pack` put the activations in that order.
+bool wide(const Matrix& w) { return w.bits == 4 && (w.groups == 1 || group_size(w) % 128 == 0); }
+
+// (code - zero) * scale for the 16 codes, rounded to bfloat16.
+inline __m512 wide_table(__m512 centered, float scale) {
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(centered, _mm512_set1_ps(scale)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <int R, int M>
+void wide_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m0) {
+    const float* x = in.x + m0 * in.k_pad;
+    const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const float *scale = streams.scales[0].scale, *zero = streams.scales[0].zero;
+    const int64_t blocks = w.groups == 1 ? in.k_pad / 128 : streams.scales[0].unit / 128, row_bytes = (w.in + 1) / 2;
+    __m512 sum[M][R], table[R];
+    for (auto& line : sum)
+        for (auto& s : line) s = _mm512_setzero_ps();
+    int64_t offset = 0;
+    auto block = [&](auto tail) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* p = streams.row[r] + offset;
+            __m512i codes = tail.value ? _mm512_maskz_loadu_epi8(low_bytes(row_bytes - offset), p) : _mm512_loadu_si512(p);
+            if (!tail.value) __builtin_prefetch(p + 2048);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                __m512 weights = _mm512_permutexvar_ps(j ? _mm512_srli_epi32(codes, unsigned(4 * j)) : codes, table[r]);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m)
+                    sum[m][r] = _mm512_fmadd_ps(weights, _mm512_load_ps(x + m * in.k_pad + 16 * j), sum[m][r]);
+            }
+        }
+        offset += 64, x += 128;
+    };
+    for (int64_t g = 0; g < w.groups; ++g, scale += R, zero += R) {
+        for (int r = 0; r < R; ++r) table[r] = wide_table(_mm512_sub_ps(code, _mm512_set1_ps(zero[r])), scale[r]);
+        for (int64_t b = 0; b < blocks - 1; ++b) block(std::false_type());
+        if (offset + 64 <= row_bytes) block(std::false_type());
+        else block(std::true_type());
+    }
+    for (int m = 0; m < M; ++m) store_rows<R>(w, out, streams, n1, m0 + m, sum[m], 1.0f);
+}
+
+// M tokens from token m0 on, any bits and groups. Of two bfloat16 in a dword the upper one is a float32 after a mask, the
+// lower one after a shift.
+template <int BITS, int R, int M>
+void bfloat_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m0) {
+    if (BITS == 4 && wide(w)) return wide_block<R, M>(w, in, out, streams, n1, m0);
+    const float* x = in.x + m0 * in.k_pad;
+    __m512 sum[M][R];
     for (auto& line : sum)
         for (auto& s : line) s = _mm512_setzero_ps();
     each_bfloat<BITS, R>(w, streams.row, streams.scales, 0, w.in, [&](int r, int64_t k, __m512i weights) {
-        for (int j = 0; j < V; ++j)
-            sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)weights, (__m512bh)_mm512_load_si512(x + j * in.k_pad + k));
+        __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16));
+        __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(weights, _mm512_set1_epi32(int(0xffff0000))));
+        for (int m = 0; m < M; ++m) {
+            const float* at = x + m * in.k_pad + k;
+            sum[m][r] = _mm512_fmadd_ps(even, _mm512_load_ps(at), sum[m][r]);
+            sum[m][r] = _mm512_fmadd_ps(odd, _mm512_load_ps(at + 16), sum[m][r]);
+        }
     });
-    for (int r = 0; r < R && streams.n[r] < n1; ++r) {
-        float bias = bias_at(w, streams.n[r]);
-        for (int j = 0; j < V; j += in.planes) {
-            __m512 total = sum[r][j];
-            for (int p = 1; p < in.planes; ++p) total = _mm512_add_ps(total, sum[r][j + p]);
-            store(out.y, (v + j) / in.planes * out.stride + streams.n[r], out.dtype, _mm512_reduce_add_ps(total) + bias);
-        }
-    }
-}
-
-template <int BITS, int R>
-void bfloat_streams(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1, int64_t v0, int64_t v1) {
-    Streams<R> streams(w, bfloat_unit(w));
-    for (int64_t i = 0; i < (n1 - n0 + R - 1) / R; ++i) {
-        streams.seek(w, n0, n1, i);
-        for (int64_t v = v0; v < v1;) {
-            int64_t left = v1 - v;
-            auto block = [&](auto width) {
-                bfloat_block<BITS, R, width.value>(w, in, out, streams, n1, v);
-                v += width.value;
-            };
-            if (R == 2 && in.planes == 3) block(std::integral_constant<int, 6>());
-            else if (R == 2) block(std::integral_constant<int, 8>());
-            else if (in.planes == 3) block(std::integral_constant<int, 3>());
-            else if (left >= 4) block(std::integral_constant<int, 4>());
-            else if (left >= 2) block(std::integral_constant<int, 2>());
-            else block(std::integral_constant<int, 1>());
-        }
-    }
+    for (int m = 0; m < M; ++m) store_rows<R>(w, out, streams, n1, m0 + m, sum[m], 1.0f);
 }
 
 template <int BITS>
 void bfloat_rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    int64_t vectors = in.m * in.planes, wide = in.planes == 3 ? 6 : 8, split = vectors / wide * wide;
-    if (split) bfloat_streams<BITS, 2>(w, in, out, n0, n1, 0, split);
-    if (split < vectors) bfloat_streams<BITS, 4>(w, in, out, n0, n1, split, vectors);
+    Streams<4> streams(w, bfloat_unit(w));
+    for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
+        streams.seek(w, n0, n1, i);
+        int64_t m = 0;
+        for (; m + 4 <= in.m; m += 4) bfloat_block<BITS, 4, 4>(w, in, out, streams, n1, m);
+        if (m + 2 <= in.m) bfloat_block<BITS, 4, 2>(w, in, out, streams, n1, m), m += 2;
+        if (m < in.m) bfloat_block<BITS, 4, 1>(w, in, out, streams, n1, m);
+    }
 }
 
-// M tokens from token m0 on. Codes are unsigned, so a dot product carries zero * sum(x); the second sum takes it off,
-// in integers. Beyond `in` the activations are zero and the codes arbitrary.
-template <int BITS, int R, int M>
-void integer_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m0) {
-    const Lanes64<BITS> lanes;
-    int64_t unit = streams.scales[0].unit;
-    bool small = unit < 64 && w.groups > 1;
-    const SmallUnits spread(unit);
-    __m512 sum[R][M];
-    for (auto& line : sum)
-        for (auto& s : line) s = _mm512_setzero_ps();
-    for (int64_t k = 0, u = 0; k < w.in; u += small ? 64 / unit : 1) {
-        int64_t end = w.groups == 1 ? w.in : k + (small ? 64 : unit);
-        __m512i total[R][M], excess[R][M], zero[R];
-        for (int r = 0; r < R; ++r) {
-            const int32_t* z = streams.scales[r].zero + u;
-            zero[r] = repeat_bytes(small ? spread.zeros(z) : _mm512_set1_epi32(*z));
-            for (int m = 0; m < M; ++m) total[r][m] = excess[r][m] = _mm512_setzero_si512();
-        }
-        for (; k < end; k += 64) {
-            int64_t offset = k * BITS / 8, left = (w.in * BITS + 7) / 8 - offset;
-            for (int r = 0; r < R; ++r) {
-                const uint8_t* p = streams.row[r] + offset;
-                if (BITS == 8 || (k & 127) == 0) _mm_prefetch(reinterpret_cast<const char*>(p + 2048), _MM_HINT_T0);
-                __m512i codes = lanes.codes(p, left);
-                for (int m = 0; m < M; ++m) {
-                    __m512i x = _mm512_load_si512(in.q + (m0 + m) * in.k_pad + k);
-                    total[r][m] = _mm512_dpbusd_epi32(total[r][m], codes, x);
-                    excess[r][m] = _mm512_dpbusd_epi32(excess[r][m], zero[r], x);
-                }
-            }
-        }
-        k = end;
-        for (int r = 0; r < R; ++r) {
-            const float* s = streams.scales[r].scale + u;
-            __m512 scale = small ? spread.scales(s) : _mm512_set1_ps(*s);
+// One step of the integer kernels: a block of codes of one row against M tokens. Four bits step over 128 codes, whose
+// even ones are the low nibbles and whose odd ones the high nibbles of 64 bytes; `pack` put the activations in that
+// order. Other bits step over 64 codes.
+template <int BITS>
+struct IntegerStep {
+    static constexpr int CODES = BITS == 4 ? 128 : 64, BYTES = CODES * BITS / 8;
+    Lanes64<BITS> lanes;
+
+    template <int M, bool TAIL>
+    inline void dot(const uint8_t* p, int64_t left, const int8_t* x, int64_t k_pad, __m512i (&total)[M]) const {
+        if constexpr (BITS == 4) {
+            const __m512i low = _mm512_set1_epi8(15);
+            __m512i bytes = TAIL ? _mm512_maskz_loadu_epi8(low_bytes(left), p) : _mm512_loadu_si512(p);
+            __m512i even = _mm512_and_si512(bytes, low), odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
             for (int m = 0; m < M; ++m) {
-                __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(total[r][m], excess[r][m]));
-                sum[r][m] = _mm512_fmadd_ps(exact, scale, sum[r][m]);
+                total[m] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(x + m * k_pad));
+                total[m] = _mm512_dpbusd_epi32(total[m], odd, _mm512_load_si512(x + m * k_pad + 64));
             }
+        } else {
+            __m512i codes = lanes.codes(p, TAIL ? left : BYTES);
+            for (int m = 0; m < M; ++m)
+                total[m] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_load_si512(x + m * k_pad));
         }
     }
-    for (int r = 0; r < R && streams.n[r] < n1; ++r) {
-        float bias = bias_at(w, streams.n[r]);
-        for (int m = 0; m < M; ++m)
-            store(out.y, (m0 + m) * out.stride + streams.n[r], out.dtype,
-                  _mm512_reduce_add_ps(sum[r][m]) * in.q_scale[m0 + m] + bias);
+};
+
+// M tokens from token m0 on. Codes are unsigned: a dot product holds zero * sum(x) too much, which comes off in float32,
+// exactly, since both are integers below 2^24. Beyond `in` the activations are zero.
+template <int BITS, int R, int M, bool SMALL>
+void integer_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m0) {
+    using Step = IntegerStep<BITS>;
+    const Step step;
+    const int64_t unit = streams.scales[0].unit, stride = streams.scales[0].stride, row_bytes = (w.in * BITS + 7) / 8;
+    const SmallUnits<Step::CODES / 16> spread(unit);
+    const int8_t* x = in.q + m0 * in.k_pad;
+    const float* x_sum = in.lane_sum + m0 * (in.k_pad / 4);
+    const int64_t sum_stride = in.k_pad / 4;
+    __m512 sum[M][R];
+    for (auto& line : sum)
+        for (auto& s : line) s = _mm512_setzero_ps();
+    int64_t offset = 0, entry = 0;
+    auto block = [&](auto tail) {
+        if (!tail.value)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(streams.row[r] + offset + 2048);
+        for (int r = 0; r < R; ++r) {
+            __m512i total[M];
+            step.template dot<M, tail.value>(streams.row[r] + offset, row_bytes - offset, x, in.k_pad, total);
+            const float *s = streams.scales[r].scale + entry, *z = streams.scales[r].zero + entry;
+            __m512 scale = SMALL ? spread(s) : _mm512_set1_ps(*s), zero = SMALL ? spread(z) : _mm512_set1_ps(*z);
+            for (int m = 0; m < M; ++m) {
+                __m512 excess = _mm512_load_ps(x_sum + m * sum_stride);
+                sum[m][r] = _mm512_fmadd_ps(_mm512_fnmadd_ps(zero, excess, _mm512_cvtepi32_ps(total[m])), scale, sum[m][r]);
+            }
+        }
+        x += Step::CODES, x_sum += 16, offset += Step::BYTES;
+    };
+    const int64_t groups = SMALL ? (w.in + Step::CODES - 1) / Step::CODES : w.groups;
+    const int64_t blocks = SMALL ? 1 : w.groups == 1 ? (w.in + Step::CODES - 1) / Step::CODES : unit / Step::CODES;
+    for (int64_t g = 0; g < groups; ++g, entry += SMALL ? Step::CODES / unit : stride) {
+        for (int64_t b = 0; b < blocks - 1; ++b) block(std::false_type());
+        if (offset + Step::BYTES <= row_bytes) block(std::false_type());
+        else block(std::true_type());
+    }
+    for (int m = 0; m < M; ++m) store_rows<R>(w, out, streams, n1, m0 + m, sum[m], in.q_scale[m0 + m]);
+}
+
+template <int BITS, bool SMALL>
+void integer_streams(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
+    Streams<4> streams(w, integer_unit<BITS>(w));
+    for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
+        streams.seek(w, n0, n1, i);
+        int64_t m = 0;
+        for (; m + 4 <= in.m; m += 4) integer_block<BITS, 4, 4, SMALL>(w, in, out, streams, n1, m);
+        if (m + 2 <= in.m) integer_block<BITS, 4, 2, SMALL>(w, in, out, streams, n1, m), m += 2;
+        if (m < in.m) integer_block<BITS, 4, 1, SMALL>(w, in, out, streams, n1, m);
     }
 }
 
 template <int BITS>
 void integer_rows_vnni(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    Streams<4> streams(w, integer_unit(w));
-    for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
-        streams.seek(w, n0, n1, i);
-        int64_t m = 0;
-        for (; m + 2 <= in.m; m += 2) integer_block<BITS, 4, 2>(w, in, out, streams, n1, m);
-        if (m < in.m) integer_block<BITS, 4, 1>(w, in, out, streams, n1, m);
+    bool small = w.groups > 1 && integer_unit<BITS>(w) < IntegerStep<BITS>::CODES;
+    (small ? integer_streams<BITS, true> : integer_streams<BITS, false>)(w, in, out, n0, n1);
+}
+
+void pack_integer(const Matrix& w, const Input& in, int64_t m, const float* row) {
+    int8_t* q = in.q + m * in.k_pad;
+    float* sums = in.lane_sum + m * (in.k_pad / 4);
+    in.q_scale[m] = quantize_lanes(row, in.k_pad, q);
+    const __m512i ones = _mm512_set1_epi8(1);
+    alignas(64) uint8_t even_bytes[64];
+    for (int i = 0; i < 64; ++i) even_bytes[i] = uint8_t(2 * i);
+    const __m512i even = _mm512_load_si512(even_bytes), odd = _mm512_add_epi8(even, ones);
+    for (int64_t k = 0; k < in.k_pad; k += 128) {
+        __m512i a = _mm512_load_si512(q + k), b = _mm512_load_si512(q + k + 64);
+        __m512i first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, a);
+        __m512i second = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, b);
+        if (w.bits == 4) {
+            __m512i low = _mm512_permutex2var_epi8(a, even, b), high = _mm512_permutex2var_epi8(a, odd, b);
+            _mm512_store_si512(q + k, low);
+            _mm512_store_si512(q + k + 64, high);
+            __m512i both = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, low), ones, high);
+            _mm512_store_ps(sums + k / 8, _mm512_cvtepi32_ps(both));
+        } else {
+            _mm512_store_ps(sums + k / 4, _mm512_cvtepi32_ps(first));
+            _mm512_store_ps(sums + k / 4 + 16, _mm512_cvtepi32_ps(second));
+        }
     }
+}
+
+void pack_bfloat(const Matrix& w, const Input& in, int64_t m, const float* row) {
+    float* to = in.x + m * in.k_pad;
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const int64_t block = wide(w) ? 128 : 32, ways = block / 16;  // element ways * i + j goes to 16 j + i
+    const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int(ways)));
+    for (int64_t k = 0; k < in.k_pad; k += block)
+        for (int64_t j = 0; j < ways; ++j) _mm512_store_ps(to + k + 16 * j, _mm512_i32gather_ps(index, row + k + j, 4));
+}
+
+void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
+    if (in.path == Path::INTEGER) pack_integer(w, in, m, row);
+    else pack_bfloat(w, in, m, row);
 }
 
 template <class F>
@@ -165,7 +285,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     });
 }
 
-constexpr Variant VARIANT = {"avx512", true, no_tiles, rows, quantize_lanes};
+constexpr Variant VARIANT = {"avx512", true, no_tiles, quantize_lanes, pack, rows};
 
 }  // namespace
 

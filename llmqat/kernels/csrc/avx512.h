@@ -19,26 +19,42 @@ inline __m512 load_scales(const Matrix& w, int64_t i, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// `fill_row_scales` by vectors where an entry is a group.
-inline void expand_scales(const Matrix& w, int64_t n, RowScales& row) {
+// Sixteen zero points of row n, or the offset of symmetric codes.
+inline __m512 load_zeros(const Matrix& w, int64_t n, int64_t g, __mmask16 mask) {
+    if (!w.zero_point) return _mm512_set1_ps(float(code_offset(w)));
+    int64_t bit = n * w.bits;
+    unsigned shift = unsigned(bit % 32);
+    const uint32_t* z = w.zero_point + bit / 32 * w.groups + g;
+    __m512i zero = _mm512_srli_epi32(_mm512_maskz_loadu_epi32(mask, z), shift);
+    if (int(shift) + w.bits > 32)
+        zero = _mm512_or_si512(zero, _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, z + w.groups), 32 - shift));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(zero, _mm512_set1_epi32((1 << w.bits) - 1)));
+}
+
+// `fill_row_scales` by vectors, where an entry is a group and entries are adjacent.
+inline void expand_scales(const Matrix& w, int64_t n, const RowScales& row) {
     if (row.unit != group_size(w)) return fill_row_scales(w, n, row);
-    int64_t bit = n * w.bits, word = bit / 32;
-    int shift = int(bit % 32);
-    __m512i code_mask = _mm512_set1_epi32((1 << w.bits) - 1), offset = _mm512_set1_epi32(code_offset(w));
     for (int64_t g = 0; g < w.groups; g += 16) {
         __mmask16 mask = low_lanes(w.groups - g);
         _mm512_mask_storeu_ps(row.scale + g, mask, load_scales(w, n * w.groups + g, mask));
-        __m512i zero = offset;
-        if (w.zero_point) {
-            const uint32_t* z = w.zero_point + word * w.groups + g;
-            zero = _mm512_srli_epi32(_mm512_maskz_loadu_epi32(mask, z), unsigned(shift));
-            if (shift + w.bits > 32) {
-                __m512i high = _mm512_maskz_loadu_epi32(mask, z + w.groups);
-                zero = _mm512_or_si512(zero, _mm512_slli_epi32(high, unsigned(32 - shift)));
-            }
-            zero = _mm512_and_si512(zero, code_mask);
-        }
-        _mm512_mask_storeu_epi32(row.zero + g, mask, zero);
+        _mm512_mask_storeu_ps(row.zero + g, mask, load_zeros(w, n, g, mask));
+    }
+}
+
+// to[4 i + r] = value[r][i].
+inline void store_interleaved(const __m512 (&value)[4], float* to) {
+    __m512 a = _mm512_unpacklo_ps(value[0], value[1]), b = _mm512_unpackhi_ps(value[0], value[1]);
+    __m512 c = _mm512_unpacklo_ps(value[2], value[3]), d = _mm512_unpackhi_ps(value[2], value[3]);
+    auto pair = [](__m512 x, __m512 y, bool high) {
+        __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
+        return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(p, q) : _mm512_unpacklo_pd(p, q));
+    };
+    const __m512 entry[4] = {pair(a, c, false), pair(a, c, true), pair(b, d, false), pair(b, d, true)};
+    for (int j = 0; j < 4; ++j) {  // lane l of entry[j]: entry 4 l + j of the four rows
+        _mm_storeu_ps(to + 4 * j, _mm512_extractf32x4_ps(entry[j], 0));
+        _mm_storeu_ps(to + 4 * (4 + j), _mm512_extractf32x4_ps(entry[j], 1));
+        _mm_storeu_ps(to + 4 * (8 + j), _mm512_extractf32x4_ps(entry[j], 2));
+        _mm_storeu_ps(to + 4 * (12 + j), _mm512_extractf32x4_ps(entry[j], 3));
     }
 }
 
@@ -61,49 +77,44 @@ struct Lanes32 {
         }
         control = _mm512_load_si512(c), shift = _mm512_load_si512(s);
     }
-    // `left` bytes remain in the row.
+    inline __m512i spread(__m128i bytes) const {
+        return _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), control), shift);
+    }
+    inline __m512i indices(const uint8_t* p) const {
+        if constexpr (BITS == 4) return spread(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return spread(_mm_maskz_loadu_epi8(__mmask16((1 << BYTES) - 1), p));
+    }
+    // The last codes of a row, of which `left` bytes remain.
     inline __m512i indices(const uint8_t* p, int64_t left) const {
-        __m512i bytes;
-        if (BITS == 4 && left >= 16) bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        else {
-            int64_t count = left < BYTES ? left : BYTES;
-            bytes = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(__mmask16(low_bytes(count)), p));
-        }
-        return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, control), shift);
+        return spread(_mm_maskz_loadu_epi8(__mmask16(low_bytes(left < BYTES ? left : BYTES)), p));
     }
 };
 
-// Values (code - zero) * scale of all codes, in bfloat16: entries 0..15 from the first group, 16..31 from the second.
+// Values (code - zero) * scale of all codes, in bfloat16: entries 0..15 from the first unit, 16..31 from the second.
 template <int BITS>
-inline __m512i value_table(float scale_a, int32_t zero_a, float scale_b, int32_t zero_b) {
-    const __m512i code = _mm512_and_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                          _mm512_set1_epi32((1 << BITS) - 1));
-    auto values = [&](float scale, int32_t zero) {
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(zero))), _mm512_set1_ps(scale));
+inline __m512i value_table(float scale_a, float zero_a, float scale_b, float zero_b) {
+    const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((1 << BITS) - 1)));
+    auto values = [&](float scale, float zero) {
+        return _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
     };
     return (__m512i)_mm512_cvtne2ps_pbh(values(scale_b, zero_b), values(scale_a, zero_a));
 }
 
-// W_hat[k, k + 32) of one row as bfloat16. `table` belongs to the units of k and k + 16 (BITS < 8).
-template <int BITS>
-inline __m512i weights32(const Lanes32<BITS>& lanes, const uint8_t* p, int64_t left, __m512i table, bool two_units) {
-    __m512i index = lanes.indices(p, left);
-    if (two_units) {
-        const __m512i second = _mm512_set_epi16(16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0,
-                                                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        index = _mm512_ternarylogic_epi32(index, _mm512_set1_epi16(15), second, 0xea);  // (index & 15) | second
-    }
-    return _mm512_permutexvar_epi16(index, table);
+// Let the upper 16 lanes read the second half of a table of two units.
+inline __m512i second_unit(__m512i indices) {
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    return _mm512_ternarylogic_epi32(indices, _mm512_set1_epi16(15), half, 0xea);  // (indices & 15) | half
 }
 
-inline __m512i weights32_int8(const uint8_t* p, int64_t left, float sa, int32_t za, float sb, int32_t zb) {
-    __m256i bytes = _mm256_maskz_loadu_epi8(__mmask32(low_bytes(left < 32 ? left : 32)), p);
-    auto half = [](__m128i codes, float scale, int32_t zero) {
-        __m512i centered = _mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), _mm512_set1_epi32(zero));
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(centered), _mm512_set1_ps(scale));
+// 32 weights of 8 bits: the first 16 belong to unit a, the others to unit b.
+inline __m512i weights_int8(__m256i codes, float scale_a, float zero_a, float scale_b, float zero_b) {
+    auto half = [](__m128i part, float scale, float zero) {
+        __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
+        return _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
     };
-    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(bytes, 1), sb, zb),
-                                        half(_mm256_castsi256_si128(bytes), sa, za));
+    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(codes, 1), scale_b, zero_b),
+                                        half(_mm256_castsi256_si128(codes), scale_a, zero_a));
 }
 
 // The step of `RowScales` that the bfloat16 kernels need: whole groups if 32 divides them, else 16 weights.
@@ -112,38 +123,77 @@ inline int64_t bfloat_unit(const Matrix& w) {
     return w.groups == 1 || group % 32 == 0 ? group : 16;
 }
 
-// Calls use(r, k, weights) for W_hat[k, k + 32) of R rows, k over [k0, k1). k0 is a multiple of 32 and of the unit, or
-// lies inside a unit of whole vectors; beyond `in` the codes read as zero bits.
+// Weights of R rows between two changes of unit.
+template <int BITS, int R, bool SMALL>
+struct UnitWeights {
+    const Lanes32<BITS == 8 ? 4 : BITS>& lanes;
+    const uint8_t* const* row;
+    const RowScales* scales;
+    int64_t a, b;  // entries of the lower and the upper 16 weights
+    __m512i table[R];
+
+    void start(int64_t unit_a, int64_t unit_b) {
+        a = unit_a * scales[0].stride, b = unit_b * scales[0].stride;
+        if constexpr (BITS < 8)
+            for (int r = 0; r < R; ++r)
+                table[r] = value_table<BITS>(scales[r].scale[a], scales[r].zero[a], scales[r].scale[b], scales[r].zero[b]);
+    }
+
+    template <bool TAIL>
+    __m512i at(int r, int64_t offset, int64_t left) const {
+        const uint8_t* p = row[r] + offset;
+        if constexpr (BITS == 8) {
+            __m256i codes = TAIL ? _mm256_maskz_loadu_epi8(__mmask32(low_bytes(left < 32 ? left : 32)), p)
+                                 : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+            const RowScales& s = scales[r];
+            return weights_int8(codes, s.scale[a], s.zero[a], s.scale[b], s.zero[b]);
+        } else {
+            __m512i index = TAIL ? lanes.indices(p, left) : lanes.indices(p);
+            return _mm512_permutexvar_epi16(SMALL ? second_unit(index) : index, table[r]);
+        }
+    }
+};
+
+template <int BITS, int R, bool SMALL, class Use>
+inline void each_bfloat_unit(const Matrix& w, UnitWeights<BITS, R, SMALL>& weights, int64_t k0, int64_t k1, Use&& use) {
+    constexpr int BYTES = 4 * BITS;
+    const int64_t unit = weights.scales[0].unit, row_bytes = (w.in * BITS + 7) / 8;
+    for (int64_t k = k0; k < k1;) {
+        int64_t a = w.groups == 1 ? 0 : k / unit, end = SMALL ? k + 32 : w.groups == 1 ? k1 : (a + 1) * unit;
+        if (end > k1) end = k1;
+        weights.start(a, SMALL && k + 16 < w.in ? a + 1 : a);
+        int64_t offset = k * BITS / 8;
+        for (; k + 128 <= end; k += 128) {
+            for (int r = 0; r < R; ++r) __builtin_prefetch(weights.row[r] + offset + 2048);
+            for (int c = 0; c < 4; ++c, offset += BYTES)
+                for (int r = 0; r < R; ++r) use(r, k + 32 * c, weights.template at<false>(r, offset, 0));
+        }
+        for (; k + 32 <= end; k += 32, offset += BYTES)
+            for (int r = 0; r < R; ++r) use(r, k, weights.template at<false>(r, offset, 0));
+        if (k >= end) continue;
+        for (int r = 0; r < R; ++r) use(r, k, weights.template at<true>(r, offset, row_bytes - offset));
+        k = end;
+    }
+}
+
+// Calls use(r, k, weights) for W_hat[k, k + 32) of R rows, bfloat16, k in [k0, k1); k0 is a multiple of 32. Beyond `in`
+// the codes read as zero bits.
 template <int BITS, int R, class Use>
 inline void each_bfloat(const Matrix& w, const uint8_t* const* row, const RowScales* scales, int64_t k0, int64_t k1,
                         Use&& use) {
     const Lanes32<BITS == 8 ? 4 : BITS> lanes;
-    int64_t unit = scales[0].unit;
-    bool small = unit == 16 && w.groups > 1;
-    __m512i table[R];
-    for (int64_t k = k0; k < k1;) {
-        int64_t a = k / unit, b = small && k + 16 < w.in ? a + 1 : a;
-        int64_t end = small ? k + 32 : (a + 1) * unit;
-        if (w.groups == 1 || end > k1) end = k1;
-        if constexpr (BITS < 8)
-            for (int r = 0; r < R; ++r)
-                table[r] = value_table<BITS>(scales[r].scale[a], scales[r].zero[a], scales[r].scale[b], scales[r].zero[b]);
-        for (; k < end; k += 32) {
-            int64_t offset = k * BITS / 8, left = (w.in * BITS + 7) / 8 - offset;
-            for (int r = 0; r < R; ++r) {
-                if ((k & 127) == 0) _mm_prefetch(reinterpret_cast<const char*>(row[r] + offset + 2048), _MM_HINT_T0);
-                if constexpr (BITS == 8)
-                    use(r, k, weights32_int8(row[r] + offset, left, scales[r].scale[a], scales[r].zero[a],
-                                             scales[r].scale[b], scales[r].zero[b]));
-                else use(r, k, weights32<BITS>(lanes, row[r] + offset, left, table[r], small));
-            }
-        }
+    if (scales[0].unit == 16 && w.groups > 1) {
+        UnitWeights<BITS, R, true> weights{lanes, row, scales, 0, 0, {}};
+        each_bfloat_unit(w, weights, k0, k1, use);
+    } else {
+        UnitWeights<BITS, R, false> weights{lanes, row, scales, 0, 0, {}};
+        each_bfloat_unit(w, weights, k0, k1, use);
     }
 }
 
 // ---- int8 path: 64 codes at a time --------------------------------------------------------------------------------
 
-// Unsigned codes [k, k + 64) as bytes; `left` bytes remain in the row.
+// Unsigned codes [k, k + 64) as bytes.
 template <int BITS>
 struct Lanes64 {
     static constexpr int BYTES = 8 * BITS;
@@ -157,49 +207,67 @@ struct Lanes64 {
         control = _mm512_load_si512(c), shift = _mm512_load_si512(s);
         mask = _mm512_set1_epi8(char((1 << BITS) - 1));
     }
+    // `left` bytes remain in the row.
     inline __m512i codes(const uint8_t* p, int64_t left) const {
-        if constexpr (BITS == 8)
-            return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(low_bytes(left), p);
-        __m512i fields;
-        if (BITS == 4 && left >= 32)
-            fields = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        else fields = _mm512_permutexvar_epi8(control, _mm512_maskz_loadu_epi8(low_bytes(left < BYTES ? left : BYTES), p));
-        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, fields), mask);
+        __m512i bytes = _mm512_maskz_loadu_epi8(low_bytes(left < BYTES ? left : BYTES), p);
+        if constexpr (BITS == 8) return bytes;
+        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(control, bytes)), mask);
     }
 };
 
-// Units of the integer kernels: groups of a multiple of 64, or 32, or 16 weights.
+// Units of the integer kernels: whole groups if 128 divides them (any multiple of 64 but for 4 bits), else 16, 32 or 64.
+template <int BITS>
 inline int64_t integer_unit(const Matrix& w) {
-    int64_t group = group_size(w);
-    return w.groups == 1 || group % 64 == 0 || group == 32 ? group : 16;
+    int64_t group = group_size(w), whole = BITS == 4 ? 128 : 64;
+    if (w.groups == 1 || group % whole == 0 || group == 32 || group == 64) return group;
+    return 16;
 }
 
-// Spread the entries of the units in [k, k + 64) over the dword lanes of 4 codes each, for units of 16 or 32.
+// Entries of the units in the codes of a vector, spread over its dword lanes of CODES codes each.
+template <int CODES>
 struct SmallUnits {
     __m512i index;
     explicit SmallUnits(int64_t unit) {
         alignas(64) int32_t i[16];
-        for (int lane = 0; lane < 16; ++lane) i[lane] = int32_t(lane * 4 / unit);
+        for (int lane = 0; lane < 16; ++lane) i[lane] = int32_t(lane * CODES / unit);
         index = _mm512_load_si512(i);
     }
-    inline __m512 scales(const float* p) const {
-        return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(p)));
-    }
-    inline __m512i zeros(const int32_t* p) const {
-        __m512i entries = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        return _mm512_permutexvar_epi32(index, entries);
+    inline __m512 operator()(const float* p) const {
+        return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
     }
 };
 
-inline __m512i repeat_bytes(__m512i dwords) { return _mm512_mullo_epi32(dwords, _mm512_set1_epi32(0x01010101)); }
+// Each value in all four bytes of its lane.
+inline __m512i repeat_bytes(__m512 values) {
+    return _mm512_mullo_epi32(_mm512_cvtps_epi32(values), _mm512_set1_epi32(0x01010101));
+}
 
 // ---- outputs ------------------------------------------------------------------------------------------------------
+
+// The sums of the lanes of four vectors.
+inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 
 inline void store_lanes(const Output& out, int64_t i, __mmask16 mask, __m512 value) {
     if (out.dtype == LLMQAT_FLOAT32) return _mm512_mask_storeu_ps(static_cast<float*>(out.y) + i, mask, value);
     __m256i half = out.dtype == LLMQAT_FLOAT16 ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
                                                : (__m256i)_mm512_cvtneps_pbh(value);
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out.y) + i, mask, half);
+}
+
+// Sixteen values as sums of bfloat16 numbers, `stride` apart: 8 + 8 + 8 bits hold the 24 of a float32.
+inline void split(__m512 value, int planes, uint16_t* to, int64_t stride) {
+    for (int p = 0; p < planes; ++p) {
+        __m256i part = (__m256i)_mm512_cvtneps_pbh(value);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + p * stride), part);
+        value = _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16)));
+    }
 }
 
 inline float quantize_lanes(const float* x, int64_t k, int8_t* q) {

@@ -25,80 +25,38 @@ void load_row(const void* x, int64_t start, int64_t k, int32_t dtype, float* row
         for (int64_t i = 0; i < k; ++i) row[i] = load(x, start + i, dtype);
 }
 
-// The value as a sum of bfloat16 numbers: 8 + 8 + 8 bits hold the 24 of a float32.
-void split(float value, int planes, uint16_t* part, int64_t plane_stride) {
-    for (int p = 0; p < planes; ++p) {
-        part[p * plane_stride] = to_bfloat16(value);
-        value -= from_bfloat16(part[p * plane_stride]);
+// Token m as float32, quantized and back if the layer was trained so and the path does not do it, in the variant's form.
+void prepare_token(const Variant& v, const Matrix& w, const Input& in, const void* x, int32_t dtype, int64_t m) {
+    thread_local Scratch row_scratch, code_scratch;
+    float* row = in.path == Path::FLOAT ? in.x + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
+    int64_t known = m < in.m ? in.k : 0;
+    load_row(x, m * in.k, known, dtype, row);
+    std::fill(row + known, row + in.k_pad, 0.0f);
+    if (w.act_bits == 8 && in.path != Path::INTEGER) {
+        int8_t* codes = code_scratch.get<int8_t>(size_t(in.k));
+        float scale = v.quantize(row, in.k, codes);
+        for (int64_t i = 0; i < in.k; ++i) row[i] = round_to(float(codes[i]) * scale, dtype);
     }
+    if (in.path != Path::FLOAT) v.pack(w, in, m, row);
 }
 
-struct Preparer {
-    const Variant& v;
-    const Matrix& w;
-    const void* x;
-    int32_t dtype;
-    Input& in;
-    float* floats;
-    uint16_t* parts;
-    int8_t* q;
-    float* q_scale;
-
-    bool fake_quantizes() const { return w.act_bits == 8 && in.path != Path::INTEGER; }
-
-    void token(int64_t m) const {
-        thread_local Scratch row_scratch, code_scratch;
-        float* row = in.path == Path::FLOAT ? floats + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
-        if (m >= in.m) std::fill(row, row + in.k, 0.0f);
-        else load_row(x, m * in.k, in.k, dtype, row);
-        std::fill(row + in.k, row + in.k_pad, 0.0f);
-        if (fake_quantizes()) {
-            int8_t* codes = code_scratch.get<int8_t>(size_t(in.k));
-            float scale = v.quantize(row, in.k, codes);
-            for (int64_t i = 0; i < in.k; ++i) row[i] = round_to(float(codes[i]) * scale, dtype);
-        }
-        if (in.path == Path::BFLOAT) bfloat(m, row);
-        if (in.path == Path::INTEGER) integer(m, row, code_scratch.get<int8_t>(size_t(in.k_pad)));
-    }
-
-    void bfloat(int64_t m, const float* row) const {
-        if (!in.tiled) {
-            uint16_t* to = parts + m * in.planes * in.k_pad;
-            for (int64_t i = 0; i < in.k_pad; ++i) split(row[i], in.planes, to + i, in.k_pad);
-            return;
-        }
-        for (int64_t i = 0; i < in.k_pad; ++i) {
-            int64_t at = ((m / 16 * (in.k_pad / 32) + i / 32) * 16 + m % 16) * 32 + i % 32;
-            split(row[i], in.planes, parts + at, in.m_pad * in.k_pad);
-        }
-    }
-
-    void integer(int64_t m, const float* row, int8_t* codes) const {
-        if (!in.tiled) codes = q + m * in.k_pad;
-        q_scale[m] = v.quantize(row, in.k_pad, codes);
-        if (!in.tiled) return;
-        for (int64_t i = 0; i < in.k_pad; i += 64)
-            std::memcpy(q + ((m / 16 * (in.k_pad / 64) + i / 64) * 16 + m % 16) * 64, codes + i, 64);
-    }
-};
-
 Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype) {
-    thread_local Scratch floats, parts, q, q_scale;
+    thread_local Scratch floats, parts, q, q_scale, lane_sum;
     Input in = {};
     in.path = path_of(w, v, dtype), in.tiled = v.tiles(w, in.path, m);
     in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
     in.planes = planes_of(dtype);
-    Preparer prepare{v, w, x, dtype, in, nullptr, nullptr, nullptr, nullptr};
     size_t elements = size_t(in.m_pad * in.k_pad);
-    if (in.path == Path::FLOAT) in.x = prepare.floats = floats.get<float>(elements);
-    if (in.path == Path::BFLOAT) in.parts = prepare.parts = parts.get<uint16_t>(elements * size_t(in.planes));
+    if (in.path != Path::INTEGER && !in.tiled) in.x = floats.get<float>(elements);
+    if (in.path == Path::BFLOAT && in.tiled) in.parts = parts.get<uint16_t>(elements * size_t(in.planes));
     if (in.path == Path::INTEGER) {
-        in.q = prepare.q = q.get<int8_t>(elements);
-        in.q_scale = prepare.q_scale = q_scale.get<float>(size_t(in.m_pad));
+        in.q = q.get<int8_t>(elements), in.q_scale = q_scale.get<float>(size_t(in.m_pad));
+        in.lane_sum = lane_sum.get<float>(in.tiled ? 0 : elements / 4);
     }
     constexpr int64_t TOKENS = 8;
     parallel_for((in.m_pad + TOKENS - 1) / TOKENS, [&](int64_t chunk) {
-        for (int64_t i = chunk * TOKENS; i < std::min((chunk + 1) * TOKENS, in.m_pad); ++i) prepare.token(i);
+        int64_t end = std::min((chunk + 1) * TOKENS, in.m_pad);
+        for (int64_t i = chunk * TOKENS; i < end; ++i) prepare_token(v, w, in, x, dtype, i);
     });
     return in;
 }

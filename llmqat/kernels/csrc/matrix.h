@@ -15,7 +15,7 @@ using Matrix = llmqat_matrix;
 // How a layer is computed. The integer path is the arithmetic of `act_bits: 8`; the others multiply W_hat itself.
 enum class Path {
     FLOAT,    // any storage dtype: W_hat in float32, activations in float32
-    BFLOAT,   // W_hat is bfloat16: products of bfloat16, activations split into 1 to 3 bfloat16 parts without loss
+    BFLOAT,   // W_hat is bfloat16, made in that dtype; the products and sums are those of float32
     INTEGER,  // int8 activations times codes, exact in int32 per group, scaled in float32
 };
 
@@ -42,19 +42,20 @@ private:
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-constexpr int64_t K_PAD = 64;    // inputs are zero beyond `in`, up to a multiple of this
+constexpr int64_t K_PAD = 128;     // inputs are zero beyond `in`, up to a multiple of this
 constexpr int64_t TILE_ROWS = 16;  // inputs of the tiled kernels come in blocks of this many tokens
 
-// The activations of one call, in the form its path reads. Row strides are k_pad elements.
+// The activations of one call, in the form its path and variant read.
 struct Input {
     Path path;
-    bool tiled;             // 16-token tiles of 64 bytes a row, for AMX; else plain rows
+    bool tiled;       // blocks of 16 tokens by 64 bytes, for AMX; else rows of k_pad elements
     int64_t m, k, k_pad, m_pad;
-    int planes;             // BFLOAT: number of bfloat16 parts
-    const float* x;         // FLOAT: (m, k_pad)
-    const uint16_t* parts;  // BFLOAT: (m, planes, k_pad); tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
-    const int8_t* q;        // INTEGER: (m, k_pad); tiled: (m_pad / 16, k_pad / 64, 16, 64)
-    const float* q_scale;   // INTEGER: (m_pad,)
+    int planes;       // BFLOAT tiled: number of bfloat16 parts that add up to a value
+    float* x;         // FLOAT and BFLOAT: (m, k_pad); in BFLOAT the order within 128 is the variant's
+    uint16_t* parts;  // BFLOAT tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
+    int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (m_pad / 16, k_pad / 64, 16, 64)
+    float* q_scale;   // INTEGER: (m_pad,)
+    float* lane_sum;  // INTEGER, if the variant wants it: (m, k_pad / 64, 16)
 };
 
 struct Output {
@@ -63,13 +64,16 @@ struct Output {
     int32_t dtype;
 };
 
-// One instruction set. `rows` computes outputs [n0, n1) of all tokens.
+// One instruction set.
 struct Variant {
     const char* name;
-    bool bfloat;                                    // whether `rows` knows Path::BFLOAT
-    bool (*tiles)(const Matrix&, Path, int64_t m);  // whether `rows` wants tiled input for this call
-    void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
+    bool bfloat;                                    // whether it knows Path::BFLOAT
+    bool (*tiles)(const Matrix&, Path, int64_t m);  // whether it wants tiled input for this call
     float (*quantize)(const float* x, int64_t k, int8_t* q);  // int8 codes of a token, and its scale
+    // Write token m, `row` of k_pad values, in the form that `rows` reads (BFLOAT and INTEGER).
+    void (*pack)(const Matrix&, const Input&, int64_t m, const float* row);
+    // Outputs [n0, n1) of all tokens.
+    void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
 };
 
 const Variant* portable_variant();
@@ -91,20 +95,21 @@ inline int zero_point(const Matrix& w, int64_t n, int64_t g) {
 
 // Units are what the kernels step over scales by: a group where its size suits, else 16 weights.
 struct RowScales {
-    int64_t unit;  // weights per entry
+    int64_t unit;    // weights per entry
+    int64_t stride;  // from an entry to the next
     float* scale;
-    int32_t* zero;  // zero point or, if symmetric, the offset of the stored codes
+    float* zero;     // zero point or, if symmetric, the offset of the stored codes
 };
 
 inline int64_t units_of(const Matrix& w, int64_t unit) { return (w.in + unit - 1) / unit; }
 
-inline void fill_row_scales(const Matrix& w, int64_t n, RowScales& row) {
+inline void fill_row_scales(const Matrix& w, int64_t n, const RowScales& row) {
     int64_t per_group = group_size(w) / row.unit;
-    int offset = code_offset(w);
+    float offset = float(code_offset(w));
     for (int64_t g = 0; g < w.groups; ++g) {
         float s = load(w.scale, n * w.groups + g, w.scale_dtype);
-        int z = w.zero_point ? zero_point(w, n, g) : offset;
-        for (int64_t u = 0; u < per_group; ++u) row.scale[g * per_group + u] = s, row.zero[g * per_group + u] = z;
+        float z = w.zero_point ? float(zero_point(w, n, g)) : offset;
+        for (int64_t u = g * per_group; u < (g + 1) * per_group; ++u) row.scale[u * row.stride] = s, row.zero[u * row.stride] = z;
     }
 }
 

@@ -12,7 +12,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     (in.path == Path::INTEGER ? integer_rows : float_rows)(w, in, out, n0, n1);
 }
 
-constexpr Variant VARIANT = {"portable", false, no_tiles, rows, quantize_row};
+constexpr Variant VARIANT = {"portable", false, no_tiles, quantize_row, pack_row, rows};
 
 }  // namespace
 
