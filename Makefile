@@ -9,16 +9,28 @@ PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check style bench
+.PHONY: help demo test test-asan check style bench native
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ships in the package; no network, no GPU
 	$(DEMO)/bin/llmqat finetune --model llama --bits 4 --output runs/demo --overwrite
 
 test: $(DEV)/.package  ## run all tests
 	$(DEV_BIN)/python -m pytest
+
+test-asan: $(DEV)/.package  ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	trap 'rm -f llmqat/kernels/_kernels.so' EXIT; \
+	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
+	cmake --install build/asan --prefix . && \
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  $(DEV_BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py
+
+native:  ## build the kernels into the source tree, where they take precedence over the installed ones
+	cmake -S llmqat/kernels/csrc -B build/native
+	cmake --build build/native -j
+	cmake --install build/native --prefix .
 
 check: $(DEV)/.package  ## lint, format and types; changes nothing
 	$(DEV_BIN)/ruff check .
@@ -38,7 +50,7 @@ $(DEMO)/.package: pyproject.toml $(PACKAGE_FILES) | $(DEMO)/bin/python
 	$(DEMO)/bin/python -m pip install .
 	@touch $@
 
-$(DEV)/.package: pyproject.toml | $(DEV)/bin/python
+$(DEV)/.package: pyproject.toml $(wildcard llmqat/kernels/csrc/*) | $(DEV)/bin/python
 	$(DEV_BIN)/python -m pip install --editable '.[test,check]'
 	@touch $@
 

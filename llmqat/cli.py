@@ -155,7 +155,7 @@ def run_eval(args: argparse.Namespace) -> None:
     """`llmqat eval`."""
     import torch
 
-    from llmqat.kernels.ops import kernel_name
+    from llmqat.kernels.native import kernel_name
     from llmqat.machine import environment
     from llmqat.metrics.perplexity import evaluate, windows
     from llmqat.metrics.throughput import throughput

@@ -19,7 +19,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import replacing, save_packed
-from llmqat.kernels.ops import kernel_name
+from llmqat.kernels.native import kernel_name
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
 from llmqat.metrics.throughput import throughput

