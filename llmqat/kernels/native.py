@@ -91,7 +91,7 @@ def explain() -> str:
 
 
 def supports(x: Tensor, weight_scale: Tensor, in_features: int) -> bool:
-    """Whether the compiled kernels take this call: CPU, no float64, groups of a multiple of 16 weights or whole rows."""
+    """Whether the compiled kernels take this call: on a CPU, no float64, groups of a multiple of 16 or whole rows."""
     groups = weight_scale.shape[1]
     fits = groups == 1 or (in_features // groups) % 16 == 0
     known = x.dtype in DTYPES and weight_scale.dtype in DTYPES
