@@ -54,6 +54,12 @@ class QuantConfig:
     )
     symmetric: bool = option(True, "signed codes without zero point, which every serving format takes without loss")
     act_bits: int | None = option(None, "8: int8 activations, per token and dynamic", "--act-bits", choices=(8,))
+    lm_head_bits: int | None = option(
+        None,
+        "quantize the output head too, at 8 or 4 bits; a tied embedding shares its codes; default: both stay float",
+        "--lm-head-bits",
+        choices=(4, 8),
+    )
     overrides: dict[str, Any] = field(default_factory=dict, metadata=meta("regular expression on layers -> change"))
     clip_mask: bool = option(False, "stop gradients of weights beyond the ends of the grid", "--clip-mask")
 

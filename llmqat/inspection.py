@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llmqat import config as config_module
 from llmqat.config import Recipe
+from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.loading import load_config
@@ -53,7 +54,7 @@ def inspect(recipe: Recipe) -> Inspection:
     stored = getattr(config, "dtype", None) or torch.float32
     parameters = sum(p.numel() for p in model.parameters())
     recipe = config_module.resolve(recipe, parameters)
-    coverage = plan(model, recipe.scheme(), recipe.quant.overrides)
+    coverage = plan(model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
     check_divisible(coverage)
     quantized = sum(layer.parameters for layer in coverage.quantized)
     packed_bits = sum(
@@ -104,6 +105,7 @@ def describe(plan: Inspection) -> str:
             *rows,
             plan.coverage.summary(),
             f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
+            f"packed as compressed-tensors: {readers(plan.coverage)}",
             f"model family {known}",
             f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",
             f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations "

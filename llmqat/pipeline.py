@@ -101,7 +101,7 @@ class Run:
         if context is not None:
             self.recipe = recipe = fit_context(recipe, context)
         self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
-        check_divisible(plan(self.model, recipe.scheme(), recipe.quant.overrides))
+        check_divisible(plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits))
         if recipe.init.method == "gptq":
             architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
         # From here on the run can start: only now may it touch what an earlier one left.
@@ -148,6 +148,7 @@ class Run:
             overrides=recipe.quant.overrides,
             storage_dtype=self.stored_dtype,
             clip_mask=recipe.quant.clip_mask,
+            lm_head_bits=recipe.quant.lm_head_bits,
         )
         say(coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
@@ -202,7 +203,7 @@ class Run:
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.evaluate("trained")
         if config.mode == "lora":
-            self.model.save_pretrained(str(self.directory / ADAPTER))
+            self.model.save_pretrained(str(self.directory / ADAPTER), save_embedding_layers=False)
 
     def fit_control(self, train: Callable[..., Any]) -> None:
         """The same training with quantizers off: what the text alone gives."""

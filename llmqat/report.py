@@ -7,6 +7,7 @@ from typing import Any
 
 from llmqat import __version__
 from llmqat.config import Recipe
+from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.verify import Verification
 from llmqat.machine import environment
 from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference
@@ -163,6 +164,7 @@ def facts(measured: Measured) -> list[str]:
             f"{measured.size['bits_per_weight']:.2f} bits per weight; {measured.coverage.parameters_quantized:.1%} "
             "of all parameters"
         )
+    lines += [f"{layer.role}: {layer.scheme}" for layer in measured.coverage.quantized if layer.role]
     for row, speed in measured.throughput.items():
         kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
         lines.append(
@@ -249,7 +251,7 @@ tags: [llmqat, compressed-tensors, int{recipe.quant.bits}]
 # {Path(recipe.model).name}, {recipe.scheme()}
 
 Quantized by llmqat {__version__} from `{recipe.model}`; codes and scales in this directory are those of training, bit
-for bit (`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: transformers and vLLM read it.
+for bit (`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: {readers(measured.coverage)}.
 
 | | perplexity | vs float | KL to float | top-1 |
 |---|---:|---:|---:|---:|
@@ -263,14 +265,17 @@ recipe is in `recipe.yaml`, all numbers in `report.json`.
 ```python
 import llmqat
 model = llmqat.load("path/to/this/directory")  # runs on the packed weights
-
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{_transformers_hint(measured)})
-```
+{_loading(measured)}```
 """
 
 
-def _transformers_hint(measured: Measured) -> str:
-    if all(layer.scheme is None or layer.scheme.symmetric for layer in measured.coverage.layers):
+def _loading(measured: Measured) -> str:
+    """How transformers reads the directory, in Python."""
+    route = transformers_route(measured.coverage)
+    if route is None:
         return ""
-    return ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+    hint = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if route else ""
+    return f"""
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{hint})
+"""

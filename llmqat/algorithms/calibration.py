@@ -146,6 +146,18 @@ def hessian_of(block: nn.Module, inputs: BlockInputs, layer: FakeQuantLinear) ->
     return H / tokens
 
 
+class _Forward(nn.Module):
+    """A model as one block: token ids in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, **arguments: Any) -> Any:
+        """The model's output."""
+        return self.model(input_ids=ids.to(next(self.model.parameters()).device), **arguments)
+
+
 def output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
     """``||(W - W_hat) X||^2 / ||W X||^2``, from ``H`` alone."""
     difference = weight - w_hat.float()
@@ -179,6 +191,16 @@ def _compensation(layer: FakeQuantLinear, latent: Tensor, codes: Tensor, w_hat: 
         if torch.equal(layer.codes().float(), codes):
             break
     return compensation
+
+
+@torch.no_grad()
+def gptq_head(
+    model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], damp: float, keep_float: bool
+) -> LayerError:
+    """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
+    with evaluating(model):
+        H = hessian_of(_Forward(model), BlockInputs(batches, {"use_cache": False}), head)
+        return _quantize_layer(head, H, damp, keep_float, "output head")
 
 
 def gptq_model(

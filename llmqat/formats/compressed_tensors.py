@@ -4,10 +4,11 @@ https://github.com/vllm-project/compressed-tensors. vLLM and transformers read i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmqat.errors import LlmqatError
+from llmqat.models.coverage import TIED_HEAD, CoverageReport
 from llmqat.scheme import QuantScheme
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -56,18 +57,20 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
     )
 
 
-def config_of(schemes: Mapping[str, QuantScheme], ignored: list[str]) -> dict[str, Any]:
+def config_of(
+    schemes: Mapping[str, QuantScheme], ignored: list[str], embeddings: Collection[str] = ()
+) -> dict[str, Any]:
     """`quantization_config` for layers with their schemes.
 
     One scheme for all gives the single group every reader knows, targets ``Linear``; several give one group each, its
-    layers by name.
+    layers by name. `embeddings`: which of the layers are no Linear.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
     for index, scheme in enumerate(distinct):
         names = [name for name, own in schemes.items() if own == scheme]
         groups[f"group_{index}"] = {
-            "targets": ["Linear"] if len(distinct) == 1 else names,
+            "targets": ["Linear", *embeddings] if len(distinct) == 1 else names,
             "format": FORMAT,
             "weights": weight_args(scheme),
             "input_activations": activation_args(scheme),
@@ -80,6 +83,29 @@ def config_of(schemes: Mapping[str, QuantScheme], ignored: list[str]) -> dict[st
         "ignore": ignored,
         "config_groups": groups,
     }
+
+
+def transformers_route(coverage: CoverageReport) -> dict[str, bool] | None:
+    """Arguments of `CompressedTensorsConfig` with which transformers (5.23) reads a model right; None: it cannot.
+
+    Its default route loads neither packed zero points nor a packed embedding. ``dequantize=True`` does, but decodes
+    every layer as the first group says.
+    """
+    schemes = {layer.scheme for layer in coverage.quantized if layer.scheme is not None}
+    if all(scheme.symmetric for scheme in schemes) and not any(layer.role == TIED_HEAD for layer in coverage.quantized):
+        return {}
+    return {"dequantize": True} if len(schemes) == 1 else None
+
+
+def readers(coverage: CoverageReport) -> str:
+    """Who reads the packed directory, in a few words."""
+    route = transformers_route(coverage)
+    if route is None:
+        return "llmqat reads it; transformers does not, since it mixes grids with zero points or a packed embedding"
+    if route:
+        return "transformers reads it with CompressedTensorsConfig(dequantize=True)"
+    head = any(layer.role for layer in coverage.quantized)
+    return "transformers reads it" if head else "transformers and vLLM read it"
 
 
 def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str, QuantScheme]:

@@ -15,7 +15,9 @@ from transformers import AutoConfig, PreTrainedModel
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import METHOD, schemes_of
 from llmqat.formats.writer import INDEX, WEIGHTS
+from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.scheme import QuantScheme
 
 PACKED = ".weight_packed"
 
@@ -125,6 +127,7 @@ def load_packed(
     schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
+    tie_packed_head(model, tensors, schemes)
     modules = dict(model.named_modules())
     for layer, scheme in schemes.items():
         old = modules.get(layer)
@@ -142,6 +145,22 @@ def load_packed(
     return model
 
 
+def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> None:
+    """Where the file packs the embedding of a model with a tied head: give codes and scheme to the head, in place, and
+    let the embedding look up its rows."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names[id(embedding)]
+    if name not in schemes or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    assert isinstance(embedding, nn.Embedding)
+    schemes[names[id(head)]] = schemes.pop(name)
+    for key in [key for key in tensors if key.startswith(f"{name}.")]:
+        tensors[names[id(head)] + key.removeprefix(name)] = tensors.pop(key)
+    scale = embed_scale_of(embedding)
+    model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings, model.dtype, embedding.padding_idx, scale))
+
+
 def _fill(
     model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], dtype: torch.dtype, directory: Path
 ) -> None:
@@ -156,7 +175,8 @@ def _fill(
         raise LlmqatError(
             f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}"
         ) from error
-    model.tie_weights()
+    if isinstance(model.get_output_embeddings(), nn.Linear):
+        model.tie_weights()
     lost = [key for key in missing if model.state_dict()[key].is_meta]
     if lost or unexpected:
         what = f"lacks {', '.join(lost[:3])}" if lost else f"holds unknown tensors {', '.join(unexpected[:3])}"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
 from llmqat.formats.reader import load_packed, local_directory
+from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 
@@ -82,6 +83,11 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             if module.scheme.act_bits is not None:
                 linear.register_forward_pre_hook(_quantize_input)
             dense.set_submodule(name, linear)
+    embedding = dense.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding):
+        lookup = nn.Embedding.from_pretrained(dense.get_output_embeddings().weight)
+        lookup.register_forward_hook(lambda _, args, rows: embedding.scaled(rows))
+        dense.set_input_embeddings(lookup)
     dense.to(dtype)  # type: ignore[arg-type]
     return dense
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import config_of
 from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,23 +80,34 @@ def storage_dtype(model: torch.nn.Module) -> torch.dtype:
     raise LlmqatError("nothing to pack: no layer of this model is quantized; call llmqat.prepare first")
 
 
+def tied_head(model: torch.nn.Module) -> dict[str, str]:
+    """Name of the output head on the grid -> name of the embedding tied to it; empty if there is none."""
+    root = plain_model(model)
+    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
+    if not isinstance(embedding, FakeQuantEmbedding):
+        return {}
+    names = {id(module): name for name, module in root.named_modules()}
+    return {names[id(head)]: names[id(embedding)]}
+
+
 def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """Tensors of the packed file by name: codes and scales of layers on the grid, everything else in the storage dtype.
 
-    A tied tensor appears once, under its first name.
+    A tied tensor appears once, under its first name: a quantized matrix, too, under that of the embedding.
     """
     dtype = storage_dtype(model)
     layers = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
+    lookups = tied_head(model)
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in plain_model(model).state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
-        if key in seen or any(name.startswith(layer + ".") for layer in layers):
+        if key in seen or _inside(name, [*layers, *lookups.values()]):
             continue
         seen.add(key)
         state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
     for name, (layer, lora) in layers.items():
-        packed = PackedLinear.from_fake_quant(layer, **lora)
+        packed, name = PackedLinear.from_fake_quant(layer, **lora), lookups.get(name, name)
         state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in packed.state_dict().items()})
     return state
 
@@ -103,16 +115,17 @@ def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
 def packed_config(model: torch.nn.Module) -> Any:
     """The model's config with its architecture, dtype and `quantization_config`."""
     root = plain_model(model)
-    schemes = {name: layer.scheme for name, layer, _ in quantized_layers(model)}
-    ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, schemes)]
+    layers, tied = {name: layer.scheme for name, layer, _ in quantized_layers(model)}, tied_head(model)
+    ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, layers)]
+    schemes = {tied.get(name, name): scheme for name, scheme in layers.items()}
     config = copy.deepcopy(root.config)
     config.architectures = [type(root).__name__]
     config.dtype = storage_dtype(model)
-    config.quantization_config = config_of(schemes, ignored)
+    config.quantization_config = config_of(schemes, [*ignored, *tied], tied.values())
     return config
 
 
-def _inside(name: str, layers: dict[str, Any]) -> bool:
+def _inside(name: str, layers: Iterable[str]) -> bool:
     return any(name.startswith(layer + ".") for layer in layers)
 
 

@@ -56,13 +56,13 @@ def weight_bytes(model: nn.Module) -> int:
 
     A head tied to that table reads all of it.
     """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding
     layers = (module for module in model.modules() if isinstance(module, PackedLinear))
     packed = (b for m in layers for b in m.buffers(recurse=False) if b is not m.weight_shape)
     total = sum(t.numel() * t.element_size() for t in chain(model.parameters(), packed))
-    return total if tied else total - embedding.numel() * embedding.element_size()
+    return total if tied or embedding is None else total - embedding.numel() * embedding.element_size()
 
 
 @torch.inference_mode()

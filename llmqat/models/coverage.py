@@ -7,15 +7,22 @@ from torch import nn
 
 from llmqat.scheme import QuantScheme
 
+# Roles of a layer that reports name.
+HEAD, TIED_HEAD = "output head", "output head, tied to the embedding"
+
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One Linear: its name, shape ``(out, in)``, and the scheme it got, or why it stays float."""
+    """One Linear: its name, shape ``(out, in)``, and the scheme it got, or why it stays float.
+
+    `role`: HEAD for the output head, TIED_HEAD if the input embedding is the same matrix, else empty.
+    """
 
     name: str
     shape: tuple[int, int]
     scheme: QuantScheme | None
     reason: str = ""
+    role: str = ""
 
     @property
     def parameters(self) -> int:
@@ -66,6 +73,8 @@ class CoverageReport:
         lines = [f"{len(self.quantized)} layers quantized, {self.parameters_quantized:.1%} of all parameters"]
         schemes = [str(layer.scheme) for layer in self.quantized]
         lines += [f"  {scheme}: {schemes.count(scheme)} layers" for scheme in dict.fromkeys(schemes)]
+        heads = [layer for layer in self.quantized if layer.role]
+        lines += [f"  of these, {layer.name}: {layer.scheme} ({layer.role})" for layer in heads]
         lines += [f"  float: {layer.name} ({layer.reason})" for layer in self.skipped]
         return "\n".join(lines)
 

@@ -11,17 +11,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.algorithms.calibration import check_batches, gptq_model
+from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import architecture_of, blocks_of
-from llmqat.models.coverage import CoverageReport, LayerCoverage, total_parameters
+from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, total_parameters
+from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
 INITS = ("gptq", "rtn")
+# GPTQ leaves output heads of this many bits and more to round-to-nearest.
+HEAD_RTN_BITS = 8
 GPTQ_REMEDY = "use --init rtn, or add a row to models/architectures.py"
 # Pattern -> changes to the scheme, or "float". Later patterns win.
 Overrides = Mapping[str, Mapping[str, Any] | str]
@@ -47,11 +50,20 @@ def scheme_of(name: str, scheme: QuantScheme, overrides: Overrides) -> QuantSche
     return result
 
 
-def plan(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None) -> CoverageReport:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head and the input embedding are one matrix."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def plan(
+    model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None, lm_head_bits: int | None = None
+) -> CoverageReport:
     """Which Linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
 
     Raises:
-        LlmqatError: if an override is malformed or matches no layer.
+        LlmqatError: if an override is malformed or matches no layer, or `lm_head_bits` finds no head it can quantize.
     """
     overrides = overrides or {}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -65,17 +77,25 @@ def plan(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | Non
                 f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}"
             )
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    role = TIED_HEAD if is_tied(model) else HEAD
+    if lm_head_bits is not None:
+        if not isinstance(head, nn.Linear):
+            raise LlmqatError(
+                f"lm_head_bits is {lm_head_bits}, but {type(model).__name__} has no Linear output head; leave it out"
+            )
+        if role == TIED_HEAD:
+            embed_scale_of(embedding)
     layers = []
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         own, reason = scheme_of(name, scheme, overrides), "override"
-        if module is head or module.weight is getattr(embedding, "weight", None):
-            own = None
-            tied = module.weight is getattr(embedding, "weight", None)
-            reason = "output head, tied to the embedding" if tied else "output head"
+        if module is head and lm_head_bits is not None:
+            own = scheme_of(name, replace(scheme, bits=lm_head_bits), overrides)
+        elif module is head or module.weight is getattr(embedding, "weight", None):
+            own, reason = None, role
         shape = (module.out_features, module.in_features)
-        layers.append(LayerCoverage(name, shape, own, "" if own else reason))
+        layers.append(LayerCoverage(name, shape, own, "" if own else reason, role if module is head else ""))
     return CoverageReport(tuple(layers), total_parameters(model))
 
 
@@ -126,11 +146,12 @@ def prepare(
     damp: float = 0.01,
     clip_mask: bool = False,
     keep_float: bool = False,
+    lm_head_bits: int | None = None,
 ) -> CoverageReport:
     """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
     Args:
-        model: any model with `nn.Linear`. Its output head (and so a tied embedding) stays float.
+        model: any model with `nn.Linear`.
         scheme: the grid of every layer, unless overridden.
         init: "rtn" rounds to nearest; "gptq" also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
@@ -140,6 +161,8 @@ def prepare(
         clip_mask: see `fake_quant_linear`.
         keep_float: GPTQ leaves weights as they are and keeps its change apart (half the bytes of a float32 weight), so
             that `disable_quantizers` runs the float model: distillation without a second copy.
+        lm_head_bits: quantize the output head too, with `scheme` at these bits; a tied embedding then looks up rows of
+            the same grid. None leaves both float.
 
     Raises:
         LlmqatError: if a group size does not divide, the model is prepared already, or GPTQ lacks what it needs.
@@ -148,22 +171,30 @@ def prepare(
         raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
     if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
-    report = plan(model, scheme, overrides)
+    report = plan(model, scheme, overrides, lm_head_bits)
     if not report.quantized:
         raise LlmqatError(f"{type(model).__name__} has no Linear layer to quantize: {report.summary()}")
     check_divisible(report)
     if init == "gptq":  # what it lacks is said before anything is replaced
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
-    dtype = storage_dtype or model.dtype
+    _replace_layers(model, report, storage_dtype or model.dtype, clip_mask)
+    if init == "gptq":
+        report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
+    return report
+
+
+def _replace_layers(model: PreTrainedModel, report: CoverageReport, dtype: torch.dtype, clip_mask: bool) -> None:
+    """Put a `FakeQuantLinear` in the place of each layer to quantize; an embedding tied to one looks up its rows."""
     for layer in report.quantized:
         linear = model.get_submodule(layer.name)
         assert isinstance(linear, nn.Linear)
         assert layer.scheme is not None
+        compute = linear.weight.dtype
         model.set_submodule(layer.name, FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask))
-    if init == "gptq":
-        report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
-    return report
+        if layer.role == TIED_HEAD:
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings
+            model.set_input_embeddings(FakeQuantEmbedding.from_embedding(embedding, head, compute))
 
 
 def run_gptq(
@@ -179,6 +210,9 @@ def run_gptq(
     """
     architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
     errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float)
+    head = model.get_output_embeddings()
+    if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS:
+        errors.append(gptq_head(model, head, batches, damp, keep_float))
     return {error.layer: (error.rtn, error.gptq) for error in errors}
 
 
@@ -210,6 +244,9 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     root = plain_model(model)
     for name, layer, lora in layers:
         root.set_submodule(name, PackedLinear.from_fake_quant(layer, **lora))
+    embedding = root.get_input_embeddings()
+    if isinstance(embedding, FakeQuantEmbedding):
+        root.set_input_embeddings(PackedEmbedding.from_fake_quant(embedding))
     return root
 
 

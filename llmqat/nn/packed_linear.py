@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from llmqat.kernels import ops
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.packing import pack_rows, packed_width, to_unsigned
+from llmqat.quant.affine import dequantize
+from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_at, unpack_rows
 from llmqat.scheme import QuantScheme
 
 
@@ -77,6 +78,14 @@ class PackedLinear(nn.Module):
             self.weight_packed, self.weight_scale, self.weight_zero_point, self.scheme, self.in_features
         )
         return codes, self.weight_scale, zero_point
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of the scale: the lookup of a tied embedding."""
+        zero_point = self.weight_zero_point
+        if zero_point is not None:
+            zero_point = unpack_at(zero_point.T, self.scheme.bits, index).T
+        codes = from_unsigned(unpack_rows(self.weight_packed[index], self.scheme.bits, self.in_features), self.scheme)
+        return dequantize(codes, self.weight_scale[index], zero_point, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""

@@ -188,28 +188,42 @@ def _weight_gradients(
     ds = torch.empty_like(scale) if need_s else None
     dz = torch.empty_like(zero_point) if need_z else None
     stored = scale.to(scale_dtype).to(dw.dtype).unsqueeze(-1)
-    code_scale = stored if code_scale is None else code_scale.to(dw.dtype).unsqueeze(-1)
+    code_scale = code_scale.to(dw.dtype).unsqueeze(-1) if decoupled else None
     z = torch.zeros_like(stored) if zero_point is None else rounded_zero_point(zero_point, scheme).unsqueeze(-1)
     for rows in row_chunks(*weight.shape):
         latent = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling)
-        s0, s, zr = code_scale[rows], stored[rows], z[rows]
-        g, v = grouped(dw[rows], scheme), grouped(latent, scheme) / s0
-        u = v.round() + zr
-        q = u.clamp(scheme.qmin, scheme.qmax)
-        inside = (u == q) if ctx.clip_mask else None
+        grid = (stored[rows], _rows_of(rows, code_scale), z[rows])
+        dw[rows], ds_rows, dz_rows = grid_gradients(dw[rows], latent, *grid, scheme, ctx.clip_mask)
         if ds is not None:
-            step = q - zr
-            if not decoupled:
-                step = step - (v if inside is None else v * inside)
-            ds[rows] = (g * step).sum(-1)
+            ds[rows] = ds_rows
         if dz is not None:
-            dz[rows] = 0.0 if inside is None else -(s * g * ~inside).sum(-1)
-        if inside is not None:
-            g = g * inside
-        if decoupled:
-            g = g * (s / s0)
-        dw[rows] = g.flatten(-2)
+            dz[rows] = dz_rows
     return dw.to(weight.dtype), ds, dz
+
+
+def grid_gradients(
+    g: Tensor, latent: Tensor, s: Tensor, s0: Tensor | None, z: Tensor, scheme: QuantScheme, clip_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dW (rows, in)``, ``ds`` and ``dz (rows, groups)`` from ``G (rows, in)``; formulas in the module's docstring.
+
+    Args:
+        g: ``G = dL/dW_hat``.
+        latent: ``W``, ``(rows, in)``.
+        s: stored scale ``(rows, groups, 1)``.
+        s0: code scale, likewise; None where it is `s`.
+        z: integer zero point ``(rows, groups, 1)``; zeros if symmetric.
+        scheme: the grid.
+        clip_mask: stop gradients of weights beyond the ends of the grid.
+    """
+    g, v = grouped(g, scheme), grouped(latent, scheme) / (s if s0 is None else s0)
+    u = v.round() + z
+    q = u.clamp(scheme.qmin, scheme.qmax)
+    step, dw, dz = q - z, g, torch.zeros_like(s[..., 0])
+    if clip_mask:
+        inside = u == q
+        dz, dw, v = -(s * g * ~inside).sum(-1), g * inside, v * inside
+    ds = (g * (step - v if s0 is None else step)).sum(-1)
+    return (dw if s0 is None else dw * (s / s0)).flatten(-2), ds, dz
 
 
 def fake_quant_linear(

@@ -48,10 +48,10 @@ def _accumulate(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(packed: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack_rows`: int32 ``(rows, words)`` to uint8 codes ``(rows, length)``."""
-    rows = packed.shape[0]
     if bits == 3:
         as_bytes = _bytes_of(packed)
-        triples = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % 3)).view(rows, -1, 3).int()
+        padded = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % 3))
+        triples: Tensor = padded.unflatten(1, (-1, 3)).int()
         chunks = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16
         shifts = torch.arange(0, 24, 3, device=packed.device, dtype=torch.int32)
     else:
@@ -59,6 +59,14 @@ def unpack_rows(packed: Tensor, bits: int, length: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
     codes = (chunks.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     return codes.flatten(1)[:, :length].to(torch.uint8)
+
+
+def unpack_at(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """Codes at the columns `index` ``(n,)`` of every row: int32 ``(rows, words)`` to uint8 ``(rows, n)``."""
+    first = index * bits // 32
+    low = packed[:, first].long() & 0xFFFFFFFF
+    high = packed[:, (first + 1).clamp(max=packed.shape[1] - 1)].long()  # a code of 3 bits may cross into it
+    return ((low | high << 32) >> index * bits % 32 & (1 << bits) - 1).to(torch.uint8)
 
 
 def to_unsigned(codes: Tensor, scheme: QuantScheme) -> Tensor:

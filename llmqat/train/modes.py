@@ -4,6 +4,7 @@ Learning rates are relative, so that one default fits models of any size: a weig
 median scale), any other tensor's as a fraction of its own root mean square.
 """
 
+import warnings
 from statistics import median
 from typing import Any
 
@@ -52,11 +53,15 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         alpha = default_alpha(model, r) if alpha is None else alpha
         names = [name for name, _, _ in quantized_layers(model)]
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")  # type: ignore[arg-type]
-        config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
-        return get_peft_model(model, config)  # type: ignore[return-value]
-    config = LoraConfig.from_pretrained(adapter)
+    else:
+        config = LoraConfig.from_pretrained(adapter)
     config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
-    return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+    with warnings.catch_warnings():
+        # peft would leave the embedding behind; ours looks up rows of the adapted head.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        if adapter is None:
+            return get_peft_model(model, config)  # type: ignore[return-value]
+        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
 
 
 def is_norm(module: nn.Module) -> bool:

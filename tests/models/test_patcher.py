@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import check_divisible, convert, plan, prepare, quantized_layers, round_float_parts, smooth
+from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
@@ -211,3 +212,46 @@ def test_float_parts_are_rounded_to_storage_and_the_grid_is_left_alone(tiny_llam
         rounded = parameter.to(torch.bfloat16).float()
         assert torch.equal(parameter, on_grid.get(name, rounded)), name
     assert any(not torch.equal(p, p.to(torch.bfloat16).float()) for p in on_grid.values())
+
+
+@pytest.mark.parametrize(("tied", "role"), [(False, "output head"), (True, "output head, tied to the embedding")])
+def test_the_head_on_a_grid_of_its_own(tiny_llama, tied, role):
+    model = tiny_llama(tie_word_embeddings=tied)
+    report = prepare(model, QuantScheme(4, 16, act_bits=8), lm_head_bits=8)
+    assert schemes(report)["lm_head"] == QuantScheme(8, 16, act_bits=8)
+    assert not report.skipped
+    on_grid = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96) + 128 * 64
+    assert report.parameters_quantized == on_grid / report.total_parameters
+    assert f"of these, lm_head: W8A8 g16 symmetric ({role})" in report.summary()
+    assert isinstance(model.model.embed_tokens, FakeQuantEmbedding) == tied
+
+
+def test_overrides_reach_a_quantized_head_only(tiny_llama):
+    model = tiny_llama()
+    overrides = {"lm_head": {"group_size": -1}}
+    assert schemes(plan(model, SCHEME, overrides, 8))["lm_head"] == QuantScheme(8, -1)
+    assert schemes(plan(model, SCHEME, overrides))["lm_head"] is None
+    report = plan(model, SCHEME, {"lm_head": "float"}, 8)
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("lm_head", "override")]
+    with pytest.raises(LlmqatError, match=r"group_size 48 does not divide .*lm_head .in_features 64"):
+        check_divisible(plan(model, QuantScheme(4, 48), None, 8))
+
+
+def test_a_model_without_a_head(tiny_llama):
+    with pytest.raises(LlmqatError, match="lm_head_bits is 8, but LlamaModel has no Linear output head; leave it out"):
+        plan(tiny_llama().model, SCHEME, None, 8)
+
+
+@pytest.mark.parametrize("keep_float", [False, True])
+def test_gptq_fits_a_narrow_head_to_the_final_hidden_states(tiny_llama, tokens, keep_float):
+    model = tiny_llama()
+    before = model.lm_head.weight.detach().clone()
+    report = prepare(model, SCHEME, init="gptq", calibration=tokens, lm_head_bits=4, keep_float=keep_float)
+    rtn, gptq = report.errors["output head"]
+    assert gptq < 0.9 * rtn
+    x = model.model(input_ids=tokens[0]).last_hidden_state.detach()
+    exact = x @ before.T
+    assert float((model.lm_head(x) - exact).square().sum() / exact.square().sum()) < rtn
+    assert torch.equal(model.lm_head.weight, before) == keep_float
+    report = prepare(tiny_llama(), SCHEME, init="gptq", calibration=tokens, lm_head_bits=8)
+    assert "output head" not in report.errors, "at 8 bits there is nothing to gain"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_rows
+from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_at, unpack_rows
 from llmqat.scheme import QuantScheme
 
 SHAPES = [(83, 545), (1, 1), (3, 31), (5, 32), (2, 33), (7, 64), (4, 11)]
@@ -31,6 +31,15 @@ def test_round_trip(shape, scheme):
     assert torch.equal(restored, stored)
     assert from_unsigned(restored, scheme).dtype == codes.dtype
     assert torch.equal(from_unsigned(restored, scheme), codes)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unpacks_single_columns(shape, bits):
+    stored = to_unsigned(random_codes(shape, QuantScheme(bits)), QuantScheme(bits))
+    index = torch.randint(shape[1], (2 * shape[1],))
+    columns = unpack_at(pack_rows(stored, bits), bits, index)
+    assert columns.dtype == torch.uint8
+    assert torch.equal(columns, stored[:, index])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

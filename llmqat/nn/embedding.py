@@ -1,0 +1,135 @@
+"""Input embeddings tied to a quantized output head: one matrix on the grid, looked up here and multiplied by there."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from llmqat.errors import LlmqatError
+from llmqat.nn.dtypes import keep_dtype
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.quant.fake_embedding import fake_quant_embedding
+
+
+class _TiedEmbedding(nn.Module):
+    """What both lookups share.
+
+    Attributes:
+        head: gives the output head as it is now, prepared, adapted or packed: `model.get_output_embeddings`.
+        compute: no elements; its dtype is that of the model's float parts, and follows their casts.
+        embed_scale: what looked up rows are multiplied by (Gemma), or None.
+    """
+
+    head: Callable[[], nn.Module]
+    compute: Tensor
+    embed_scale: Tensor | None
+
+    def __init__(
+        self, head: Callable[[], nn.Module], dtype: torch.dtype, padding_idx: int | None, embed_scale: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.head, self.padding_idx = head, padding_idx
+        self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("embed_scale", embed_scale, persistent=False)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows as the next layer gets them."""
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+
+
+def embed_scale_of(module: nn.Module) -> Tensor | None:
+    """What an embedding multiplies its rows by; None for a plain one.
+
+    Raises:
+        LlmqatError: if it is neither a plain nor a scaled lookup.
+    """
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(module, nn.Embedding) and module.max_norm is None and type(module) is nn.Embedding:
+        return None
+    if isinstance(module, nn.Embedding) and isinstance(scale, Tensor):
+        return scale.detach().clone()
+    raise LlmqatError(
+        f"the output head is tied to a {type(module).__name__}, which llmqat cannot look up from codes; leave "
+        "--lm-head-bits out"
+    )
+
+
+class FakeQuantEmbedding(_TiedEmbedding):
+    """Looks up rows of ``W_hat`` of the tied `FakeQuantLinear`, through its adapters if it has some.
+
+    Attributes:
+        weight: the head's Parameter, the same object.
+    """
+
+    def __init__(self, weight: nn.Parameter, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight = weight
+
+    @classmethod
+    def from_embedding(cls, module: nn.Module, head: Callable[[], nn.Module], dtype: torch.dtype) -> Self:
+        """Take the place of `module`, whose weight is that of `head`; looked up rows come in `dtype`.
+
+        Raises:
+            LlmqatError: see `embed_scale_of`.
+        """
+        scale = embed_scale_of(module)
+        assert isinstance(module, nn.Embedding)
+        assert isinstance(module.weight, nn.Parameter)
+        return cls(module.weight, head, dtype, module.padding_idx, scale).train(module.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids of any shape to ``(*ids.shape, in)``."""
+        head: nn.Module = self.head()
+        lora: dict[str, Any] = {}
+        if isinstance(head, LoraFakeQuantLinear):
+            lora, head = head.adapters(), head.base_layer
+        assert isinstance(head, FakeQuantLinear)
+        if not head.enabled:
+            return self.scaled(self._float_rows(ids, **lora).to(self.compute.dtype))
+        rows = fake_quant_embedding(
+            ids,
+            head.weight,
+            head.scale,
+            head.zero_point,
+            head.scheme,
+            head.scale_dtype,
+            self.compute.dtype,
+            padding_idx=self.padding_idx,
+            code_scale=head.code_scale,
+            compensation=head.compensation,
+            clip_mask=head.clip_mask,
+            **lora,
+        )
+        return self.scaled(rows)
+
+    def _float_rows(
+        self, ids: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, lora_scaling: float = 1.0
+    ) -> Tensor:
+        """Rows of the float matrix, adapters beside it."""
+        rows = embedding(ids, self.weight, self.padding_idx)
+        return rows if lora_a is None or lora_b is None else rows + lora_scaling * (lora_b[ids] @ lora_a)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast `compute` alone: the weight is the head's float32 master, and moves with it."""
+        super()._apply(keep_dtype(fn), recurse)
+        self.compute = fn(self.compute)
+        return self
+
+
+class PackedEmbedding(_TiedEmbedding):
+    """Looks up rows in the codes of the tied `PackedLinear`, and dequantizes those alone; no weight of its own."""
+
+    @classmethod
+    def from_fake_quant(cls, module: FakeQuantEmbedding) -> Self:
+        """What ships in the place of `module`."""
+        return cls(module.head, module.compute.dtype, module.padding_idx, module.embed_scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids of any shape to ``(*ids.shape, in)``."""
+        head = self.head()
+        assert isinstance(head, PackedLinear)
+        return self.scaled(head.rows(ids.flatten()).to(self.compute.dtype)).unflatten(0, ids.shape)
