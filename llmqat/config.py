@@ -60,6 +60,9 @@ class QuantConfig:
         "--lm-head-bits",
         choices=(4, 8),
     )
+    kv_bits: int | None = option(
+        None, "8: int8 keys and values in the cache, a scale per token and head", "--kv-bits", choices=(8,)
+    )
     overrides: dict[str, Any] = field(default_factory=dict, metadata=meta("regular expression on layers -> change"))
     clip_mask: bool = option(False, "stop gradients of weights beyond the ends of the grid", "--clip-mask")
 

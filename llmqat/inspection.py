@@ -105,6 +105,7 @@ def describe(plan: Inspection) -> str:
             *rows,
             plan.coverage.summary(),
             f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
+            f"key-value cache: {'int8, a scale per token and head' if plan.recipe.quant.kv_bits else 'float'}",
             f"packed as compressed-tensors: {readers(plan.coverage)}",
             f"model family {known}",
             f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",

@@ -149,6 +149,7 @@ class Run:
             storage_dtype=self.stored_dtype,
             clip_mask=recipe.quant.clip_mask,
             lm_head_bits=recipe.quant.lm_head_bits,
+            kv_bits=recipe.quant.kv_bits,
         )
         say(coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)

@@ -165,6 +165,8 @@ def facts(measured: Measured) -> list[str]:
             "of all parameters"
         )
     lines += [f"{layer.role}: {layer.scheme}" for layer in measured.coverage.quantized if layer.role]
+    if measured.recipe.quant.kv_bits:
+        lines.append("key-value cache: int8, a scale per token and head; read by llmqat, other readers use a float one")
     for row, speed in measured.throughput.items():
         kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
         lines.append(

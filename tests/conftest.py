@@ -91,6 +91,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
 
 
 @pytest.fixture(scope="session")
+def tied_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The model of `model_dir` with its output head tied to the embedding; not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    torch.manual_seed(0)
+    config = LlamaConfig(**TINY | {"vocab_size": 258, "tie_word_embeddings": True})
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 short lines of a few words."""
     words, draw = ["def", "return", "self", "for", "in", "range", "print", "x", "y", "value", "index"], random.Random(0)

@@ -3,10 +3,13 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from llmqat import __version__, cli
 from llmqat.cli import COMMANDS
 from llmqat.cli_options import bundled_recipes, find_recipe
+from llmqat.config import Recipe
+from llmqat.inspection import inspect
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,6 +132,25 @@ def test_inspect(model_dir, finished, capsys, call):
     assert predicted == pytest.approx((finished / "model.safetensors").stat().st_size / 1e6, rel=0.1)
     assert call(["inspect", "--model", model_dir, "--group-size", "48"]) == 1
     assert "does not divide 12 layers" in capsys.readouterr().err
+
+
+def test_head_and_cache(tied_dir, text_file, tmp_path, capsys, call, small_flags):
+    """Planned by inspect, done by quantize, run by generate."""
+    grid = ["--model", tied_dir, "--lm-head-bits", "8", "--kv-bits", "8"]
+    assert call(["inspect", *grid]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"lm_head +258 x 64 +W8A16 g32 symmetric", text)
+    assert "of these, lm_head: W8A16 g32 symmetric (output head, tied to the embedding)" in text
+    assert "key-value cache: int8, a scale per token and head" in text
+    assert "packed as compressed-tensors: llmqat reads it; transformers does not" in text
+    plan = inspect(Recipe().with_values({"model": str(tied_dir), "quant.lm_head_bits": 8}))
+    out = tmp_path / "out"
+    assert call(["quantize", *grid, "--dataset", text_file, *small_flags, "--output", out]) == 0
+    tensors = load_file(out / "model.safetensors")
+    assert plan.packed_bytes == sum(t.nbytes for name, t in tensors.items() if not name.endswith("weight_shape"))
+    assert "from_pretrained" not in (out / "README.md").read_text()
+    assert call(["verify", out]) == 0
+    assert call(["generate", out, "--prompt", "def ", "--max-new-tokens", "4"]) == 0
 
 
 def test_recipes(capsys, call):

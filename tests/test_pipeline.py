@@ -15,6 +15,8 @@ from llmqat.formats.verify import verify
 from llmqat.metrics.perplexity import evaluate
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
+from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.pipeline import check_output, fit_context, run
 from llmqat.train.loop import Trainer
 
@@ -208,6 +210,38 @@ def test_overrides(go):
     assert done.report["verify"]["codes_equal"] is True
     assert 4.5 < done.report["size"]["bits_per_weight"] < 8.5
     AutoModelForCausalLM.from_pretrained(done.directory)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_quantized_head_and_cache(go, tied_dir, mode):
+    """On a model with a tied head: one matrix in the file, trained, and distilled from the float one."""
+    done = go(
+        {
+            "model": str(tied_dir),
+            "quant.lm_head_bits": 8,
+            "quant.kv_bits": 8,
+            "train.mode": mode,
+            "eval.repeats": 1,
+            "eval.prompt": 8,
+            "eval.new_tokens": 4,
+        }
+    )
+    report = done.report
+    assert report["verify"]["codes_equal"] is report["verify"]["scales_equal"] is True
+    assert report["verify"]["max_logit_error"] <= report["verify"]["bound"]
+    ppl = report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    assert report["kl_to_float"]["packed"] <= report["kl_to_float"]["gptq"] < 0.05
+    assert report["coverage"]["skipped"] == []
+    assert verify(done.directory).layers == 15
+    loaded = load_packed(done.directory)
+    assert isinstance(loaded.model.embed_tokens, PackedEmbedding)
+    assert kv_bits_of(loaded) == 8
+    original, _ = load_float(str(tied_dir), torch.float32)
+    assert ppl["float"] == pytest.approx(evaluate(original, done.measured.data).perplexity, rel=1e-6)
+    if mode == "lora":
+        names = load_file(done.directory / "adapter" / "adapter_model.safetensors")
+        assert {name.rsplit(".", 2)[-2] for name in names} == {"lora_A", "lora_B"}
 
 
 def test_context_shortens_sequences(small_recipe, capsys):

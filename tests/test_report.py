@@ -11,7 +11,7 @@ from llmqat.formats.verify import Verification
 from llmqat.machine import PACKAGES, environment
 from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
-from llmqat.models.coverage import CoverageReport, LayerCoverage
+from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.report import Measured, facts, model_card, score_rows, show, verdict, write_json
 from llmqat.scheme import QuantScheme
 from llmqat.train.loop import TrainResult
@@ -236,3 +236,16 @@ def test_table_and_card(full, capsys, tmp_path):
     assert "CompressedTensorsConfig(dequantize=True))" in model_card(asymmetric)
     write_json(full, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(full.to_dict()))
+
+
+def test_head_and_cache_are_facts(full):
+    assert not [line for line in facts(full) if line.startswith(("output head", "key-value cache"))]
+    head = LayerCoverage("lm_head", (16, 64), QuantScheme(8, 32), role=TIED_HEAD)
+    full.coverage = CoverageReport((*full.coverage.quantized, head), 2048)
+    full.recipe = full.recipe.with_values({"quant.kv_bits": 8})
+    lines = facts(full)
+    assert "output head, tied to the embedding: W8A16 g32 symmetric" in lines
+    assert any(line.startswith("key-value cache: int8, a scale per token and head") for line in lines)
+    card = model_card(full)
+    assert "from_pretrained" not in card
+    assert "llmqat reads it; transformers does not" in card

@@ -12,6 +12,9 @@ from llmqat.models.coverage import TIED_HEAD, CoverageReport
 from llmqat.scheme import QuantScheme
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+# Where config.json says that the cache is int8, beside `quantization_config`: readers that do not know it use a float
+# cache. The `kv_cache_scheme` of compressed-tensors knows no scale per token and head, and vLLM takes per-tensor ones.
+OWN_KEY, KV_BITS_KEY = "llmqat", "kv_bits"
 
 
 def weight_args(scheme: QuantScheme) -> dict[str, Any]:

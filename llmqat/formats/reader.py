@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.compressed_tensors import METHOD, schemes_of
+from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
+from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
@@ -140,6 +141,10 @@ def load_packed(
     _fill(model, tensors, set(schemes), dtype or stored, directory)
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    kv_bits = getattr(config, OWN_KEY, {}).get(KV_BITS_KEY)
+    if kv_bits is not None:
+        quantize_kv(model, kv_bits)
+        serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
-from llmqat.formats.compressed_tensors import config_of
+from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.nn.embedding import FakeQuantEmbedding
+from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,6 +123,9 @@ def packed_config(model: torch.nn.Module) -> Any:
     config.architectures = [type(root).__name__]
     config.dtype = storage_dtype(model)
     config.quantization_config = config_of(schemes, [*ignored, *tied], tied.values())
+    kv_bits = kv_bits_of(root)
+    if kv_bits is not None:
+        setattr(config, OWN_KEY, {KV_BITS_KEY: kv_bits})
     return config
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmqat.models.patcher import float_parameters
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.nn.lora import LoraFakeQuantLinear
 
 
@@ -20,7 +21,7 @@ def disable_quantizers(model: nn.Module, adapters: bool = True) -> Iterator[None
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, FakeQuantLinear):
+            if isinstance(module, FakeQuantLinear | KVQuantizer):
                 stack.callback(setattr, module, "enabled", module.enabled)
                 module.enabled = False
             elif adapters and isinstance(module, LoraFakeQuantLinear):

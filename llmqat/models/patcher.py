@@ -18,6 +18,7 @@ from llmqat.models.architectures import architecture_of, blocks_of
 from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, total_parameters
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
@@ -95,7 +96,7 @@ def plan(
         elif module is head or module.weight is getattr(embedding, "weight", None):
             own, reason = None, role
         shape = (module.out_features, module.in_features)
-        layers.append(LayerCoverage(name, shape, own, "" if own else reason, role if module is head else ""))
+        layers.append(LayerCoverage(name, shape, own, "" if own else reason, role=role if module is head else ""))
     return CoverageReport(tuple(layers), total_parameters(model))
 
 
@@ -147,6 +148,7 @@ def prepare(
     clip_mask: bool = False,
     keep_float: bool = False,
     lm_head_bits: int | None = None,
+    kv_bits: int | None = None,
 ) -> CoverageReport:
     """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
@@ -163,6 +165,7 @@ def prepare(
             that `disable_quantizers` runs the float model: distillation without a second copy.
         lm_head_bits: quantize the output head too, with `scheme` at these bits; a tied embedding then looks up rows of
             the same grid. None leaves both float.
+        kv_bits: 8 quantizes keys and values as the cache stores them; see `llmqat.nn.kv_cache`.
 
     Raises:
         LlmqatError: if a group size does not divide, the model is prepared already, or GPTQ lacks what it needs.
@@ -179,6 +182,8 @@ def prepare(
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
     _replace_layers(model, report, storage_dtype or model.dtype, clip_mask)
+    if kv_bits is not None:
+        quantize_kv(model, kv_bits)
     if init == "gptq":
         report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
     return report
@@ -247,6 +252,8 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     embedding = root.get_input_embeddings()
     if isinstance(embedding, FakeQuantEmbedding):
         root.set_input_embeddings(PackedEmbedding.from_fake_quant(embedding))
+    if kv_bits_of(root) is not None:
+        serve_int8_kv(root)
     return root
 
 

@@ -97,7 +97,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+def dequantize_activation(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale * codes`` in float32 or wider, rounded once to `dtype`."""
+    return (codes * scale).to(dtype)
+
+
 def fake_quantize_activation(x: Tensor) -> Tensor:
     """`x` after a trip through `quantize_activation`, in its own dtype."""
-    codes, scale = quantize_activation(x)
-    return (codes * scale).to(x.dtype)
+    return dequantize_activation(*quantize_activation(x), x.dtype)

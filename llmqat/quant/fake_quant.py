@@ -98,6 +98,24 @@ def rounded_zero_point(zero_point: Tensor, scheme: QuantScheme) -> Tensor:
     return zero_point.round().clamp(scheme.qmin, scheme.qmax)
 
 
+class _FakeQuantActivation(torch.autograd.Function):
+    """``x_hat``; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return fake_quantize_activation(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def fake_quant_activation(x: Tensor) -> Tensor:
+    """`x` on the int8 grid of its last dimension (see `quantize_activation`), with a straight-through gradient."""
+    x_hat: Tensor = _FakeQuantActivation.apply(x)
+    return x_hat
+
+
 class _FakeQuantLinear(torch.autograd.Function):
     """``y = x_hat @ W_hat.T + bias``; formulas in the module's docstring."""
 
