@@ -11,7 +11,7 @@ from llmqat import config as config_module
 from llmqat.config import Recipe
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
-from llmqat.models.coverage import CoverageReport
+from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_config
 from llmqat.models.patcher import check_divisible, plan
 
@@ -95,8 +95,8 @@ def training_bytes(recipe: Recipe, coverage: CoverageReport, parameters: int, st
 def describe(plan: Inspection) -> str:
     """The plan as a table in plain text."""
     rows = [
-        f"  {layer.name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
-        for layer in plan.coverage.layers
+        f"  {name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
+        for name, layer in by_expert(plan.coverage.layers)
     ]
     known = "known: GPTQ and SmoothQuant apply" if plan.calibrated else "unknown: only --init rtn, and no --smooth"
     return "\n".join(

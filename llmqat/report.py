@@ -87,6 +87,7 @@ class Measured:
             "coverage": {
                 "parameters_quantized": self.coverage.parameters_quantized,
                 "skipped": [{"layer": layer.name, "reason": layer.reason} for layer in self.coverage.skipped],
+                "kept_round_to_nearest": self.coverage.kept,
             },
             "size": {key: self.size.get(key) for key in ("float_bytes", "packed_bytes", "bits_per_weight")},
             "throughput": {"kernel": self.kernel, "float": self._speed("float"), "packed": self._speed("packed", True)},

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from llmqat.config import Recipe
 from llmqat.scheme import QuantScheme
@@ -42,6 +49,23 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     def make(**overrides: Any) -> LlamaForCausalLM:
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**TINY | overrides)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Callable[..., PreTrainedModel]:
+    """``tiny_moe(model_type, **config)``: like `tiny_llama`, with 6 experts, 2 of them for each token. Qwen3's second
+    block has an ordinary MLP."""
+    sizes: dict[str, Any] = {
+        "mixtral": {"num_local_experts": 6},
+        "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1], "head_dim": 16},
+    }
+
+    def make(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[model_type](**TINY | sizes[model_type] | {"num_experts_per_tok": 2} | overrides)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     return make
 

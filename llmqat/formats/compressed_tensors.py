@@ -11,6 +11,7 @@ from llmqat.errors import LlmqatError
 from llmqat.models.coverage import TIED_HEAD, CoverageReport
 from llmqat.scheme import QuantScheme
 
+EXPERT = re.compile(r"\\\.experts\\\.\d+\\\.")  # in an escaped name
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # Where config.json says that the cache is int8, beside `quantization_config`: readers that do not know it use a float
 # cache. The `kv_cache_scheme` of compressed-tensors knows no scale per token and head, and vLLM takes per-tensor ones.
@@ -60,20 +61,27 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
     )
 
 
+def _target(name: str) -> str:
+    """The name of a layer; a pattern for it in every expert, if it is an expert's."""
+    escaped = EXPERT.sub(r"\\.experts\\.\\d+\\.", re.escape(name))
+    return name if escaped == re.escape(name) else f"re:{escaped}$"
+
+
 def config_of(
     schemes: Mapping[str, QuantScheme], ignored: list[str], embeddings: Collection[str] = ()
 ) -> dict[str, Any]:
     """`quantization_config` for layers with their schemes.
 
     One scheme for all gives the single group every reader knows, targets ``Linear``; several give one group each, its
-    layers by name. `embeddings`: which of the layers are no Linear.
+    layers by name, and experts, which all have the same, by pattern: so readers find the experts' group. `embeddings`:
+    which of the layers are no Linear.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
     for index, scheme in enumerate(distinct):
-        names = [name for name, own in schemes.items() if own == scheme]
+        targets = dict.fromkeys(_target(name) for name, own in schemes.items() if own == scheme)
         groups[f"group_{index}"] = {
-            "targets": ["Linear", *embeddings] if len(distinct) == 1 else names,
+            "targets": ["Linear", *embeddings] if len(distinct) == 1 else list(targets),
             "format": FORMAT,
             "weights": weight_args(scheme),
             "input_activations": activation_args(scheme),

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.writer import INDEX, WEIGHTS
+from llmqat.models.experts import module_name, split_experts
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.packed_linear import PackedLinear
@@ -124,10 +125,11 @@ def load_packed(
         ) from error
     config.__dict__.pop("quantization_config", None)
     stored: torch.dtype = config.dtype or torch.float32
-    tensors = dict(read_tensors(directory))
-    schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
+        split_experts(model)
+    tensors = {module_name(model, name): tensor for name, tensor in read_tensors(directory)}
+    schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
     tie_packed_head(model, tensors, schemes)
     modules = dict(model.named_modules())
     for layer, scheme in schemes.items():

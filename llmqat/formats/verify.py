@@ -12,6 +12,7 @@ from llmqat.formats import fingerprint
 from llmqat.formats.reader import load_packed, local_directory
 from llmqat.models.float_view import disable_quantizers
 from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 
@@ -105,7 +106,8 @@ def _quantize_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
 def logit_error(model: PreTrainedModel) -> tuple[float, float]:
     """Error of the packed float32 model's logits against float64, and the bound: twice that of plain float32 torch.
 
-    The cache is left float: rounding moves a few of its codes in each of the three, which says nothing about weights.
+    Routers choose experts in the float64 run; the others follow. The cache is left float: rounding moves a few of its
+    codes in each of the three, which says nothing about weights.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
@@ -115,7 +117,17 @@ def logit_error(model: PreTrainedModel) -> tuple[float, float]:
 
 
 def _logit_error(model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
-    exact = dense_copy(model, torch.float64)(input_ids=ids, use_cache=False).logits.double()
-    plain = dense_copy(model, torch.float32)(input_ids=ids, use_cache=False).logits.double()
-    packed = model(input_ids=ids, use_cache=False).logits.double()
+    def logits(candidate: nn.Module) -> Tensor:
+        result: Tensor = candidate(input_ids=ids, use_cache=False).logits.double()
+        return result
+
+    dense = dense_copy(model, torch.float64)
+    with record_routes(dense) as routes:
+        exact = logits(dense)
+    del dense  # one copy at a time
+    dense = dense_copy(model, torch.float32)
+    with follow_routes(dense, routes):
+        plain = logits(dense)
+    with follow_routes(model, routes):
+        packed = logits(model)
     return float((packed - exact).abs().max()), 2 * float((plain - exact).abs().max())

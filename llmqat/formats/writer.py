@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
+from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
@@ -92,7 +93,8 @@ def tied_head(model: torch.nn.Module) -> dict[str, str]:
 
 
 def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Tensors of the packed file by name: codes and scales of layers on the grid, everything else in the storage dtype.
+    """Tensors of the packed file by their names there: codes and scales of layers on the grid, everything else in the
+    storage dtype.
 
     A tied tensor appears once, under its first name: a quantized matrix, too, under that of the embedding.
     """
@@ -110,7 +112,8 @@ def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
     for name, (layer, lora) in layers.items():
         packed, name = PackedLinear.from_fake_quant(layer, **lora), lookups.get(name, name)
         state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in packed.state_dict().items()})
-    return state
+    root = plain_model(model)
+    return {file_name(root, name): tensor for name, tensor in state.items()}
 
 
 def packed_config(model: torch.nn.Module) -> Any:
@@ -118,6 +121,7 @@ def packed_config(model: torch.nn.Module) -> Any:
     root = plain_model(model)
     layers, tied = {name: layer.scheme for name, layer, _ in quantized_layers(model)}, tied_head(model)
     ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, layers)]
+    ignored += [file_name(root, name) for name in routers(root)]  # a Linear to other readers
     schemes = {tied.get(name, name): scheme for name, scheme in layers.items()}
     config = copy.deepcopy(root.config)
     config.architectures = [type(root).__name__]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
+from llmqat.nn.experts import SplitExperts, is_fused
 from llmqat.nn.packed_linear import PackedLinear
 
 
@@ -52,17 +53,28 @@ class Throughput:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one token reads: all of them but the input embedding's table, of which it reads one row.
+    """Bytes of weights that one token reads: all but the input embedding's table, of which it reads one row, and the
+    experts it is not routed to.
 
     A head tied to that table reads all of it.
     """
     embedding = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and getattr(head, "weight", None) is embedding
+    total = _stored_bytes(model)
+    config: Any = model.config
+    for module in model.modules():
+        if isinstance(module, SplitExperts) or is_fused(module):
+            experts = len(module) if isinstance(module, SplitExperts) else len(module.down_proj)  # type: ignore[arg-type]
+            total -= _stored_bytes(module) * (experts - config.num_experts_per_tok) // experts
+    return total if tied or embedding is None else total - embedding.numel() * embedding.element_size()
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and packed weights."""
     layers = (module for module in model.modules() if isinstance(module, PackedLinear))
     packed = (b for m in layers for b in m.buffers(recurse=False) if b is not m.weight_shape)
-    total = sum(t.numel() * t.element_size() for t in chain(model.parameters(), packed))
-    return total if tied or embedding is None else total - embedding.numel() * embedding.element_size()
+    return sum(t.numel() * t.element_size() for t in chain(model.parameters(), packed))
 
 
 @torch.inference_mode()

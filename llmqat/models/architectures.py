@@ -4,7 +4,7 @@ Every `PreTrainedModel` with `nn.Linear` layers can be prepared with round-to-ne
 neighbourhood matter: GPTQ (block by block) and SmoothQuant (which norm feeds which layers).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,10 +20,14 @@ class Architecture:
         blocks: path of the ModuleList of decoder blocks.
         smooth_sites: norm -> the linears that read it and nothing else does, paths relative to a block. Scaling the
             norm's weight by 1/s and the linears' columns by s leaves the float model as it was.
+        router: path, in a block, of what picks the experts: it stays float. None for a family without experts.
+        file_names: parts of module names and what they are in files, in this order. Nothing else may hold them.
     """
 
     blocks: str
     smooth_sites: tuple[tuple[str, tuple[str, ...]], ...]
+    router: str | None = None
+    file_names: tuple[tuple[str, str], ...] = ()
 
 
 LLAMA = Architecture(
@@ -34,12 +38,23 @@ LLAMA = Architecture(
     ),
 )
 
+# The norm before the experts also feeds the router, and one scale for all experts would serve none of them.
+MOE = replace(LLAMA, smooth_sites=LLAMA.smooth_sites[:1], router="mlp.gate")
+MIXTRAL_FILES = (
+    (".mlp.", ".block_sparse_moe."),
+    (".gate_proj.", ".w1."),
+    (".down_proj.", ".w2."),
+    (".up_proj.", ".w3."),
+)
+
 # config.model_type -> row. Qwen3's q_norm and k_norm sit behind the projections: inputs may be scaled, outputs not.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "mixtral": replace(MOE, file_names=MIXTRAL_FILES),
+    "qwen3_moe": MOE,
 }
 
 

@@ -1,10 +1,13 @@
 """What was and was not quantized, layer by layer."""
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from torch import nn
 
+from llmqat.algorithms.calibration import LEAST_TOKENS
 from llmqat.scheme import QuantScheme
 
 # Roles of a layer that reports name.
@@ -37,12 +40,13 @@ class CoverageReport:
     Attributes:
         layers: every Linear in model order.
         total_parameters: parameters of the whole model, a tied one counted once.
-        errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran.
+        errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran; None for GPTQ's where the layer, of an
+            expert that was hardly chosen, saw too few calibration tokens for it and kept round-to-nearest.
     """
 
     layers: tuple[LayerCoverage, ...]
     total_parameters: int
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[LayerCoverage]:
@@ -59,14 +63,28 @@ class CoverageReport:
         """Share of all parameters that is on the grid."""
         return sum(layer.parameters for layer in self.quantized) / self.total_parameters
 
+    @property
+    def kept(self) -> list[str]:
+        """Layers that GPTQ left as round-to-nearest made them."""
+        return [layer for layer, (_, gptq) in self.errors.items() if gptq is None]
+
     def error_summary(self) -> str:
-        """How GPTQ's layer output errors compare with those of round-to-nearest, in a line."""
-        ratios = [gptq / rtn for rtn, gptq in self.errors.values() if rtn > 0]
+        """How GPTQ's layer output errors compare with those of round-to-nearest, and what it left alone."""
+        ratios = [gptq / rtn for rtn, gptq in self.errors.values() if rtn > 0 and gptq is not None]
         better = sum(ratio < 1 for ratio in ratios)
-        return (
-            f"GPTQ: output error {fmean(ratios):.0%} of round-to-nearest's on average, {max(ratios):.0%} at most, "
-            f"less in {better} of {len(ratios)} layers"
-        )
+        lines = []
+        if ratios:
+            lines.append(
+                f"GPTQ: output error {fmean(ratios):.0%} of round-to-nearest's on average, {max(ratios):.0%} at most, "
+                f"less in {better} of {len(ratios)} layers"
+            )
+        if self.kept:
+            named = ", ".join(self.kept[:3]) + (", ..." if len(self.kept) > 3 else "")
+            lines.append(
+                f"GPTQ: {len(self.kept)} layers of experts saw fewer than {LEAST_TOKENS} calibration tokens for each "
+                f"of their inputs and keep round-to-nearest: {named}; give more with --calibration-samples"
+            )
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """The report in a few lines: schemes with their layers counted, skipped layers with their reasons."""
@@ -75,8 +93,20 @@ class CoverageReport:
         lines += [f"  {scheme}: {schemes.count(scheme)} layers" for scheme in dict.fromkeys(schemes)]
         heads = [layer for layer in self.quantized if layer.role]
         lines += [f"  of these, {layer.name}: {layer.scheme} ({layer.role})" for layer in heads]
-        lines += [f"  float: {layer.name} ({layer.reason})" for layer in self.skipped]
+        lines += [f"  float: {name} ({layer.reason})" for name, layer in by_expert(self.skipped)]
         return "\n".join(lines)
+
+
+def by_expert(layers: Sequence[LayerCoverage]) -> list[tuple[str, LayerCoverage]]:
+    """`layers` with their names, those that differ in the number of their expert alone once: ``...experts.*.up_proj``,
+    and how many they are."""
+    groups: dict[tuple[str, LayerCoverage], list[LayerCoverage]] = {}
+    for layer in layers:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", layer.name)
+        groups.setdefault((name, replace(layer, name="")), []).append(layer)
+    return [
+        (f"{name} x {len(group)}" if len(group) > 1 else group[0].name, group[0]) for (name, _), group in groups.items()
+    ]
 
 
 def total_parameters(model: nn.Module) -> int:

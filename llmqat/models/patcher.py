@@ -15,8 +15,10 @@ from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import architecture_of, blocks_of
-from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, total_parameters
+from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, by_expert, total_parameters
+from llmqat.models.experts import check_experts, expert_layers, fused_shapes, split_experts, splits
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
+from llmqat.nn.experts import is_fused
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -64,10 +66,12 @@ def plan(
     """Which Linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
 
     Raises:
-        LlmqatError: if an override is malformed or matches no layer, or `lm_head_bits` finds no head it can quantize.
+        LlmqatError: if an override is malformed, matches no layer, or gives experts several schemes, or `lm_head_bits`
+            finds no head it can quantize.
     """
     overrides = overrides or {}
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = list(_candidates(model))
+    names = [name for name, _, _ in found]
     for pattern in overrides:
         try:
             re.compile(pattern)
@@ -87,17 +91,28 @@ def plan(
         if role == TIED_HEAD:
             embed_scale_of(embedding)
     layers = []
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+    for name, shape, module in found:
         own, reason = scheme_of(name, scheme, overrides), "override"
         if module is head and lm_head_bits is not None:
             own = scheme_of(name, replace(scheme, bits=lm_head_bits), overrides)
-        elif module is head or module.weight is getattr(embedding, "weight", None):
+        elif module is head or getattr(module, "weight", module) is getattr(embedding, "weight", None):
             own, reason = None, role
-        shape = (module.out_features, module.in_features)
+        elif not isinstance(module, nn.Linear) and not splits(model):
+            own, reason = None, f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
         layers.append(LayerCoverage(name, shape, own, "" if own else reason, role=role if module is head else ""))
+    check_experts(layers)
     return CoverageReport(tuple(layers), total_parameters(model))
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], nn.Module]]:
+    """Name, shape ``(out, in)`` and module of every Linear in model order; the Linears of an expert have the fused
+    module that holds them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features), module
+        elif is_fused(module):
+            layers = expert_layers(name, module) if splits(model) else fused_shapes(name, module)
+            yield from ((layer, shape, module) for layer, shape in layers)
 
 
 def check_divisible(report: CoverageReport) -> None:
@@ -109,7 +124,7 @@ def check_divisible(report: CoverageReport) -> None:
     bad = [layer for layer in report.quantized if layer.scheme and not layer.scheme.divides(layer.shape[1])]
     if not bad:
         return
-    named = ", ".join(f"{layer.name} (in_features {layer.shape[1]})" for layer in bad)
+    named = ", ".join(f"{name} (in_features {layer.shape[1]})" for name, layer in by_expert(bad))
     common = gcd(*(layer.shape[1] for layer in report.quantized))
     leaves = sorted({layer.name.rsplit(".", 1)[-1] for layer in bad})
     overrides = " ".join(f"--override '{leaf}$:group_size=-1'" for leaf in leaves)
@@ -152,6 +167,8 @@ def prepare(
 ) -> CoverageReport:
     """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
+    Fused experts are split first, and their Parameters are new ones: make an optimizer after this.
+
     Args:
         model: any model with `nn.Linear`.
         scheme: the grid of every layer, unless overridden.
@@ -191,6 +208,7 @@ def prepare(
 
 def _replace_layers(model: PreTrainedModel, report: CoverageReport, dtype: torch.dtype, clip_mask: bool) -> None:
     """Put a `FakeQuantLinear` in the place of each layer to quantize; an embedding tied to one looks up its rows."""
+    split_experts(model)
     for layer in report.quantized:
         linear = model.get_submodule(layer.name)
         assert isinstance(linear, nn.Linear)
@@ -204,11 +222,11 @@ def _replace_layers(model: PreTrainedModel, report: CoverageReport, dtype: torch
 
 def run_gptq(
     model: PreTrainedModel, batches: list[Tensor], damp: float = 0.01, keep_float: bool = False
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, tuple[float, float | None]]:
     """GPTQ on a model prepared with round-to-nearest, in place.
 
     Returns:
-        layer -> relative output error of round-to-nearest, and of GPTQ.
+        layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.
 
     Raises:
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.

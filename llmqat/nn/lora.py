@@ -4,19 +4,42 @@ An adapter beside the quantizer, ``Q(W) x + B A x``, is lost when it is merged i
 what gets codes, so packing loses nothing (LR-QAT, arXiv 2406.06385, section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.fake_quant import latent_rows, row_chunks
+
+
+@contextmanager
+def targets_by_module() -> Iterator[None]:
+    """Keep peft from rewriting targets and adapters of families with experts.
+
+    It would make them targets of transformers' fused parameters, which a prepared model does not have any more: all
+    layers of such a name, experts or not, would go without an adapter.
+    """
+    unchanged = {
+        "convert_peft_config_for_transformers": lambda *_, **__: None,
+        "convert_peft_adapter_state_dict_for_transformers": lambda *_, adapter_state_dict, **__: adapter_state_dict,
+    }
+    original = {name: getattr(transformers_weight_conversion, name) for name in unchanged}
+    try:
+        for name, function in unchanged.items():
+            setattr(transformers_weight_conversion, name, function)
+        yield
+    finally:
+        for name, function in original.items():
+            setattr(transformers_weight_conversion, name, function)
 
 
 class LoraFakeQuantLinear(nn.Module, LoraLayer):

@@ -17,7 +17,7 @@ from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.nn.lora import LoraFakeQuantLinear, targets_by_module
 
 
 def default_alpha(model: nn.Module, r: int) -> float:
@@ -47,7 +47,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         an ordinary `PeftModel`; its ``save_pretrained`` writes an ordinary adapter directory.
 
     Raises:
-        LlmqatError: if the model is not prepared.
+        LlmqatError: if the model is not prepared, or peft leaves a layer out.
     """
     if adapter is None:
         alpha = default_alpha(model, r) if alpha is None else alpha
@@ -56,11 +56,18 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
     else:
         config = LoraConfig.from_pretrained(adapter)
     config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), targets_by_module():
         # peft would leave the embedding behind; ours looks up rows of the adapted head.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         if adapter is None:
-            return get_peft_model(model, config)  # type: ignore[return-value]
+            adapted = get_peft_model(model, config)
+            without = sorted({*names} - {name for name, _, lora in quantized_layers(adapted) if lora})
+            if without:
+                raise LlmqatError(
+                    f"peft gave no adapter to {len(without)} layers, the first is {without[0]}; train with --train "
+                    "full or scales, or install another version of peft"
+                )
+            return adapted  # type: ignore[return-value]
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from llmqat.algorithms import calibration
-from llmqat.algorithms.calibration import BlockInputs, gptq_model, stages_of
+from llmqat.algorithms.calibration import BlockInputs, gptq_model, hessians_of, passes_of, stages_of
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -53,15 +53,19 @@ def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llam
     assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("act_bits", [None, 8])
-def test_every_layer_is_fitted_to_its_inputs_on_the_quantized_prefix(tiny_llama, tokens, act_bits, monkeypatch):
+def test_every_layer_is_fitted_to_its_inputs_on_the_quantized_prefix(
+    tiny_llama, tiny_moe, tokens, act_bits, family, monkeypatch
+):
     """What each layer of the *finished* model reads is what GPTQ was given for it, one after the other."""
-    model, _ = prepared(tiny_llama(), QuantScheme(3, 16, act_bits=act_bits))
+    model = tiny_llama() if family == "llama" else tiny_moe(family)
+    prepare(model, QuantScheme(3, 16, act_bits=act_bits))
     given, quantize_layer = {}, calibration._quantize_layer
 
-    def spy(layer, H, *args):
-        given[layer] = H
-        return quantize_layer(layer, H, *args)
+    def spy(layer, seen, *args):
+        given[layer] = seen.H
+        return quantize_layer(layer, seen, *args)
 
     monkeypatch.setattr(calibration, "_quantize_layer", spy)
     run_gptq(model, tokens)
@@ -179,3 +183,37 @@ def test_a_failure_names_the_layer(tiny_llama, tokens):
 def test_blocks_without_quantized_layers_are_passed_through(tiny_llama, tokens):
     model, _ = prepared(tiny_llama(), overrides={r"layers\.0\.": "float"})
     assert {e.layer.split()[1] for e in run_gptq(model, tokens)} == {"1"}
+
+
+def test_all_experts_share_a_pass_as_far_as_memory_allows(tiny_moe, tokens, monkeypatch):
+    """Gate and up read one tensor, so they share a Hessian, unless one of them quantizes its input."""
+    model = tiny_moe("mixtral")
+    prepare(model, QuantScheme(4, 16))
+    block = model.model.layers[0]
+    block.mlp.experts[1].up_proj.scheme = QuantScheme(4, 16, act_bits=8)
+    layers, inputs = layers_of(block), BlockInputs.capture(model, block, tokens)
+    passes = passes_of(block, inputs, layers)
+    expert = "mlp.experts.{}.{}_proj".format
+    assert passes[:2] == [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]]]
+    assert passes[2][:3] == [[expert(0, "gate"), expert(0, "up")], [expert(1, "gate")], [expert(1, "up")]]
+    assert passes[3] == [[expert(e, "down")] for e in range(6)]
+    assert sorted(name for stages in passes for names in stages for name in names) == sorted(layers)
+    monkeypatch.setattr("llmqat.algorithms.calibration.HESSIAN_BYTES", 2 * 4 * 96**2)
+    assert [len(stages) for stages in passes_of(block, inputs, layers)] == [1, 1, 4, 3, 2, 2, 2]
+
+
+def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
+    model = tiny_moe("mixtral")
+    prepare(model, QuantScheme(4, 16))
+    block, seen = model.model.layers[0], []
+    inputs, layer = BlockInputs.capture(model, block, tokens), block.mlp.experts[2].down_proj
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    list(inputs.run(block))
+    handle.remove()
+    x = torch.cat(seen).double()
+    found = hessians_of(block, inputs, {f"mlp.experts.{e}.down_proj": block.mlp.experts[e].down_proj for e in range(6)})
+    H, count, enough = found["mlp.experts.2.down_proj"]
+    assert count == len(x) < 192
+    assert enough == (count >= 2 * 96)
+    assert torch.allclose(H.double(), 2 / count * x.T @ x, rtol=1e-4, atol=1e-5)
+    assert sum(statistics.tokens for statistics in found.values()) == 2 * 192

@@ -57,6 +57,16 @@ def test_config_of_channels_zero_points_and_activations():
     assert group["input_activations"] == acts()
 
 
+def test_experts_get_one_pattern():
+    """By which transformers finds the group of the experts; layers that are no expert's are named beside it."""
+    int8 = QuantScheme(8, 128)
+    schemes = {f"layers.1.mlp.experts.{e}.up_proj": INT4 for e in range(12)} | {"q_proj": INT4, "o_proj": int8}
+    config = config_of(schemes, [])
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    assert targets == [[r"re:layers\.1\.mlp\.experts\.\d+\.up_proj$", "q_proj"], ["o_proj"]]
+    assert schemes_of(config, list(schemes)) == schemes
+
+
 def test_several_schemes_name_their_layers():
     int8 = QuantScheme(8, -1)
     groups = config_of({"a": INT4, "b": int8, "c": INT4}, [])["config_groups"]

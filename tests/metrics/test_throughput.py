@@ -77,5 +77,18 @@ def test_weight_bytes_of_a_packed_model(tiny_llama, tied, group_size):
     assert weight_bytes(model) == linear // 2 + rows * 2 + (rest - embedding) * 4
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_weight_bytes_count_two_experts_of_six(tiny_moe, family):
+    """Float or packed, a token reads only the experts it is routed to."""
+    model = tiny_moe(family)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    rest = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel() - experts
+    assert weight_bytes(model) == (rest + experts // 3) * 4
+    attention = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    prepare(model, QuantScheme(4, 16), storage_dtype=torch.bfloat16)
+    convert(model)
+    assert weight_bytes(model) == (rest - attention) * 4 + (attention + experts // 3) * (4 + 16 // 16) // 8
+
+
 def test_bandwidth_counts_decoding():
     assert Throughput((1.0,), (50.0,), 8, 4, 2_000_000_000).weight_gb_s == 100.0
