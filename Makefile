@@ -24,7 +24,7 @@ test-asan: $(DEV)/.package  ## run the kernel tests under AddressSanitizer and U
 	trap 'rm -f llmqat/kernels/_kernels.so' EXIT; \
 	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
 	cmake --install build/asan --prefix . && \
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(DEV_BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py
 
 native:  ## build the kernels into the source tree, where they take precedence over the installed ones

@@ -56,6 +56,7 @@ The dry run: every Linear, quantized or not and why, predicted size and memory. 
 
   llmqat inspect --model llama --bits 4
   llmqat inspect --model ./my-model --group-size 64 --train lora
+  llmqat inspect --machine
 """
 RECIPES = """\
 List the bundled recipes, or print one.
@@ -87,6 +88,8 @@ def build_parser() -> Parser:
         add_recipe_flags(sub, skip)
         if name != "inspect":
             sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
+        if name == "inspect":
+            sub.add_argument("--machine", action="store_true", help="which kernels run here, and why not others")
         if name == "finetune":
             sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
 
@@ -138,7 +141,19 @@ def run_inspect(args: argparse.Namespace) -> None:
     """`llmqat inspect`."""
     from llmqat.inspection import describe, inspect
 
+    if args.machine:
+        return print_machine()
     print(describe(inspect(args.resolved)))
+
+
+def print_machine() -> None:
+    """What `inspect --machine` shows."""
+    from llmqat.kernels.native import explain
+    from llmqat.machine import environment
+
+    for key, value in environment().items():
+        print(f"{key:>13}: {value or '-'}")
+    print(f"{'kernels':>13}: {explain()}")
 
 
 def load_any(name: str, dtype: Any = None) -> tuple[Any, Any]:

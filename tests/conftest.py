@@ -71,6 +71,14 @@ def tiny_moe() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture
+def reference_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`packed_linear` runs its torch reference, which repeats the training forward bit for bit."""
+    from llmqat.kernels import native
+
+    monkeypatch.setattr(native, "supports", lambda *_: False)
+
+
+@pytest.fixture
 def tokens() -> list[torch.Tensor]:
     """Four calibration batches of token ids ``(2, 24)``."""
     return list(torch.randint(0, TINY["vocab_size"], (4, 2, 24)))

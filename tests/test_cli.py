@@ -3,6 +3,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llmqat import __version__, cli
@@ -10,6 +11,7 @@ from llmqat.cli import COMMANDS
 from llmqat.cli_options import bundled_recipes, find_recipe
 from llmqat.config import Recipe
 from llmqat.inspection import inspect
+from llmqat.kernels.native import kernel_name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -168,3 +170,10 @@ def test_recipes(capsys, call):
 
 def test_every_command_has_a_function():
     assert {f"run_{name}" for name in COMMANDS} == {name for name in vars(cli) if name.startswith("run_")}
+
+
+def test_inspect_machine(capsys, call):
+    assert call(["inspect", "--machine"]) == 0
+    lines = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["kernels"].startswith(kernel_name())
+    assert lines["torch"] == torch.__version__

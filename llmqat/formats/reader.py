@@ -16,6 +16,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.models.experts import module_name, split_experts
+from llmqat.models.native_forward import accelerate_forward
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.packed_linear import PackedLinear
@@ -149,6 +150,8 @@ def load_packed(
         serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
+    if kv_bits is None:
+        accelerate_forward(model)
     return model
 
 

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
         raise LlmqatError(f"LLMQAT_KERNELS={wanted}, but llmqat was installed without a C++ compiler; install it again")
     loaded = ctypes.CDLL(str(path))
     loaded.llmqat_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
-    loaded.llmqat_linear.restype = None
+    loaded.llmqat_linear.restype = loaded.llmqat_decode.restype = None
     loaded.llmqat_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.llmqat_read_bandwidth.restype = ctypes.c_double
     if wanted and loaded.llmqat_use_isa(ISAS.index(wanted)):

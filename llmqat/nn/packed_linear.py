@@ -87,18 +87,15 @@ class PackedLinear(nn.Module):
         codes = from_unsigned(unpack_rows(self.weight_packed[index], self.scheme.bits, self.in_features), self.scheme)
         return dequantize(codes, self.weight_scale[index], zero_point, self.scheme)
 
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operator takes after `x`."""
+        scheme = self.scheme
+        tensors = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias)
+        return (*tensors, scheme.bits, self.in_features, scheme.act_bits)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
-        y: Tensor = ops.packed_linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.scheme.bits,
-            self.in_features,
-            self.scheme.act_bits,
-        )
+        y: Tensor = ops.packed_linear(x, *self.arguments())
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

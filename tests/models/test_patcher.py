@@ -161,7 +161,7 @@ def test_smooth_covers_every_block(tiny_llama, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("init", ["rtn", "gptq"])
 @pytest.mark.parametrize("act_bits", [None, 8])
-def test_convert_runs_what_was_trained(tiny_llama, tokens, symmetric, init, dtype, act_bits):
+def test_convert_runs_what_was_trained(reference_op, tiny_llama, tokens, symmetric, init, dtype, act_bits):
     model = tiny_llama(tie_word_embeddings=symmetric).to(dtype)
     scheme = QuantScheme(4, 16, symmetric, act_bits)
     report = prepare(model, scheme, init=init, calibration=tokens, keep_float=symmetric)
@@ -175,7 +175,7 @@ def test_convert_runs_what_was_trained(tiny_llama, tokens, symmetric, init, dtyp
     assert torch.equal(logits(model, tokens), expected)
 
 
-def test_convert_takes_adapters_along(tiny_llama, tokens):
+def test_convert_takes_adapters_along(reference_op, tiny_llama, tokens):
     model = tiny_llama()
     prepare(model, SCHEME, storage_dtype=torch.bfloat16)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=NAMES[:5], init_lora_weights=False)

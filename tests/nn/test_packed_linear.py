@@ -36,7 +36,7 @@ def assert_same_grid(packed, layer, **lora):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packs_the_grid_of_the_forward(bits, symmetric, shape, dtype):
+def test_packs_the_grid_of_the_forward(reference_op, bits, symmetric, shape, dtype):
     out_features, in_features, group_size = shape
     layer = trained(QuantScheme(bits, group_size, symmetric), dtype, in_features, out_features)
     packed = PackedLinear.from_fake_quant(layer)
@@ -48,7 +48,7 @@ def test_packs_the_grid_of_the_forward(bits, symmetric, shape, dtype):
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
-def test_packs_adapters_compensation_and_code_scale(symmetric, act_bits):
+def test_packs_adapters_compensation_and_code_scale(reference_op, symmetric, act_bits):
     layer = trained(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16)
     plain = layer.codes()
     layer.compensation = 0.05 * torch.randn(24, 64)

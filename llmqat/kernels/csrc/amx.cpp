@@ -231,7 +231,7 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     auto multiply = [&](int64_t k0, int64_t k1, int64_t m, int64_t n, const uint8_t* weights, int64_t deep, bool pair) {
         const int8_t* x = in.q + (m / 16 * k_tiles + k0 / 64) * 1024;
         float* sums = b.sums + m * b.padded + n;
-        for (int64_t k = k0; k < k1;) {
+        for (int64_t k = k0; k < k1 && k < w.in;) {  // beyond `in` there are no scales
             int64_t u = w.groups == 1 ? 0 : k / unit, end = w.groups == 1 ? k1 : (u + 1) * unit;
             if (end > k1) end = k1;
             bool first = k == 0;
@@ -312,10 +312,12 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     }
 }
 
-constexpr Variant VARIANT = {"amx", true, tiles, quantize_lanes, pack, rows};
 
 }  // namespace
 
-const Variant* amx_variant() { return &VARIANT; }
+const Variant* amx_variant() {
+    static const Variant VARIANT = {"amx", true, tiles, quantize_lanes, pack, rows, avx512_variant()->steps};
+    return &VARIANT;
+}
 
 }  // namespace llmqat

@@ -1,10 +1,14 @@
 // AVX2 and FMA: the plain loops, vectorized by the compiler.
+#include <algorithm>
+#include <cmath>
+
 #include "matrix.h"
 
 namespace llmqat {
 namespace {
 
 #include "rows.inc"
+#include "steps.inc"
 
 bool no_tiles(const Matrix&, Path, int64_t) { return false; }
 
@@ -12,7 +16,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     (in.path == Path::INTEGER ? integer_rows : float_rows)(w, in, out, n0, n1);
 }
 
-constexpr Variant VARIANT = {"avx2", false, no_tiles, quantize_row, pack_row, rows};
+constexpr Variant VARIANT = {"avx2", false, no_tiles, quantize_row, pack_row, rows, &STEPS};
 
 }  // namespace
 

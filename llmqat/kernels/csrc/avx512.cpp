@@ -2,12 +2,15 @@
 // bfloat16 weights are multiplied in float32: vdpbf16ps has a third of the throughput of the two FMAs that it replaces.
 #include "avx512.h"
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 namespace llmqat {
 namespace {
 
 #include "rows.inc"
+#include "steps.inc"
 
 // R rows at a time, each from a run of memory of its own; their scales are interleaved, so that one pointer finds them.
 template <int R>
@@ -22,6 +25,9 @@ struct Streams {
         float* scale = scale_scratch.get<float>(entries * R);
         float* zero = zero_scratch.get<float>(entries * R);
         bool small = unit < 128 && w.groups > 1;  // those kernels load the entries of one row by vectors
+        // A vector may reach past the last unit, where the codes of the row end.
+        std::fill(scale, scale + entries * R, 0.0f);
+        std::fill(zero, zero + entries * R, 0.0f);
         for (int r = 0; r < R; ++r)
             scales[r] = small ? RowScales{unit, 1, scale + size_t(r) * entries, zero + size_t(r) * entries}
                               : RowScales{unit, R, scale + r, zero + r};
@@ -285,7 +291,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     });
 }
 
-constexpr Variant VARIANT = {"avx512", true, no_tiles, quantize_lanes, pack, rows};
+constexpr Variant VARIANT = {"avx512", true, no_tiles, quantize_lanes, pack, rows, &STEPS};
 
 }  // namespace
 

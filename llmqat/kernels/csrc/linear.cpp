@@ -70,6 +70,12 @@ int64_t chunk_rows(const Matrix& w, const Input& in, int64_t total_rows) {
     return round_up(std::max<int64_t>(std::min(by_size, by_share), 4), 4);
 }
 
+// Whether two layers read their input in the same form.
+bool share_input(const Matrix& a, const Matrix& b) {
+    return a.in == b.in && a.groups == b.groups && a.bits == b.bits && a.scale_dtype == b.scale_dtype &&
+           a.act_bits == b.act_bits && !a.zero_point == !b.zero_point;
+}
+
 }  // namespace
 
 bool supports(const Matrix& w) { return w.groups == 1 || (w.in % w.groups == 0 && group_size(w) % 16 == 0); }
@@ -77,6 +83,12 @@ bool supports(const Matrix& w) { return w.groups == 1 || (w.in % w.groups == 0 &
 void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype) {
     constexpr int MAX_JOBS = 8;
     if (m == 0 || count == 0) return;
+    int shared = 1;
+    while (shared < count && share_input(*jobs[0].w, *jobs[shared].w)) ++shared;
+    if (shared < count) {
+        linear(jobs + shared, count - shared, x, m, dtype);
+        count = shared;
+    }
     const Variant& v = variant();
     Input in = prepare(v, *jobs[0].w, x, m, dtype);
     int64_t total = 0, first[MAX_JOBS + 1] = {};

@@ -13,7 +13,7 @@ struct Job {
 bool supports(const Matrix& w);
 
 // Several layers that read one input (q, k, v; gate, up): activations are prepared once, and one parallel region runs
-// all rows. x is (m, in), contiguous in dtype. Every job has the same `in`, `act_bits` and storage dtype.
+// all rows; layers of another scheme get a turn of their own. x is (m, in), contiguous in dtype.
 void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype);
 
 }  // namespace llmqat

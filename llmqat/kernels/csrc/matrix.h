@@ -7,6 +7,7 @@
 
 #include "float16.h"
 #include "llmqat.h"
+#include "steps.h"
 
 namespace llmqat {
 
@@ -74,6 +75,7 @@ struct Variant {
     void (*pack)(const Matrix&, const Input&, int64_t m, const float* row);
     // Outputs [n0, n1) of all tokens.
     void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
+    const Steps* steps;
 };
 
 const Variant* portable_variant();

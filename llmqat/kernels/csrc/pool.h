@@ -18,8 +18,8 @@ int threads();
 void parallel(int64_t chunks, Task task, void* context);
 
 template <class Body>
-void parallel_for(int64_t chunks, Body&& body) {
-    parallel(chunks, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
+void parallel_for(int64_t chunks, const Body& body) {
+    parallel(chunks, [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, const_cast<Body*>(&body));
 }
 
 }  // namespace llmqat

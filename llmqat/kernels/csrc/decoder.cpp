@@ -1,0 +1,113 @@
+#include "decoder.h"
+
+#include <algorithm>
+
+#include "cpu.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace llmqat {
+namespace {
+
+int64_t width(int32_t dtype) { return dtype == LLMQAT_FLOAT32 ? 4 : 2; }
+
+// Activations of one call: everything a block needs, reused by all blocks.
+struct Buffers {
+    char *normed, *q, *k, *v, *attended, *gate, *up, *out;
+
+    Buffers(const llmqat_decoder& d, int64_t m) {
+        thread_local Scratch scratch;
+        const int64_t sizes[] = {d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim,
+                                 d.heads * d.head_dim, d.intermediate, d.intermediate, d.hidden};
+        char** const fields[] = {&normed, &q, &k, &v, &attended, &gate, &up, &out};
+        int64_t total = 0;
+        for (int64_t size : sizes) total += round_up(size * m * width(d.dtype), 64);
+        char* next = scratch.get<char>(size_t(total));
+        for (int i = 0; i < 8; ++i) *fields[i] = next, next += round_up(sizes[i] * m * width(d.dtype), 64);
+    }
+};
+
+struct Pass {
+    const llmqat_decoder& d;
+    const Steps& steps;
+    Buffers b;
+    int64_t m, past, capacity;
+    const void *cosine, *sine;
+    void* hidden;
+
+    Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
+
+    // One token is little work: no parallel region for it.
+    template <class Body>
+    void each_token(Body&& body) const {
+        if (m == 1) body(0);
+        else parallel_for(m, body);
+    }
+
+    void norm(const void* weight, void* y) const {
+        each_token([&](int64_t t) { steps.norm(hidden, weight, y, t, d.hidden, d.eps, d.dtype); });
+    }
+
+    void add() const {
+        each_token([&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype); });
+    }
+
+    void rope(const llmqat_block& block, const llmqat_cache& cache) const {
+        const int64_t dim = d.head_dim;
+        each_token([&](int64_t t) {
+            Rope r = {b.q, block.q_norm, cosine, sine, b.q, 0, 0, t, dim, d.eps, d.dtype};
+            for (int64_t h = 0; h < d.heads; ++h) {
+                r.from_start = r.to_start = (t * d.heads + h) * dim;
+                steps.rope(r);
+            }
+            r.from = b.k, r.norm = block.k_norm, r.to = cache.keys;
+            for (int64_t h = 0; h < d.kv_heads; ++h) {
+                int64_t from = (t * d.kv_heads + h) * dim, at = (h * capacity + past + t) * dim;
+                r.from_start = from, r.to_start = at;
+                steps.rope(r);
+                std::memcpy(static_cast<char*>(cache.values) + at * width(d.dtype), b.v + from * width(d.dtype),
+                            size_t(dim * width(d.dtype)));
+            }
+        });
+    }
+
+    void attend(const llmqat_cache& cache) const {
+        Attention a = {b.q, cache.keys, cache.values, b.attended, m, past, capacity, d.heads, d.kv_heads,
+                       d.head_dim, d.attention_scale, d.dtype};
+        if (m == 1) return parallel_for(d.heads, [&](int64_t head) { steps.attend_one(a, head); });
+        int64_t blocks = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
+        // The last blocks see the most keys: start with them, so that the threads end together.
+        parallel_for(blocks * d.heads, [&](int64_t i) {
+            steps.attend_block(a, i % d.heads, (blocks - 1 - i / d.heads) * ATTEND_QUERIES);
+        });
+    }
+
+    void block(const llmqat_block& block, const llmqat_cache& cache) const {
+        norm(block.input_norm, b.normed);
+        const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
+        linear(reads, 3, b.normed, m, d.dtype);
+        rope(block, cache);
+        attend(cache);
+        const Job output = {&block.o, to(b.out, block.o)};
+        linear(&output, 1, b.attended, m, d.dtype);
+        add();
+        norm(block.post_norm, b.normed);
+        const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
+        linear(gated, 2, b.normed, m, d.dtype);
+        each_token([&](int64_t t) { steps.swiglu(b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype); });
+        const Job down = {&block.down, to(b.out, block.down)};
+        linear(&down, 1, b.gate, m, d.dtype);
+        add();
+    }
+};
+
+}  // namespace
+}  // namespace llmqat
+
+extern "C" void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past,
+                              int64_t m, const void* cosine, const void* sine, void* hidden) {
+    using namespace llmqat;
+    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, cosine, sine, hidden};
+    for (int64_t i = 0; i < model->count; ++i) pass.block(model->blocks[i], cache[i]);
+    pass.norm(model->norm, hidden);
+}

@@ -1,0 +1,36 @@
+// C interface of the native decoder: the blocks of a Llama-like model, from embeddings to the last norm.
+#pragma once
+
+#include "llmqat.h"
+
+// One block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k, null where the model has none.
+struct llmqat_block {
+    llmqat_matrix q, k, v, o, gate, up, down;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;
+};
+
+struct llmqat_decoder {
+    const llmqat_block* blocks;
+    const void* norm;
+    int64_t count, hidden, heads, kv_heads, head_dim, intermediate;
+    float eps, attention_scale;
+    int32_t dtype, unused;  // dtype of weights of norms, activations and cache; every result is rounded to it
+};
+static_assert(sizeof(llmqat_block) == 7 * 80 + 32 && sizeof(llmqat_decoder) == 80, "native.py lays these out by hand");
+
+// The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled.
+struct llmqat_cache {
+    void *keys, *values;
+};
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+extern "C" {
+// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. cosine and sine are (m, head_dim).
+void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+                   const void* cosine, const void* sine, void* hidden);
+}
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

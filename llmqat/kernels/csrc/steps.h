@@ -1,0 +1,36 @@
+// The steps of a decoder block that are not layers, as every instruction set offers them (steps.inc).
+#pragma once
+
+#include <cstdint>
+
+namespace llmqat {
+
+constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32;
+
+struct Rope {
+    const void *from, *norm, *cosine, *sine;
+    void* to;
+    int64_t from_start, to_start, token, head_dim;  // starts in elements; cosine and sine are (tokens, head_dim)
+    float eps;
+    int32_t dtype;
+};
+
+// q and out: (m, heads, head_dim); keys and values: (kv_heads, capacity, head_dim), `past` tokens before the m new ones.
+struct Attention {
+    const void *q, *keys, *values;
+    void* out;
+    int64_t m, past, capacity, heads, kv_heads, head_dim;
+    float scale;
+    int32_t dtype;
+};
+
+struct Steps {
+    void (*norm)(const void* x, const void* weight, void* y, int64_t token, int64_t count, float eps, int32_t dtype);
+    void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
+    void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
+    void (*rope)(const Rope&);
+    void (*attend_one)(const Attention&, int64_t head);
+    void (*attend_block)(const Attention&, int64_t head, int64_t first);
+};
+
+}  // namespace llmqat

@@ -1,0 +1,103 @@
+"""The native decoder through ctypes: all blocks of a Llama-like model in one call (csrc/decoder.h)."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmqat.kernels import native
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (*((name, native.Matrix) for name in LINEARS), *((name, ctypes.c_void_p) for name in NORMS))
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.POINTER(_Block)),
+        ("norm", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        ("eps", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", ctypes.c_void_p), ("values", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, as its config names them."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    eps: float
+    attention_scale: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: seven packed layers (arguments of `native.matrix`) and up to four norm weights."""
+
+    linears: Sequence[tuple[Any, ...]]
+    norms: Sequence[Tensor | None]
+
+
+class NativeDecoder:
+    """Runs `blocks` and the last norm. It borrows the tensors of the model: drop it when they are replaced."""
+
+    def __init__(self, blocks: Sequence[Block], norm: Tensor, shape: Shape) -> None:
+        self.shape, self.dtype, self._kept = shape, norm.dtype, (blocks, norm)
+        self._blocks = (_Block * len(blocks))()
+        for target, block in zip(self._blocks, blocks, strict=True):
+            for name, arguments in zip(LINEARS, block.linears, strict=True):
+                setattr(target, name, native.matrix(*arguments))
+            for name, weight in zip(NORMS, block.norms, strict=True):
+                setattr(target, name, None if weight is None else weight.data_ptr())
+        sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
+        numbers = (len(blocks), *sizes, shape.eps, shape.attention_scale, native.DTYPES[norm.dtype], 0)
+        self._model = _Decoder(self._blocks, norm.data_ptr(), *numbers)
+
+    def __call__(
+        self, hidden: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], past: int, cosine: Tensor, sine: Tensor
+    ) -> Tensor:
+        """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
+
+        Args:
+            hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
+            keys: a buffer ``(kv_heads, capacity, head_dim)`` for each block, of which `past` tokens are filled; the
+                new ones are written behind them.
+            values: likewise.
+            past: tokens in the cache.
+            cosine: rotary tables ``(m, head_dim)`` of the new positions, in the same dtype.
+            sine: likewise.
+        """
+        library = native.library()
+        assert library is not None
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        cosine, sine = cosine.contiguous(), sine.contiguous()
+        cache = (_Cache * len(keys))(*(_Cache(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)))
+        library.llmqat_set_threads(torch.get_num_threads())
+        library.llmqat_decode(
+            ctypes.byref(self._model),
+            cache,
+            ctypes.c_int64(keys[0].shape[1]),
+            ctypes.c_int64(past),
+            ctypes.c_int64(hidden.shape[0]),
+            ctypes.c_void_p(cosine.data_ptr()),
+            ctypes.c_void_p(sine.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+        return out

@@ -1,0 +1,206 @@
+"""Runs the blocks of packed Llama-like models in the native decoder, inside the ordinary transformers model.
+
+`accelerate_forward` replaces the forward of the decoder stack. What it does not cover - batches, padding, gradients,
+attention weights, caches of another kind - goes through the transformers code as before, on the same weights and the
+same cache: the cache layers of transformers hold views of the buffers that the native code writes.
+"""
+
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llmqat.kernels import native
+from llmqat.kernels.decoder import Block, NativeDecoder, Shape
+from llmqat.nn.packed_linear import PackedLinear
+
+# Families whose block is: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
+MAX_HEAD_DIM = 256
+
+
+def accelerate_forward(model: PreTrainedModel) -> bool:
+    """Let `model` run its blocks natively where it can; False, and nothing changed, where it never can."""
+    stack = getattr(model, "model", None)
+    if model.config.model_type not in FAMILIES or stack is None or not _covers(model, stack):
+        return False
+    stack.forward = MethodType(_forward, stack)
+    return True
+
+
+def _covers(model: PreTrainedModel, stack: Any) -> bool:
+    config = model.config
+    dtype = stack.norm.weight.dtype
+    if native.library() is None or stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
+        return False
+    linears = [linear for layer in stack.layers for linear in _linears(layer)]
+    packed = all(isinstance(linear, PackedLinear) for linear in linears)
+    probe = torch.empty(0, dtype=dtype)
+    runs = packed and all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears)
+    plain = config.hidden_act == "silu" and not _slides(config)
+    return bool(runs and plain and stack.layers[0].self_attn.head_dim <= MAX_HEAD_DIM)
+
+
+def _linears(layer: Any) -> list[Any]:
+    return [getattr(layer.self_attn, name) for name in ATTENTION] + [getattr(layer.mlp, name) for name in MLP]
+
+
+def _slides(config: Any) -> bool:
+    """Whether some layer attends to a window only; Qwen names them in `layer_types`, Mistral means all."""
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+
+
+def _block(layer: Any) -> Block:
+    attention = layer.self_attn
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norms += tuple(getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return Block([linear.arguments() for linear in _linears(layer)], [None if n is None else n.weight for n in norms])
+
+
+def _pointers(stack: Any) -> tuple[int, ...]:
+    """What the decoder borrows; it is built again when one of them has moved."""
+    last = stack.layers[-1]
+    return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in _linears(last))
+
+
+@dataclass
+class _Buffers:
+    """Keys and values of every block, ``(kv_heads, capacity, head_dim)``, and how many tokens they hold."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
+        if self.keys and self.keys[0].shape[1] >= needed:
+            return
+        capacity = max(needed + CAPACITY_STEP, 2 * self.keys[0].shape[1] if self.keys else 0)
+        for kept in (self.keys, self.values):
+            new = [torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(blocks)]
+            for old, buffer in zip(kept, new, strict=False):
+                buffer[:, : self.length] = old[:, : self.length]
+            kept[:] = new
+
+    def holds(self, cache: Any, length: int) -> bool:
+        """Whether the views that we gave to `cache` are still what it holds."""
+        if self.length != length or len(cache.layers) != len(self.keys):
+            return False
+        return all(
+            layer.keys.data_ptr() == k.data_ptr() and layer.values.data_ptr() == v.data_ptr()
+            for layer, k, v in zip(cache.layers, self.keys, self.values, strict=True)
+        )
+
+    def read(self, cache: Any, length: int) -> None:
+        for layer, k, v in zip(cache.layers, self.keys, self.values, strict=False):
+            k[:, :length], v[:, :length] = layer.keys[0], layer.values[0]
+        self.length = length
+
+    def show(self, cache: Any) -> None:
+        """Give `cache` views of what is filled."""
+        for index, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys, values = k[None, :, : self.length], v[None, :, : self.length]
+            if index >= len(cache.layers) or not cache.layers[index].is_initialized:
+                cache.update(keys[:, :, :0], values[:, :, :0], index)
+            cache.layers[index].keys, cache.layers[index].values = keys, values
+
+
+# Decoders and the pointers that they borrow. Not an attribute of the model: a copy of it must get its own.
+_decoders: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], NativeDecoder]] = WeakKeyDictionary()
+
+
+def _decoder(stack: Any) -> NativeDecoder:
+    """The native decoder of `stack`, built when it first runs and again when tensors have been replaced."""
+    borrowed = _pointers(stack)
+    known = _decoders.get(stack)
+    if known is not None and known[0] == borrowed:
+        return known[1]
+    config, attention = stack.config, stack.layers[0].self_attn
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        intermediate=config.intermediate_size,
+        eps=config.rms_norm_eps,
+        attention_scale=attention.scaling,
+    )
+    decoder = NativeDecoder([_block(layer) for layer in stack.layers], stack.norm.weight, shape)
+    _decoders[stack] = borrowed, decoder
+    return decoder
+
+
+def _run(stack: Any, embeds: Tensor, position_ids: Tensor, cache: Any, past: int) -> Tensor:
+    """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
+    decoder = _decoder(stack)
+    shape, tokens = decoder.shape, embeds.shape[1]
+    buffers = getattr(cache, "llmqat_buffers", None) or _Buffers()
+    ours = cache is None or buffers.holds(cache, past)
+    buffers.grow(len(stack.layers), shape.kv_heads, shape.head_dim, decoder.dtype, past + tokens)
+    if cache is not None and not ours and past:
+        buffers.read(cache, past)
+    cosine, sine = stack.rotary_emb(embeds, position_ids=position_ids)
+    hidden = decoder(embeds[0], buffers.keys, buffers.values, past, cosine[0], sine[0])
+    if cache is not None:
+        buffers.length = past + tokens
+        buffers.show(cache)
+        cache.llmqat_buffers = buffers
+    return hidden[None]
+
+
+def _forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    if not _takes(self, input_ids, attention_mask, past_key_values, inputs_embeds, kwargs):
+        return type(self).forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    use_cache = self.config.use_cache if use_cache is None else use_cache
+    cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+    past = cache.get_seq_length() if cache is not None else 0
+    if position_ids is None:
+        position_ids = torch.arange(past, past + embeds.shape[1])[None]
+    return BaseModelOutputWithPast(_run(self, embeds, position_ids, cache, past), past_key_values=cache)
+
+
+def _takes(
+    stack: Any, input_ids: Tensor | None, mask: Tensor | None, cache: Any, embeds: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """One sequence without padding, no gradients, and nothing asked for but the hidden states."""
+    given, dtype = input_ids if embeds is None else embeds, stack.norm.weight.dtype
+    if dtype not in native.DTYPES or not isinstance(stack.layers[-1].mlp.down_proj, PackedLinear):
+        return False  # cast, or unpacked, since
+    if embeds is not None and embeds.dtype != dtype:
+        return False
+    if given is None or given.shape[0] != 1 or given.shape[1] == 0 or given.device.type != "cpu":
+        return False
+    if stack.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "return_legacy_cache")):
+        return False
+    if kwargs.get("return_dict") is False or not (cache is None or type(cache) is DynamicCache):
+        return False
+    return mask is None or (mask.ndim == 2 and bool(mask.all()))

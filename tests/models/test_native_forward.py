@@ -1,0 +1,177 @@
+"""The native decoder gives the tokens and logits of the transformers code, and leaves it everything else."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import llmqat
+from llmqat.kernels import native
+from llmqat.kernels.decoder import NativeDecoder
+from llmqat.models.native_forward import FAMILIES, accelerate_forward
+from llmqat.models.patcher import convert
+from llmqat.scheme import QuantScheme
+from tests.conftest import TINY
+
+
+def packed_model(family, scheme=None, dtype=torch.float32, **config):
+    """A tiny random packed model whose biases and norms are not trivial."""
+    torch.manual_seed(0)
+    config = TINY | {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512} | config
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.to(dtype)
+    llmqat.prepare(model, scheme or QuantScheme(4, 32))
+    return convert(model)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many tokens each native call got."""
+    seen, plain = [], NativeDecoder.__call__
+
+    def counted(self, hidden, *args):
+        seen.append(hidden.shape[0])
+        return plain(self, hidden, *args)
+
+    monkeypatch.setattr(NativeDecoder, "__call__", counted)
+    return seen
+
+
+def both(model, run):
+    """`run()` through transformers, then natively."""
+    expected = run()
+    assert accelerate_forward(model)
+    return expected, run()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_logits(family, act_bits, calls):
+    model = packed_model(family, QuantScheme(4, 32, act_bits=act_bits))
+    ids = torch.randint(0, 128, (1, 75))
+    with torch.no_grad():
+        expected, logits = both(model, lambda: model(ids).logits)
+        model.double()
+        exact = model(ids).logits
+    assert calls == [75]
+    assert (logits - exact).norm() <= 2 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_activations(dtype, calls):
+    model = packed_model("qwen3", dtype=dtype)
+    ids = torch.randint(0, 128, (1, 40))
+    with torch.no_grad():
+        expected, logits = both(model, lambda: model(ids).logits.double())
+        exact = model.double()(ids).logits
+    assert calls == [40]
+    assert (logits - exact).norm() <= 2 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens(family, calls):
+    model = packed_model(family)
+    prompt = torch.randint(0, 128, (1, 7))
+    expected, tokens = both(model, lambda: model.generate(prompt, max_new_tokens=300, do_sample=False, eos_token_id=-1))
+    assert torch.equal(tokens, expected)
+    assert calls == [7] + [1] * 299
+
+
+def test_a_cache_moves_between_both(calls):
+    """Prefill here, continue there, and back: the cache is the same object."""
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :10], past_key_values=cache).logits
+        second = model(ids[:, 10:20], past_key_values=cache, output_hidden_states=True).logits
+        third = model(ids[:, 20:29], past_key_values=cache).logits
+        fourth = model(ids[:, 29:], past_key_values=cache).logits
+    assert calls == [10, 9, 1]
+    torch.testing.assert_close(torch.cat([first, second, third, fourth], 1), expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 30
+
+
+def test_a_cropped_cache(calls):
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        cache = DynamicCache(config=model.config)
+        model(torch.cat([ids[:, :8], ids[:, :3]], 1), past_key_values=cache)
+        cache.crop(-3)
+        torch.testing.assert_close(
+            model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:], rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": torch.ones(2, 5, dtype=torch.long)},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
+        {"output_hidden_states": True},
+        {"past_key_values": "static"},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_what_transformers_keeps(arguments, calls):
+    model = packed_model("llama")
+    if arguments.get("past_key_values") == "static":
+        arguments = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    assert accelerate_forward(model)
+    with torch.no_grad():
+        model(**{"input_ids": torch.ones(1, 5, dtype=torch.long)} | arguments)
+    assert calls == []
+
+
+def test_gradients_are_not_swallowed(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    with pytest.raises(RuntimeError, match="packed_linear"):  # inference only, and it says so
+        model(torch.ones(1, 5, dtype=torch.long)).logits.sum().backward()
+    assert calls == []
+
+
+def test_a_cast_model_runs_on_its_new_tensors(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    ids = torch.randint(0, 128, (1, 20))
+    with torch.no_grad():
+        full = model(ids).logits
+        half = model.bfloat16()(ids).logits
+    assert calls == [20, 20]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+
+
+def test_a_copy_runs_on_its_own_tensors(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    ids = torch.randint(0, 128, (1, 9))
+    with torch.no_grad():
+        model(ids)
+        twin = deepcopy(model)
+        expected = twin(ids).logits
+        for parameter in model.model.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(ids).logits, expected)
+    assert calls == [9, 9, 9]
+
+
+def test_models_that_do_not_fit(monkeypatch):
+    assert not accelerate_forward(packed_model("gemma2", attn_implementation="eager"))
+    assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
+    assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
+    assert not accelerate_forward(packed_model("mistral", sliding_window=8))
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not accelerate_forward(packed_model("llama"))
