@@ -12,6 +12,9 @@ namespace {
 #include "rows.inc"
 #include "steps.inc"
 
+// Software prefetch runs this far ahead of the codes and of the scales: the streams are many and short for the hardware's.
+constexpr int64_t BYTES_AHEAD = 2048, SCALES_AHEAD = 8;
+
 // R rows at a time, each from a run of memory of its own; their scales are interleaved, so that one pointer finds them.
 template <int R>
 struct Streams {
@@ -35,11 +38,12 @@ struct Streams {
 
     // Row i of each stream; a row beyond n1 is read as the last one, and not stored.
     void seek(const Matrix& w, int64_t n0, int64_t n1, int64_t i) {
-        int64_t span = (n1 - n0 + R - 1) / R, safe[R];
+        int64_t span = (n1 - n0 + R - 1) / R, scale_bytes = w.scale_dtype == LLMQAT_FLOAT32 ? 4 : 2, safe[R];
         for (int r = 0; r < R; ++r) {
             n[r] = n0 + r * span + i;
             safe[r] = n[r] < n1 ? n[r] : n1 - 1;
             row[r] = w.codes + safe[r] * w.row_bytes;
+            __builtin_prefetch(static_cast<const char*>(w.scale) + (safe[r] + SCALES_AHEAD) * w.groups * scale_bytes);
         }
         if (R == 4 && scales[0].stride == 4) return interleave(w, safe);
         for (int r = 0; r < R; ++r)
@@ -76,18 +80,36 @@ void store_rows(const Matrix& w, const Output& out, const Streams<R>& streams, i
 bool wide(const Matrix& w) { return w.bits == 4 && (w.groups == 1 || group_size(w) % 128 == 0); }
 
 // (code - zero) * scale for the 16 codes, rounded to bfloat16.
-inline __m512 wide_table(__m512 centered, float scale) {
-    __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(centered, _mm512_set1_ps(scale)));
+inline __m512 rounded_table(float scale, float zero) {
+    const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512 values = _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+
+// The same by a look at what was rounded before. Rounding does not see the exponent: the table of a symmetric scale is
+// that of its 7 mantissa bits, in [1, 2), times a power of two.
+struct Mantissas {
+    alignas(64) float values[128][16];
+    Mantissas() {
+        for (int m = 0; m < 128; ++m) _mm512_store_ps(values[m], rounded_table(1.0f + float(m) / 128.0f, 8.0f));
+    }
+    inline __m512 table(float scale) const {
+        uint32_t bits = float_to_bits(scale);
+        float power = bits_to_float(bits & 0xff800000u);
+        if ((bits & 0x7f800000u) == 0) return rounded_table(scale, 8.0f);  // zero or subnormal
+        return _mm512_mul_ps(_mm512_load_ps(values[bits >> 16 & 127]), _mm512_set1_ps(power));
+    }
+};
 
 template <int R, int M>
 void wide_block(const Matrix& w, const Input& in, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m0) {
     const float* x = in.x + m0 * in.k_pad;
-    const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    static const Mantissas mantissas;
     const float *scale = streams.scales[0].scale, *zero = streams.scales[0].zero;
     const int64_t blocks = w.groups == 1 ? in.k_pad / 128 : streams.scales[0].unit / 128, row_bytes = (w.in + 1) / 2;
-    __m512 sum[M][R], table[R];
+    constexpr int CHAINS = M == 1 ? 2 : 1;  // one token has too few sums to hide the latency of an FMA
+    __m512 sum[M * CHAINS][R], table[R];
     for (auto& line : sum)
         for (auto& s : line) s = _mm512_setzero_ps();
     int64_t offset = 0;
@@ -96,23 +118,26 @@ void wide_block(const Matrix& w, const Input& in, const Output& out, const Strea
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = streams.row[r] + offset;
             __m512i codes = tail.value ? _mm512_maskz_loadu_epi8(low_bytes(row_bytes - offset), p) : _mm512_loadu_si512(p);
-            if (!tail.value) __builtin_prefetch(p + 2048);
+            if (!tail.value) __builtin_prefetch(p + BYTES_AHEAD);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 __m512 weights = _mm512_permutexvar_ps(j ? _mm512_srli_epi32(codes, unsigned(4 * j)) : codes, table[r]);
 #pragma GCC unroll 4
-                for (int m = 0; m < M; ++m)
-                    sum[m][r] = _mm512_fmadd_ps(weights, _mm512_load_ps(x + m * in.k_pad + 16 * j), sum[m][r]);
+                for (int m = 0; m < M; ++m) {
+                    __m512& to = sum[M == 1 ? j % CHAINS : m][r];
+                    to = _mm512_fmadd_ps(weights, _mm512_load_ps(x + m * in.k_pad + 16 * j), to);
+                }
             }
         }
         offset += 64, x += 128;
     };
     for (int64_t g = 0; g < w.groups; ++g, scale += R, zero += R) {
-        for (int r = 0; r < R; ++r) table[r] = wide_table(_mm512_sub_ps(code, _mm512_set1_ps(zero[r])), scale[r]);
+        for (int r = 0; r < R; ++r) table[r] = w.zero_point ? rounded_table(scale[r], zero[r]) : mantissas.table(scale[r]);
         for (int64_t b = 0; b < blocks - 1; ++b) block(std::false_type());
         if (offset + 64 <= row_bytes) block(std::false_type());
         else block(std::true_type());
     }
+    for (int r = 0; r < R && CHAINS == 2; ++r) sum[0][r] = _mm512_add_ps(sum[0][r], sum[CHAINS - 1][r]);
     for (int m = 0; m < M; ++m) store_rows<R>(w, out, streams, n1, m0 + m, sum[m], 1.0f);
 }
 
@@ -192,7 +217,7 @@ void integer_block(const Matrix& w, const Input& in, const Output& out, const St
     int64_t offset = 0, entry = 0;
     auto block = [&](auto tail) {
         if (!tail.value)
-            for (int r = 0; r < R; ++r) __builtin_prefetch(streams.row[r] + offset + 2048);
+            for (int r = 0; r < R; ++r) __builtin_prefetch(streams.row[r] + offset + BYTES_AHEAD);
         for (int r = 0; r < R; ++r) {
             __m512i total[M];
             step.template dot<M, tail.value>(streams.row[r] + offset, row_bytes - offset, x, in.k_pad, total);
