@@ -22,7 +22,8 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
-from llmqat.train.data import blocks, encode, load_corpus
+from llmqat.train.corpus import load_corpus
+from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.loop import TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 
@@ -49,6 +50,7 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "prepare",
+    "sequences",
     "smooth",
     "throughput",
     "verify",

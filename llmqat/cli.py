@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmqat import __version__
-from llmqat.cli_options import Parser, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
+from llmqat.cli_options import Parser, add_fields, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
+from llmqat.config import DataConfig
 from llmqat.errors import LlmqatError
 
 FINETUNE = """\
@@ -20,6 +22,8 @@ Fine-tune a model through its own integer grid, pack it, and prove and measure t
       the small Llama inside this package, on the source text of Python's standard library: no network needed
   llmqat finetune --model meta-llama/Llama-3.2-1B --dataset wikitext:wikitext-2-raw-v1 --bits 4 --output out
   llmqat finetune --model ./my-model --dataset my.jsonl --bits 4 --train lora --output out
+  llmqat finetune --model ./my-model --dataset chats.jsonl --bits 4 --output out
+      conversations (messages, prompt/completion, instruction/output): chat template, loss on the answers only
   llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth 0.5 --output out
   llmqat finetune --output out --resume
       go on after an interruption, with the options of the first call
@@ -97,7 +101,7 @@ def build_parser() -> Parser:
     sub.add_argument("model", help="directory, Hub id, or llama")
     sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
     sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
-    sub.add_argument("--text-field", default="text", metavar="TEXT", help="column that holds the text (default: text)")
+    add_fields(sub, DataConfig, ("text_field", "rows", "streaming", "max_rows"))
     sub.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
     sub.add_argument("--eval-tokens", type=int, default=65536, metavar="N", help="tokens at most (default: 65536)")
     sub.add_argument("--bos", choices=("stream", "window", "none"), default="stream", help="BOS rule (default: stream)")
@@ -175,12 +179,12 @@ def run_eval(args: argparse.Namespace) -> None:
     from llmqat.metrics.perplexity import evaluate, windows
     from llmqat.metrics.throughput import throughput
     from llmqat.models.float_view import FloatCopy
-    from llmqat.train.data import load_corpus
+    from llmqat.train.corpus import load_corpus
 
     if args.window < 2 or args.eval_tokens < 2:
         raise LlmqatError("--window and --eval-tokens must be at least 2")
     model, tokenizer = load_any(args.model, torch.float32)
-    corpus = load_corpus(args.dataset, args.text_field)
+    corpus = load_corpus(args.dataset, args.text_field, args.rows, args.streaming, args.max_rows)
     data = windows(tokenizer, corpus.test, args.window, args.eval_tokens, args.bos)
     reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
     result = evaluate(model, data, reference)
@@ -191,7 +195,8 @@ def run_eval(args: argparse.Namespace) -> None:
         "kl_to_float": result.kl_to_float,
         "top1_agreement": result.top1_agreement,
         "window": args.window,
-        "bos": args.bos,
+        "scored": "answers of conversations" if data.is_chat else None,
+        "bos": data.bos,
         "tokens": data.tokens,
         "sha256": data.sha256,
         "kernel": kernel_name(),
@@ -258,6 +263,7 @@ def quiet_libraries() -> None:
     """Progress bars and advice of libraries drown our own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|torch)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports
     import datasets
     import transformers
 

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -55,18 +55,28 @@ def _add_section(parser: argparse.ArgumentParser, cls: type, prefix: str, title:
     hints = get_type_hints(cls)
     for f in fields(cls):
         flag = f.metadata.get("flag")
-        if flag is None or is_dataclass(hints[f.name]):
-            continue
-        kinds = [kind for kind in (get_args(hints[f.name]) or (hints[f.name],)) if kind is not type(None)]
-        default = "" if f.default is None else f" (default: {f.default})"
-        common: dict[str, Any] = {"dest": prefix + f.name, "default": argparse.SUPPRESS}
-        if kinds[0] is bool:
-            group.add_argument(flag, action="store_true", help=f.metadata["help"], **common)
-        else:
-            choices = f.metadata["choices"] or None
-            metavar = None if choices else {"int": "N", "float": "X"}.get(kinds[0].__name__, "TEXT")
-            text = f.metadata["help"].replace("%", "%%") + default
-            group.add_argument(flag, type=kinds[0], choices=choices, metavar=metavar, help=text, **common)
+        if flag is not None and not is_dataclass(hints[f.name]):
+            _add_flag(group, f, hints[f.name], dest=prefix + f.name, default=argparse.SUPPRESS)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, names: Sequence[str]) -> None:
+    """Flags for some fields of a section, under their plain names and with their defaults."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if f.name in names:
+            _add_flag(parser, f, hints[f.name], dest=f.name, default=f.default)
+
+
+def _add_flag(group: Any, f: Field[Any], hint: Any, **common: Any) -> None:
+    flag, text = f.metadata["flag"], f.metadata["help"].replace("%", "%%")
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if kinds[0] is bool:
+        group.add_argument(flag, action="store_true", help=text, **common)
+        return
+    choices = f.metadata["choices"] or None
+    metavar = None if choices else {"int": "N", "float": "X"}.get(kinds[0].__name__, "TEXT")
+    default = "" if f.default is None else f" (default: {f.default})"
+    group.add_argument(flag, type=kinds[0], choices=choices, metavar=metavar, help=text + default, **common)
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

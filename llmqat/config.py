@@ -18,6 +18,8 @@ INITS = ("gptq", "rtn")
 MODES = ("full", "lora", "scales")
 LOSSES = ("kd", "ce")
 PRECISIONS = ("bf16", "fp32")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+ROWS = ("auto", "text", "chat")
 BOS_RULES = ("stream", "window", "none")
 
 
@@ -124,6 +126,13 @@ class TrainConfig:
     warmup: float = option(
         0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0, most=1.0
     )
+    optimizer: str = option(
+        "adamw",
+        "8 bit: a quarter of the optimizer's memory; paged: what does not fit a CUDA device goes to the CPU; both by "
+        "bitsandbytes",
+        "--optimizer",
+        choices=OPTIMIZERS,
+    )
     max_grad_norm: float = option(1.0, "gradient clipping", "--max-grad-norm", least=0.0)
     precision: str = option("bf16", "compute precision; masters are float32 always", "--precision", choices=PRECISIONS)
     gradient_checkpointing: bool = option(
@@ -136,15 +145,28 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text to train and measure on."""
+    """Text or conversations to train and measure on."""
 
     dataset: str = option(
         "stdlib",
-        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet file, directory of them, or stdlib: the source text "
-        "of this Python's standard library",
+        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet/.csv file, directory of them, or stdlib: the source "
+        "text of this Python's standard library",
         "--dataset",
     )
     text_field: str = option("text", "column that holds the text", "--text-field")
+    rows: str = option(
+        "auto",
+        "chat: conversations (messages, prompt/completion, instruction/output) through the chat template, with loss on "
+        "the answers only; text: the column of --text-field; auto: chat where the columns look like it",
+        "--rows",
+        choices=ROWS,
+    )
+    streaming: bool = option(
+        False, "read a Hub dataset as a stream: its first rows, shuffled, without downloading the rest", "--streaming"
+    )
+    max_rows: int | None = option(
+        None, "rows to read of each split at most; default: all, 20000 with --streaming", "--max-rows", least=1
+    )
     calibration: str | None = option(None, "calibrate on this dataset instead of the training text", "--calibration")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
-from llmqat.config import Recipe
+from llmqat.config import DataConfig, Recipe
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
@@ -40,7 +40,9 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
 from llmqat.train import checkpoint
-from llmqat.train.data import blocks, encode, load_corpus
+from llmqat.train.corpus import Corpus, load_corpus
+from llmqat.train.data import blocks, encode, sequences
+from llmqat.train.layouts import Document
 from llmqat.train.loop import fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
 
@@ -90,7 +92,7 @@ class Run:
         self.train = train
         torch.manual_seed(recipe.seed)
         say(f"reading {recipe.data.dataset}")
-        self.corpus = load_corpus(recipe.data.dataset, recipe.data.text_field)
+        self.corpus = read(recipe.data, recipe.data.dataset)
         say(f"loading {recipe.model}")
         self.model: Any
         self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
@@ -188,7 +190,7 @@ class Run:
         held_out = self.windows_of(self.corpus.validation, recipe.eval.validation_tokens, config.length).ids
         train = partial(
             fit,
-            blocks=blocks(self.train_stream, config.length, "training"),
+            blocks=self.train_rows(),
             held_out=held_out,
             config=config,
             mode=config.mode or "full",
@@ -254,17 +256,29 @@ class Run:
 
     # -- data and measurements --------------------------------------------------------------------------------------
 
-    def windows_of(self, documents: list[str], tokens: int, length: int | None = None) -> Windows:
+    def windows_of(self, documents: list[Document], tokens: int, length: int | None = None) -> Windows:
         """Evaluation windows of some documents."""
-        config = self.recipe.eval
-        return windows(self.tokenizer, documents, length or config.window, tokens, config.bos)
+        config, what = self.recipe.eval, f"{self.recipe.data.dataset} evaluation"
+        return windows(self.tokenizer, documents, length or config.window, tokens, config.bos, what)
+
+    def train_rows(self) -> Tensor:
+        """What the loop trains on: blocks of the stream, or conversations."""
+        length, what = self.recipe.train.length, f"{self.recipe.data.dataset} training"
+        if self.corpus.is_chat:
+            return sequences(self.tokenizer, self.corpus.train, length, self.train_tokens, what)
+        return blocks(self.train_stream, length, what)
+
+    @property
+    def train_tokens(self) -> int:
+        """How much of the training text is tokenized: enough for the run, and at least `LEAST_TRAIN_TOKENS`."""
+        config = self.recipe.train
+        needed = config.max_steps * config.batch_size * config.accumulation * config.length
+        return max(needed, LEAST_TRAIN_TOKENS)
 
     @cached_property
     def train_stream(self) -> Tensor:
-        """Training text as one stream of ids: all of it, or enough for the run and at least `LEAST_TRAIN_TOKENS`."""
-        config = self.recipe.train
-        needed = config.max_steps * config.batch_size * config.accumulation * config.length
-        return encode(self.tokenizer, self.corpus.train, max(needed, LEAST_TRAIN_TOKENS))
+        """Training text as one stream of ids."""
+        return encode(self.tokenizer, self.corpus.train, self.train_tokens)
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -272,8 +286,7 @@ class Run:
         recipe, source = self.recipe, self.recipe.data.calibration
         stream = self.train_stream
         if source is not None:
-            corpus = load_corpus(source, recipe.data.text_field)
-            stream = encode(self.tokenizer, corpus.train, LEAST_TRAIN_TOKENS)
+            stream = encode(self.tokenizer, read(recipe.data, source).train, LEAST_TRAIN_TOKENS)
         rows = blocks(stream, recipe.train.length, "calibration")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
         size = min(CALIBRATION_BATCH, len(order))
@@ -314,6 +327,12 @@ class Run:
         with replacing(self.directory / CHECKPOINT) as scratch:
             rows = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in self.measured.perplexity.items()}
             (scratch / MEASURED).write_text(json.dumps(rows))
+
+
+def read(data: DataConfig, dataset: str) -> Corpus:
+    """Documents of a dataset, by the recipe's options; a local one is never streamed."""
+    streaming = data.streaming and (dataset == data.dataset or not Path(dataset).exists())
+    return load_corpus(dataset, data.text_field, data.rows, streaming, data.max_rows)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -152,11 +152,9 @@ def facts(measured: Measured) -> list[str]:
         lines.append(
             f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"
         )
-    config = measured.recipe.eval
     lines.append(
-        f"measured on {measured.data.tokens:,} test tokens of {measured.recipe.data.dataset}: windows of "
-        f"{config.window} without "
-        f"overlap, BOS {config.bos}, float32 compute, ids {measured.data.sha256[:12]}"
+        f"measured on {measured.data.tokens:,} test tokens of {measured.recipe.data.dataset}: "
+        f"{measured.data.protocol}, float32 compute, ids {measured.data.sha256[:12]}"
     )
     if measured.size:
         ratio = measured.size["packed_bytes"] / measured.size["float_bytes"]

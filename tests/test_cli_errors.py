@@ -49,7 +49,7 @@ BAD = {
     "empty dataset": (empty_text, "holds no text to train on; check the file, or --text-field"),
     "short dataset": (
         short_text,
-        "the evaluation text has 11 tokens, fewer than one window of 32; give more text or a",
+        "evaluation text has 11 tokens, fewer than one window of 32; give more text or a",
     ),
     "kind of dataset": (options("--dataset", __file__), r"cannot read .*\.py: llmqat knows \.txt"),
     "missing model": (

@@ -205,7 +205,7 @@ def test_facts(full):
     for part in (
         r"^of the 5\.00%",
         r"packed minus GPTQ: 95 % between -\d\.\d{4} and [-+]\d\.\d{4} \(paired bootstrap\)",
-        r"measured on 64 test tokens of stdlib: windows of 512 without overlap, BOS stream, float32 compute",
+        r"measured on 64 test tokens of stdlib: windows of 32 without overlap, BOS stream, float32 compute",
         rf"ids {full.data.sha256[:12]}",
         r"4\.50 bits per weight; 25\.0% of all parameters",
         r"float: prefill 200 \[100, 300\] tok/s of 8, decode 20 \[10, 30\] tok/s of 4$",

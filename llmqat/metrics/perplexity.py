@@ -4,11 +4,14 @@ Protocol (IST-DASLab/gptq): documents are joined and tokenized once, the stream 
 overlap and its tail dropped, each window is scored alone by the mean cross-entropy of its ``window - 1`` shifted
 targets in float32, and perplexity is the exponential of the mean over windows. The BOS rule is part of the metric and
 recorded with it.
+
+Conversations are scored by their answers only: each is a window of its own, opened as the chat template opens it, and
+perplexity is the exponential of the mean cross-entropy over all answer tokens.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
 from llmqat.progress import track
+from llmqat.train.chat import chat_rows, is_chat, positions, token_count, unstack
+from llmqat.train.layouts import Document
 
 BATCH_TOKENS = 4096
 BOOTSTRAP_SAMPLES = 10_000
@@ -34,37 +39,61 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """What is scored: token ids ``(windows, window)``, and how they came to be."""
+    """What is scored: token ids ``(windows, window)``, or ids and labels of conversations ``(rows, 2, longest)``; and
+    how they came to be."""
 
     ids: Tensor
     bos: str
 
     @property
     def tokens(self) -> int:
-        """Tokens in all windows."""
-        return self.ids.numel()
+        """Tokens in all windows, the padding of conversations left out."""
+        return token_count(self.ids)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether these are conversations, of which only the answers are scored."""
+        return self.ids.ndim == 3
+
+    @property
+    def protocol(self) -> str:
+        """How they are scored, in words."""
+        if self.is_chat:
+            return f"{len(self.ids)} conversations, {positions(self.ids)} answer tokens scored"
+        return f"windows of {self.ids.shape[1]} without overlap, BOS {self.bos}"
 
     @property
     def sha256(self) -> str:
-        """Hash of the ids (int64, little endian): two results compare only if this agrees."""
+        """Hash of the ids and labels (int64, little endian): two results compare only if this agrees."""
         return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def windows(tokenizer: Any, documents: list[str], window: int, max_tokens: int, bos: str = "stream") -> Windows:
-    """Join, tokenize once, cut.
+def windows(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    window: int,
+    max_tokens: int,
+    bos: str = "stream",
+    what: str = "evaluation",
+) -> Windows:
+    """Join, tokenize once, cut; conversations stay apart, and are opened by the chat template.
 
     Args:
         tokenizer: of the model.
-        documents: joined with blank lines.
+        documents: texts, joined with blank lines; or conversations.
         window: tokens per window.
         max_tokens: upper limit of tokens scored; at least one window.
         bos: "stream": one BOS before everything, if the tokenizer has one; "window": one as the first token of each
-            window; "none".
+            window; "none". Conversations have that of the template.
+        what: names the documents in an error.
 
     Raises:
-        LlmqatError: if the text is shorter than one window, or a BOS is asked for and the tokenizer has none.
+        LlmqatError: if the text is shorter than one window, no answer fits one, or a BOS is asked for and the tokenizer
+            has none.
     """
-    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    if is_chat(documents):
+        return Windows(chat_rows(tokenizer, documents, window, max_tokens, what), "template")
+    ids = tokenizer("\n\n".join(map(str, documents)), add_special_tokens=False, verbose=False)["input_ids"]
     if bos == "window" and tokenizer.bos_token_id is None:
         raise LlmqatError("--bos window needs a tokenizer with a BOS token; use --bos stream or none")
     if bos == "stream" and tokenizer.bos_token_id is not None:
@@ -73,7 +102,7 @@ def windows(tokenizer: Any, documents: list[str], window: int, max_tokens: int, 
     count = min(len(ids) // stride, max(1, max_tokens // window))
     if count == 0:
         raise LlmqatError(
-            f"the evaluation text has {len(ids)} tokens, fewer than one window of {window}; give more text or a "
+            f"the {what} text has {len(ids)} tokens, fewer than one window of {window}; give more text or a "
             "smaller --window"
         )
     rows = torch.tensor(ids[: count * stride]).view(count, stride)
@@ -90,20 +119,27 @@ class Perplexity:
         losses: mean cross-entropy of each window, nats, float64 ``(windows,)``.
         kl_to_float: mean over tokens of ``KL(p_float || p)``, nats; None without a reference.
         top1_agreement: share of tokens whose most likely next token is the float model's; None without a reference.
+        targets: tokens scored in each window; None where that is the same everywhere.
     """
 
     losses: np.ndarray[Any, np.dtype[np.float64]]
     kl_to_float: float | None = None
     top1_agreement: float | None = None
+    targets: tuple[int, ...] | None = None
 
     @property
     def perplexity(self) -> float:
-        """``exp(mean loss)``."""
-        return float(np.exp(self.losses.mean()))
+        """``exp(mean loss)``, the mean over tokens."""
+        return float(np.exp(np.average(self.losses, weights=self.targets)))
+
+    def resampled(self, draws: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """Perplexity of each row of window indices ``(samples, windows)``."""
+        weights = None if self.targets is None else np.asarray(self.targets)[draws]
+        return np.exp(np.average(self.losses[draws], axis=1, weights=weights))
 
 
 def _batches(ids: Tensor) -> Iterator[Tensor]:
-    yield from ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    yield from ids.split(max(1, BATCH_TOKENS // ids.shape[-1]))
 
 
 @torch.no_grad()
@@ -119,29 +155,32 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     losses: list[float] = []
+    scored: list[int] = []
     kl = agree = 0.0
-    total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[1]))
+    total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
     for cpu_batch in track(_batches(data.ids), description, total):
-        batch = cpu_batch.to(device)
+        batch, counts = unstack(cpu_batch.to(device))
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         targets = None
         if reference is not None:
             with reference.active() as float_model:
                 targets = float_model(input_ids=batch, use_cache=False).logits[:, :-1]
         for row in range(len(batch)):  # one window at a time: no float32 copy of all logits
-            log_q = torch.log_softmax(logits[row].float(), -1)
-            losses.append(float(-log_q.gather(-1, batch[row, 1:, None]).double().mean()))
+            which = slice(None) if counts is None else counts[row, :-1]
+            log_q = torch.log_softmax(logits[row][which].float(), -1)
+            losses.append(float(-log_q.gather(-1, batch[row, 1:][which].unsqueeze(-1)).double().mean()))
+            scored.append(len(log_q))
             if targets is not None:
-                log_p = torch.log_softmax(targets[row].float(), -1)
-                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
-                agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
+                log_p = torch.log_softmax(targets[row][which].float(), -1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().sum())
     model.train(training)
     if not all(map(math.isfinite, losses)):
         raise LlmqatError("the model's loss is not finite; check its weights and dtype")
-    n = len(losses)
+    n, targets_each = sum(scored), tuple(scored) if data.is_chat else None
     if reference is None:
-        return Perplexity(np.array(losses))
-    return Perplexity(np.array(losses), kl / n, agree / n)
+        return Perplexity(np.array(losses), targets=targets_each)
+    return Perplexity(np.array(losses), kl / n, agree / n, targets_each)
 
 
 def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:
@@ -150,6 +189,6 @@ def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[f
     generator = np.random.default_rng(seed)
     n = len(a.losses)
     draws = generator.integers(0, n, size=(BOOTSTRAP_SAMPLES, n))
-    differences = np.exp(a.losses[draws].mean(1)) - np.exp(b.losses[draws].mean(1))
+    differences = a.resampled(draws) - b.resampled(draws)
     low, high = np.percentile(differences, [2.5, 97.5])
     return float(low), float(high)

@@ -20,9 +20,11 @@ from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.progress import say
 from llmqat.train import checkpoint
+from llmqat.train.chat import positions, token_count, unstack
 from llmqat.train.data import EndlessSampler
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
+from llmqat.train.optimizers import make_optimizer
 
 Teacher = FloatCopy | FloatView
 LOG_SECONDS = 10.0
@@ -88,7 +90,7 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         groups = parameter_groups(model, mode, config)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        optimizer = make_optimizer(config.optimizer, groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         self.plain_model = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -99,19 +101,19 @@ class Trainer:
         self.first_codes: dict[str, Tensor] = {}
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Loss of one batch ``(batch, length)`` of token ids: cross-entropy, or distance from the teacher."""
-        batch = batch.to(self.accelerator.device)
+        """Loss of one batch of rows, see `fit`: cross-entropy, or distance from the teacher."""
+        ids, counts = unstack(batch.to(self.accelerator.device))
         if self.teacher is None:
-            return ce_loss(self.model(input_ids=batch, use_cache=False).logits, batch)
+            return ce_loss(self.model(input_ids=ids, use_cache=False).logits, ids, counts)
         # Held-out losses are the KL divergence alone: what is compared must not depend on a weight.
         weight = self.config.hidden_weight if torch.is_grad_enabled() else 0.0
-        arguments = {"input_ids": batch, "use_cache": False, "output_hidden_states": weight > 0}
+        arguments = {"input_ids": ids, "use_cache": False, "output_hidden_states": weight > 0}
         with self.teacher.active() as teacher, self.accelerator.autocast():
             targets = teacher(**arguments)
         outputs = self.model(**arguments)
-        loss = kd_loss(outputs.logits, targets.logits)
+        loss = kd_loss(outputs.logits, targets.logits, counts)
         if weight > 0:
-            loss = loss + weight * hidden_loss(outputs.hidden_states[1:], targets.hidden_states[1:])
+            loss = loss + weight * hidden_loss(outputs.hidden_states[1:], targets.hidden_states[1:], counts)
         return loss
 
     @torch.no_grad()
@@ -119,9 +121,9 @@ class Trainer:
         """Mean loss over the held-out blocks."""
         self.model.eval()
         with self.accelerator.autocast():
-            total = sum(float(self.loss(batch)) * len(batch) for batch in self.held_out)
+            total = sum(float(self.loss(batch)) * positions(batch) for batch in self.held_out)
         self.model.train()
-        return total / sum(len(batch) for batch in self.held_out)
+        return total / sum(map(positions, self.held_out))
 
     def trainable(self) -> dict[str, Tensor]:
         """What training moves, by name."""
@@ -148,12 +150,12 @@ class Trainer:
             )
 
     def step(self, batches: Iterator[Tensor]) -> float:
-        """One optimizer step over `accumulation` batches; the mean loss."""
-        total = 0.0
-        for _ in range(self.config.accumulation):
-            batch = next(batches)
+        """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
+        total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
+        mean = sum(map(positions, parts)) / len(parts)
+        for batch in parts:
             with self.accelerator.accumulate(self.model):
-                loss = self.loss(batch)
+                loss = self.loss(batch) * (positions(batch) / mean)
                 total += loss.item() / self.config.accumulation
                 self.check_finite(total, "training", self.result.steps + 1)
                 self.accelerator.backward(loss)
@@ -163,7 +165,7 @@ class Trainer:
                 self.optimizer.zero_grad()
         self.scheduler.step()
         self.result.steps += 1
-        self.result.tokens += self.config.accumulation * self.accelerator.num_processes * batch.numel()
+        self.result.tokens += self.accelerator.num_processes * sum(map(token_count, parts))
         return total
 
     def save(self) -> None:
@@ -236,8 +238,8 @@ def fit(
 
     Args:
         model: prepared, with `requires_grad` set for `mode`.
-        blocks: training tokens ``(blocks, length)``.
-        held_out: tokens ``(blocks, length)`` that choose the best state; step 0, before training, competes.
+        blocks: training tokens ``(blocks, length)``, or ids and labels ``(rows, 2, length)`` (`llmqat.sequences`).
+        held_out: likewise; they choose the best state; step 0, before training, competes.
         config: steps, rates, precision.
         mode: full, lora or scales.
         teacher: the float model to distil from; None trains by cross-entropy.

@@ -15,8 +15,10 @@ class _ChunkedLoss(torch.autograd.Function):
     """Mean over tokens of a loss of each token's logits; the gradient is found in the forward, in the logits' dtype."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """`logits (tokens, V)`; `targets`: teacher logits ``(tokens, V)``, or token ids ``(tokens,)``."""
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
+        """`logits (tokens, V)`; `targets`: teacher logits ``(tokens, V)``, or token ids ``(tokens,)``; `counts`
+        ``(tokens,)``: which tokens count, or None for all."""
+        number = len(logits) if counts is None else int(counts.sum())
         total = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits) if logits.requires_grad or ctx.needs_input_grad[0] else None
         for start in range(0, len(logits), CHUNK_TOKENS):
@@ -25,34 +27,39 @@ class _ChunkedLoss(torch.autograd.Function):
             if targets.ndim == 2:  # KL(p || q) = sum p (log p - log q); d/dlogits = q - p
                 log_p = torch.log_softmax(targets[rows].float(), -1)
                 p = log_p.exp()
-                total += (p * (log_p - log_q)).sum()
+                loss = (p * (log_p - log_q)).sum(-1)
                 delta = log_q.exp() - p
             else:  # -log q[target]; d/dlogits = q - onehot
                 target = targets[rows].unsqueeze(-1)
-                total -= log_q.gather(-1, target).sum()
+                loss = -log_q.gather(-1, target).squeeze(-1)
                 delta = log_q.exp().scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=log_q.dtype))
+            if counts is not None:
+                loss, delta = loss * counts[rows], delta * counts[rows, None]
+            total += loss.sum()
             if gradient is not None:
-                gradient[rows] = delta / len(logits)
+                gradient[rows] = delta / number
         ctx.gradient = gradient
-        return total / len(logits)
+        return total / number
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient * grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient * grad, None, None
 
 
-def kd_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def kd_loss(logits: Tensor, teacher_logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """Forward KL from the teacher, ``KL(p_teacher || p_student)`` at temperature 1, mean over tokens (nats).
 
     Args:
         logits: ``(batch, length, V)``.
         teacher_logits: likewise.
+        counts: ``(batch, length)`` bool, the positions that count; by default all.
     """
-    loss: Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1))
+    which = None if counts is None else counts.flatten()
+    loss: Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), which)
     return loss
 
 
-def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> Tensor:
+def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
     """Squared error of hidden states relative to the teacher's, ``|h - h_T|^2 / |h_T|^2``, mean over tokens and blocks.
 
     A denser signal than the logits alone: each block is told its own error. On the bundled Llama at 4 bits it took
@@ -61,6 +68,7 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> T
     Args:
         states: ``(batch, length, hidden)`` after each block.
         teacher_states: likewise.
+        counts: ``(batch, length)`` bool, the positions that count; by default all.
 
     Raises:
         LlmqatError: if the two models differ in depth or width.
@@ -70,11 +78,19 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> T
     errors = []
     for state, target in zip(states, teacher_states, strict=True):
         h, t = state.float(), target.float()
-        errors.append(((h - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-12)).mean())
+        error = (h - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-12)
+        errors.append((error if counts is None else error[counts]).mean())
     return torch.stack(errors).mean()
 
 
-def ce_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Next-token cross-entropy, mean over tokens (nats); `logits (batch, length, V)`, `input_ids (batch, length)`."""
-    loss: Tensor = _ChunkedLoss.apply(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+def ce_loss(logits: Tensor, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Next-token cross-entropy, mean over tokens (nats).
+
+    Args:
+        logits: ``(batch, length, V)``.
+        input_ids: ``(batch, length)``.
+        counts: ``(batch, length)`` bool, the positions that count (each predicts the token after it); by default all.
+    """
+    which = None if counts is None else counts[:, :-1].flatten()
+    loss: Tensor = _ChunkedLoss.apply(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), which)
     return loss

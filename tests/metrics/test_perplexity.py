@@ -199,3 +199,59 @@ def test_bootstrap_interval_has_its_coverage():
         low, high = bootstrap_difference(Perplexity(base + draw.normal(0.1, 0.1, 100)), Perplexity(base))
         covered += low <= true <= high
     assert 0.85 * samples <= covered < samples
+
+
+def conversations(*answers, length=16):
+    """Random ids with labels on the last tokens before a padding of one token."""
+    ids = torch.randint(0, 128, (len(answers), length), generator=torch.Generator().manual_seed(3))
+    labels = torch.full_like(ids, -100)
+    for row, count in enumerate(answers):
+        labels[row, length - 1 - count : length - 1] = ids[row, length - 1 - count : length - 1]
+    return Windows(torch.stack([ids, labels], 1), "template")
+
+
+def test_conversations_are_scored_by_their_answers(tiny_llama):
+    model, data = tiny_llama(), conversations(1, 5, 9)
+    reference = tiny_llama(num_hidden_layers=1)
+    result = evaluate(model, data, FloatCopy(reference))
+    ids, labels = data.ids.unbind(1)
+    with torch.no_grad():
+        log_q, log_p = (torch.log_softmax(m(input_ids=ids).logits[:, :-1], -1) for m in (model, reference))
+    scored = labels[:, 1:] != -100
+    losses = -log_q.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert result.targets == (1, 5, 9)
+    assert result.perplexity == pytest.approx(float(losses[scored].double().mean().exp()), rel=1e-5)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[scored].mean()
+    assert result.kl_to_float == pytest.approx(float(kl), rel=1e-5)
+    same = (log_p.argmax(-1) == log_q.argmax(-1))[scored].double().mean()
+    assert result.top1_agreement == pytest.approx(float(same))
+    assert evaluate(model, data).targets == result.targets
+    assert evaluate(model, DATA).targets is None
+
+
+def test_bootstrap_weighs_conversations_by_their_answers():
+    long, short = np.full(50, 2.0), np.full(50, 1.0)
+    losses, targets = np.concatenate([long, short]), (30,) * 50 + (10,) * 50
+    a, b = Perplexity(losses, targets=targets), Perplexity(np.zeros(100), targets=targets)
+    assert a.perplexity == pytest.approx(math.exp(0.75 * 2 + 0.25 * 1))
+    low, high = bootstrap_difference(a, b)
+    assert low < a.perplexity - 1 < high
+    assert high - low < 1.5
+
+
+def test_conversations_say_what_they_are(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    data = windows(own, [talk] * 5, 60, 100)
+    assert data.bos == "template"
+    assert data.protocol == "3 conversations, 21 answer tokens scored"
+    text = own.apply_chat_template(talk, tokenize=False)
+    assert data.tokens == 3 * len(own(text, add_special_tokens=False)["input_ids"])
+    masked = Windows(data.ids.clone(), "template")
+    masked.ids[0, 1] = -100
+    assert masked.sha256 != data.sha256
+    with pytest.raises(
+        LlmqatError, match=r"no answer token of the my\.jsonl evaluation conversations is left within 9"
+    ):
+        windows(own, [talk], 9, 100, what="my.jsonl evaluation")
+    assert windows(own, ["x" * 99], 16, 64).protocol == "windows of 16 without overlap, BOS stream"

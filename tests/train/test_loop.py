@@ -148,9 +148,9 @@ def test_the_state_before_training_competes(prepared, train_config, mode):
 def test_non_finite_training_loss_names_the_step(prepared, train_config, monkeypatch, tmp_path):
     calls, original = [], loop.kd_loss
 
-    def kd_loss(logits, targets):
+    def kd_loss(*args):
         calls.append(1)
-        return original(logits, targets) * (float("nan") if len(calls) == 6 else 1)  # 2 held-out batches, 3 steps
+        return original(*args) * (float("nan") if len(calls) == 6 else 1)  # 2 held-out batches, 3 steps
 
     monkeypatch.setattr(loop, "kd_loss", kd_loss)
     with pytest.raises(
@@ -253,3 +253,59 @@ def test_truncated_checkpoint(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(LlmqatError, match="is damaged"):
         checkpoint.load(tmp_path)
+
+
+def conversations(rows, length=16):
+    """Rows of ids and labels of random tokens, with answers of unequal length."""
+    ids = torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(3))
+    starts = torch.arange(rows).remainder(length - 5)[:, None] + 2
+    inside = (torch.arange(length) >= starts) & (torch.arange(length) < starts + 3)
+    return torch.stack([ids, torch.where(inside, ids, -100)], 1)
+
+
+@pytest.mark.parametrize("loss", ["kd", "ce"])
+def test_conversations_train_on_their_answers_alone(prepared, train_config, mode, loss):
+    """What no answer depends on (the tokens behind it) and labels without loss change nothing."""
+    results = []
+    for filler in (0, 77):
+        run = prepared(mode)
+        rows = conversations(20)
+        behind = torch.arange(16) > (rows[:, 1] != -100).float().cumsum(-1).argmax(-1)[:, None]
+        rows[:, 0][behind] = filler
+        run.blocks, run.held_out = rows[:14], rows[14:]
+        teacher = run.teacher if loss == "kd" else None
+        results.append(train(run, train_config(mode, loss=loss), mode, teacher=teacher))
+    assert results[0].losses == results[1].losses
+    assert results[0].held_out == results[1].held_out
+    assert results[0].held_out[4] != results[0].held_out[0]
+    assert 4 * 4 * 5 <= results[0].tokens < 4 * 4 * 16
+
+
+def test_accumulation_weighs_conversations_by_their_answers(prepared, train_config):
+    results = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        run = prepared("full")
+        rows = conversations(20)
+        rows[::2, 1, :8] = rows[::2, 0, :8]  # every other answer is longer
+        run.blocks, run.held_out = rows[:14], rows[14:]
+        config = train_config("full", max_steps=3, batch_size=size, accumulation=accumulation, eval_every=1)
+        results.append(train(run, config, "full"))
+    for other in results[1:]:
+        assert other.losses == pytest.approx(results[0].losses, rel=1e-4)
+        assert other.held_out == pytest.approx(results[0].held_out, rel=1e-4)
+        assert other.tokens == results[0].tokens
+
+
+def test_resume_with_8_bit_moments_is_bit_identical(prepared, train_config, mode, monkeypatch, tmp_path):
+    config = train_config(mode, max_steps=5, save_every=3, optimizer="adamw8bit")
+    whole = prepared(mode)
+    expected = train(whole, config, mode)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(prepared(mode), config, mode, directory=tmp_path)
+    again = prepared(mode)
+    result = train(again, config, mode, resume=checkpoint.load(tmp_path))
+    assert dataclasses.replace(result, seconds=0) == dataclasses.replace(expected, seconds=0)
+    assert same(trained(again.model), trained(whole.model))
+    assert expected.held_out[4] < expected.held_out[0]

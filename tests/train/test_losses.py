@@ -93,3 +93,33 @@ def test_hidden_loss_is_the_relative_error_of_each_token_and_block():
 def test_hidden_loss_needs_a_teacher_of_the_same_shape(states):
     with pytest.raises(LlmqatError, match="differ in depth or width; set hidden_weight to 0"):
         hidden_loss(states, [torch.ones(1, 2, 8), torch.ones(1, 2, 8)])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 9), (2, 20)], ids=str)
+def test_only_positions_that_count_have_loss_and_gradient(monkeypatch, loss, shape):
+    """Equal to the loss over a batch of those positions alone; the others may hold anything."""
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 8)
+    ours, _, targets = loss
+    logits, target = (3 * torch.randn(*shape, V)).requires_grad_(), targets(*shape)
+    counts = torch.rand(shape) < 0.4
+    counts[0, 0], counts[:, -1] = True, False
+    value = ours(logits, target, counts)
+    value.backward()
+    log_q = log_softmax(logits.detach(), -1)
+    if target.is_floating_point():
+        log_p = log_softmax(target, -1)
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        each = -log_q.gather(-1, target.roll(-1, 1).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(value, each[counts].mean())
+    assert (logits.grad != 0).any(-1).equal(counts)
+    spoiled = torch.where(counts[..., None], logits.detach(), 99 * torch.randn(*shape, V))
+    assert torch.equal(ours(spoiled, target, counts), value)
+
+
+def test_hidden_loss_of_the_positions_that_count():
+    states, teacher = [torch.randn(2, 5, 8)], [torch.randn(2, 5, 8)]
+    counts = torch.zeros(2, 5, dtype=torch.bool)
+    counts[0, 1:3] = True
+    expected = hidden_loss([states[0][:1, 1:3]], [teacher[0][:1, 1:3]])
+    torch.testing.assert_close(hidden_loss(states, teacher, counts), expected)
