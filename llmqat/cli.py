@@ -54,6 +54,7 @@ GENERATE = """\
 Continue a text with a float or packed model.
 
   llmqat generate runs/llmqat --prompt 'def read_lines(path):'
+  llmqat generate runs/chat --chat --prompt 'How do I make crepes?'
 """
 INSPECT = """\
 The dry run: every Linear, quantized or not and why, predicted size and memory. Takes the options of finetune.
@@ -115,6 +116,9 @@ def build_parser() -> Parser:
     sub = command("generate", GENERATE)
     sub.add_argument("model", help="directory, Hub id, or llama")
     sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument(
+        "--chat", action="store_true", help="answer the prompt, by the chat template; print the answer only"
+    )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
 
@@ -232,11 +236,15 @@ def run_generate(args: argparse.Namespace) -> None:
     """`llmqat generate`."""
     import torch
 
+    from llmqat.train.chat import as_question
+
     model, tokenizer = load_any(args.model)
-    ids = torch.tensor([tokenizer(args.prompt)["input_ids"]], device=model.device)
+    text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
+    encoded = tokenizer(text, add_special_tokens=not args.chat)
+    ids = torch.tensor([encoded["input_ids"]], device=model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **sampling)
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(tokenizer.decode(output[0, ids.shape[1] if args.chat else 0 :], skip_special_tokens=True))
 
 
 def run_recipes(args: argparse.Namespace) -> None:

@@ -44,6 +44,16 @@ def test_finetune_on_conversations(model_dir, talks, tmp_path, call, capsys, los
     assert "scored           answers of conversations" in capsys.readouterr().out
 
 
+def test_generate_answers_a_question(model_dir, call, capsys):
+    options = ["--prompt", "add 3", "--max-new-tokens", "4"]
+    assert call(["generate", model_dir, *options]) == 0
+    assert capsys.readouterr().out.startswith("add 3")
+    assert call(["generate", model_dir, *options, "--chat"]) == 0
+    captured = capsys.readouterr()
+    assert "add 3" not in captured.out
+    assert "using a plain one" in captured.err
+
+
 def test_resumed_measurements_keep_their_weights(model_dir, talks, tmp_path, call):
     argv = ["finetune", "--model", model_dir, "--dataset", talks, "--output", tmp_path, *FLAGS.split()]
     assert call(argv) == 0

@@ -46,6 +46,14 @@ def ensure_template(tokenizer: Any) -> None:
         say("the tokenizer has no chat template: using a plain one (### User: ... ### Assistant: ...), saved with it")
 
 
+def as_question(tokenizer: Any, prompt: str) -> str:
+    """A user's message up to where the answer begins, by the chat template."""
+    ensure_template(tokenizer)
+    message = {"role": "user", "content": prompt}
+    text: str = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[tuple[int, int]]:
     """Where the answers stand in `text`, the rendered conversation: characters ``[start, end)``.
 

@@ -9,6 +9,7 @@ from llmqat.train.chat import (
     IGNORED,
     PLAIN_TEMPLATE,
     answer_spans,
+    as_question,
     chat_rows,
     chat_stream,
     ensure_template,
@@ -94,6 +95,7 @@ def test_the_plain_template_is_given_once_and_said(chatty, capsys):
     assert own.apply_chat_template(TALK[1:2], tokenize=False, add_generation_prompt=True) == (
         "### User:\none\n\n### Assistant:\n"
     )
+    assert as_question(chatty(), "q") == "<s>### User:\nq\n\n### Assistant:\n"
     kept = chatty(CHATML)
     ensure_template(kept)
     assert kept.chat_template == CHATML
