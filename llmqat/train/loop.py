@@ -152,10 +152,10 @@ class Trainer:
     def step(self, batches: Iterator[Tensor]) -> float:
         """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
         total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
-        mean = sum(map(positions, parts)) / len(parts)
+        average = sum(map(positions, parts)) / len(parts)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
-                loss = self.loss(batch) * (positions(batch) / mean)
+                loss = self.loss(batch) * (positions(batch) / average)
                 total += loss.item() / self.config.accumulation
                 self.check_finite(total, "training", self.result.steps + 1)
                 self.accelerator.backward(loss)
