@@ -66,6 +66,8 @@ def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[
         if message["role"] != "assistant":
             continue
         closing = text if index == len(conversation) - 1 else render(conversation[: index + 1])
+        if not text.startswith(closing):  # some end the whole, not each answer, by the end-of-text token
+            closing = closing.removesuffix(tokenizer.eos_token or "")
         opening = render(conversation[:index], add_generation_prompt=True)
         if not text.startswith(opening):  # some open the turn with a tag that a finished answer lacks
             same = next((i for i, (a, b) in enumerate(zip(opening, text, strict=False)) if a != b), 0)

@@ -30,6 +30,7 @@ REWRITING = (
     "{% if m.role == 'assistant' and loop.last %}{{ '(thought)' }}{% endif %}{{ m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+ENDING = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 ALTERNATING = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
@@ -68,10 +69,11 @@ def answers(tokenizer, talk):
     [
         (CHATML, ["first<|im_end|>\n", "second<|im_end|>\n"]),
         (REASONING, ["first<|im_end|>\n", "second<|im_end|>\n"]),
+        (ENDING, ["first<|im_end|>\n", "second<|im_end|>\n</s>"]),
         (REWRITING, ["(thought)second\n"]),  # the first turn reads otherwise in the whole
         (PLAIN_TEMPLATE, ["first</s>", "second</s>"]),
     ],
-    ids=["chatml", "reasoning", "rewriting", "plain"],
+    ids=["chatml", "reasoning", "ending", "rewriting", "plain"],
 )
 def test_answers_are_what_the_template_adds(chatty, template, expected):
     assert answers(chatty(template), TALK) == expected
