@@ -78,24 +78,33 @@ def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[
     return spans
 
 
+class Unused(BadRows):
+    """Conversations that were left out, and answers that were: those which the chat template rewrites later on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = 0
+
+
 def _rendered(
-    tokenizer: Any, conversations: Sequence[Conversation], bad: BadRows
+    tokenizer: Any, conversations: Sequence[Conversation], unused: Unused
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     for number, conversation in enumerate(conversations, start=1):
         try:
             text = tokenizer.apply_chat_template(conversation, tokenize=False)
             spans = answer_spans(tokenizer, conversation, text)
         except Exception as error:  # templates raise errors of their own: roles must alternate, no system role, ...
-            bad.add(f"conversation {number}", f"the chat template refuses it ({' '.join(str(error).split())})")
+            unused.add(f"conversation {number}", f"the chat template refuses it ({' '.join(str(error).split())})")
             continue
-        if spans:
-            yield text, spans
-        else:
-            bad.add(f"conversation {number}", "the chat template shows no answer")
+        if not spans:
+            unused.add(f"conversation {number}", "the chat template shows no answer")
+            continue
+        unused.answers += sum(message["role"] == "assistant" for message in conversation) - len(spans)
+        yield text, spans
 
 
 def encode_conversations(
-    tokenizer: Any, conversations: Sequence[Conversation], bad: BadRows
+    tokenizer: Any, conversations: Sequence[Conversation], unused: Unused
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of each conversation, `IGNORED` for tokens that do not begin inside an answer.
 
@@ -108,7 +117,7 @@ def encode_conversations(
             "with a tokenizer.json"
         )
     ensure_template(tokenizer)
-    rendered = _rendered(tokenizer, conversations, bad)
+    rendered = _rendered(tokenizer, conversations, unused)
     while batch := list(islice(rendered, CONVERSATIONS_AT_ONCE)):
         encoded = tokenizer(
             [text for text, _ in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -121,7 +130,7 @@ def encode_conversations(
 def chat_stream(tokenizer: Any, conversations: Sequence[Conversation], limit: int | None = None) -> Tensor:
     """All conversations, questions and answers, as one stream of ids; at most `limit`: for calibration."""
     ids: list[int] = []
-    for row, _ in encode_conversations(tokenizer, conversations, BadRows()):
+    for row, _ in encode_conversations(tokenizer, conversations, Unused()):
         ids.extend(row)
         if limit is not None and len(ids) >= limit:
             break
@@ -147,16 +156,16 @@ def chat_rows(
     Raises:
         LlmqatError: if no answer is left in any row.
     """
-    bad, rows, longer, tokens = BadRows(), [], 0, 0
+    unused, rows, longer, tokens = Unused(), [], 0, 0
     prompts: list[int] = []
-    for number, (ids, labels) in enumerate(encode_conversations(tokenizer, conversations, bad), start=1):
+    for number, (ids, labels) in enumerate(encode_conversations(tokenizer, conversations, unused), start=1):
         first = next((position for position, label in enumerate(labels) if position and label != IGNORED), None)
         if first is None:
-            bad.add(f"conversation {number}", "no token begins inside its answer")
+            unused.add(f"conversation {number}", "no token begins inside its answer")
             continue
         prompts.append(first)
         if first >= length:
-            bad.add(f"conversation {number}", f"its first answer begins at token {first + 1}, beyond {length}")
+            unused.add(f"conversation {number}", f"its first answer begins at token {first + 1}, beyond {length}")
             continue
         longer += len(ids) > length
         rows.append((ids[:length], labels[:length]))
@@ -165,12 +174,14 @@ def chat_rows(
             break
     if not rows:
         prompt = f"; the median prompt has {median(prompts):.0f} tokens" if prompts else ""
-        first_reason = f" (the first one, {bad.first})" if bad.first else ""
+        first_reason = f" (the first one, {unused.first})" if unused.first else ""
         raise LlmqatError(
             f"no answer token of the {what} conversations is left within {length} tokens{first_reason}{prompt}; raise "
             "--length or --window, or mend the rows"
         )
-    bad.report(f"{what} conversations", len(rows))
+    unused.report(f"{what} conversations", len(rows))
+    if unused.answers:
+        say(f"{what} conversations: {unused.answers} earlier answers do not count, for the chat template rewrites them")
     if longer:
         say(f"{what} conversations: {longer} of {len(rows)} are longer than {length} tokens, and were cut")
     return _padded(rows, _padding(tokenizer))

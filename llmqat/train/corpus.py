@@ -155,31 +155,36 @@ def _directory(folder: Path, reader: _Reader) -> Corpus:
     if len(known) < len(files):
         other = next(file for file in files if file not in known)
         say(f"{folder}: {len(files) - len(known)} other files left out, such as {other.relative_to(folder)}")
-    names = {file: split_named(file.relative_to(folder)) for file in known}
-    by_split: dict[str, list[Document]] = {}
-    for file in known:
-        split = (names[file] or "train") if "train" in names.values() else "train"
-        by_split.setdefault(split, []).extend(reader.file(file))
-    return _assembled(by_split)
+    return _assembled({str(file.relative_to(folder)): reader.file(file) for file in known})
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def split_named(path: Path) -> str | None:
-    """The split that a file's name, or else that of a folder above it, tells: ``wiki.valid.txt``, ``test/1.jsonl``."""
-    for part in reversed(path.parts):
+def split_named(name: str) -> str | None:
+    """The split that the name of a file, or else of a folder above it, tells: ``wiki.valid.txt``, ``test/1.jsonl``."""
+    for part in reversed(Path(name).parts):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLIT_WORDS:
                 return SPLIT_WORDS[word]
     return None
 
 
-def _assembled(splits: Mapping[str, list[Document]]) -> Corpus:
-    """Train, validation and test as they came; what is missing is cut off the end of the training split."""
+def _assembled(parts: Mapping[str, list[Document]]) -> Corpus:
+    """Train, validation and test as they came; what is missing is cut off the end of the training split.
+
+    If no part is called train, their names tell (``train_sft``, ``test/1.jsonl``; one that tells nothing is for
+    training); if none tells, all parts are cut.
+    """
+    splits = dict(parts)
     if "train" not in splits:
-        return cut(list(chain.from_iterable(splits.values())))
+        named = {name: split_named(name) for name in parts}
+        if "train" not in named.values():
+            return cut(list(chain.from_iterable(parts.values())))
+        splits = {"train": [], "validation": [], "test": []}
+        for name, documents in parts.items():
+            splits[named[name] or "train"].extend(documents)
     validation, test = splits.get("validation"), splits.get("test")
     if validation and test:
         return Corpus(splits["train"], validation, test)

@@ -158,6 +158,12 @@ def test_rows_that_the_template_refuses_are_left_out(chatty, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_answers_that_a_template_rewrites_are_counted(chatty, capsys):
+    rows = chat_rows(chatty(REWRITING), [TALK, TALK], 500)
+    assert "training conversations: 2 earlier answers do not count" in capsys.readouterr().err
+    assert chatty().decode(rows[0, 1][rows[0, 1] != IGNORED]) == "(thought)second\n"
+
+
 def test_answers_that_a_template_hides(chatty, capsys):
     own = chatty(
         "{% for m in messages %}{% if m.role == 'user' or m.content == 'a' %}{{ m.content }}{% endif %}{% endfor %}"

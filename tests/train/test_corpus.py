@@ -140,7 +140,13 @@ def test_hub_datasets(monkeypatch):
     assert load_corpus("train+validation+test:small") == Corpus(ROWS, ROWS, ROWS)
     assert load_corpus("train+test") == Corpus(cut(ROWS).train, cut(ROWS).validation, ROWS)
     assert load_corpus("other") == cut(ROWS)
-    assert asked == [("train+validation+test", "small"), ("train+test", None), ("other", None)]
+    assert load_corpus("train_sft+test_sft") == Corpus(cut(ROWS).train, cut(ROWS).validation, ROWS)
+    assert asked == [
+        ("train+validation+test", "small"),
+        ("train+test", None),
+        ("other", None),
+        ("train_sft+test_sft", None),
+    ]
     with pytest.raises(LlmqatError, match=r"cannot load dataset offline from the Hub: no network; without a network"):
         load_corpus("offline")
 
