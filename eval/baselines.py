@@ -8,8 +8,8 @@ counts (answers, for conversations). Rows: the float model, and with an ordinary
 its quantizer, packed (4.125 bits per weight in groups of 128); an NF4 base of bitsandbytes (double quantization, 4.127
 bits) without and with an ordinary LoRA beside it (QLoRA, arXiv 2305.14314), and with that LoRA merged into NF4, which
 is what a model of 4 bits takes; LLM.int8 (arXiv 2208.07339). A LoRA of peft's trains under `transformers.Trainer`; of
-the learning rates given, the one with the least held-out loss counts. Needs `pip install 'llmqat[bitsandbytes]'`; runs
-on a CPU.
+the learning rates given for each, the one with the least held-out loss counts. Runs on a CPU; needs
+`pip install 'llmqat[bitsandbytes]'`.
 """
 
 import argparse
@@ -138,11 +138,11 @@ def nf4() -> BitsAndBytesConfig:
     )
 
 
-def best_lora(bench: Bench, base: Callable[[], Any]) -> tuple[Any, float]:
-    """The LoRA with the least held-out loss over the learning rates, and its rate."""
+def best_of(bench: Bench, rates: list[float], train: Callable[[float], Any]) -> tuple[Any, float]:
+    """The model with the least held-out loss over the learning rates, and its rate."""
     trained = []
-    for lr in bench.args.lr:
-        model = bench.train_lora(base(), lr)
+    for lr in rates:
+        model = train(lr)
         trained.append(
             (llmqat.evaluate(model, bench.held_out, description=f"held-out, lr {lr:g}").perplexity, lr, model)
         )
@@ -159,14 +159,14 @@ def adapter_bits(model: Any) -> float:
 
 def bitsandbytes_rows(bench: Bench) -> None:
     """LoRA on float, NF4, QLoRA, QLoRA merged, LLM.int8."""
+    args = bench.args
     started = time.perf_counter()
-    model, lr = best_lora(bench, lambda: bench.load_base(None))
+    model, lr = best_of(bench, args.lr, lambda lr: bench.train_lora(bench.load_base(None), lr))
     bench.score("float + LoRA", model, 16 + adapter_bits(model), started, lr=lr)
     started = time.perf_counter()
     bench.score("NF4", bench.load_base(nf4()), NF4_BITS, started)
     started = time.perf_counter()
-    kbit = {"use_gradient_checkpointing": False}
-    model, lr = best_lora(bench, lambda: prepare_model_for_kbit_training(bench.load_base(nf4()), **kbit))
+    model, lr = best_of(bench, args.lr, lambda lr: bench.train_lora(qlora_base(bench), lr))
     bench.score("NF4 + LoRA (QLoRA)", model, NF4_BITS + adapter_bits(model), started, lr=lr)
     bench.score("NF4 + LoRA, merged into NF4", model.merge_and_unload(), NF4_BITS, started, lr=lr)
     started = time.perf_counter()
@@ -174,26 +174,37 @@ def bitsandbytes_rows(bench: Bench) -> None:
     bench.score("LLM.int8", int8, 8 + 32 / bench.reference.model.config.hidden_size, started)
 
 
+def qlora_base(bench: Bench) -> Any:
+    """The NF4 model, ready for an adapter."""
+    return prepare_model_for_kbit_training(bench.load_base(nf4()), use_gradient_checkpointing=False)
+
+
 def llmqat_rows(bench: Bench) -> None:
     """GPTQ, and LoRA inside the quantizer from there: both packed, loaded and run by the kernel op."""
     args = bench.args
     started = time.perf_counter()
-    model = copy.deepcopy(bench.reference.model)
+    start = copy.deepcopy(bench.reference.model)
     scheme = QuantScheme(4, args.group_size)
     llmqat.prepare(
-        model, scheme, init="gptq", calibration=bench.calibration, storage_dtype=bench.stored, keep_float=True
+        start, scheme, init="gptq", calibration=bench.calibration, storage_dtype=bench.stored, keep_float=True
     )
     bits = 4 + 16 / args.group_size
-    bench.score("llmqat GPTQ", packed(model), bits, started)
-    model = llmqat.add_lora(model, r=args.lora_r)
-    options = {
-        "max_steps": args.max_steps,
-        "batch_size": args.batch_size,
-        "length": args.length,
-        "precision": "fp32",
-    }
-    llmqat.finetune(model, bench.rows, bench.held_out.ids, mode="lora", options=options)
-    bench.score("llmqat LoRA, packed", packed(model), bits, started)
+    bench.score("llmqat GPTQ", packed(start), bits, started)
+
+    def train(lr: float) -> Any:
+        model = llmqat.add_lora(copy.deepcopy(start), r=args.lora_r)
+        options = {
+            "max_steps": args.max_steps,
+            "batch_size": args.batch_size,
+            "length": args.length,
+            "precision": "fp32",
+            "lr": lr,
+        }
+        llmqat.finetune(model, bench.rows, bench.held_out.ids, mode="lora", options=options)
+        return model
+
+    model, lr = best_of(bench, args.llmqat_lr, train)
+    bench.score("llmqat LoRA, packed", packed(model), bits, started, lr=lr)
 
 
 def packed(model: Any) -> Any:
@@ -214,6 +225,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--lora-r", type=int, default=32)
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-4, 1e-3], help="learning rates of peft's LoRA")
+    parser.add_argument("--llmqat-lr", type=float, nargs="+", default=[3e-3, 1e-2], help="of llmqat's, in codes")
     parser.add_argument("--eval-tokens", type=int, default=65536)
     parser.add_argument("--output", type=Path, default=Path("eval/results/baselines.json"))
     args = parser.parse_args()
