@@ -165,7 +165,7 @@ class DataConfig:
         False, "read a Hub dataset as a stream: its first rows, shuffled, without downloading the rest", "--streaming"
     )
     max_rows: int | None = option(
-        None, "rows to read of each split at most; default: all, 20000 with --streaming", "--max-rows", least=1
+        None, "rows to read of each file or split at most; default: all, 20000 with --streaming", "--max-rows", least=1
     )
     calibration: str | None = option(None, "calibrate on this dataset instead of the training text", "--calibration")
 

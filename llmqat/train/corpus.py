@@ -57,7 +57,7 @@ def load_corpus(
         rows: "chat" reads conversations (messages, prompt and completion, instruction and output), "text" the column
             `text_field`; "auto" reads conversations where the columns look like them.
         streaming: read a Hub dataset without downloading all of it, `STREAMED_ROWS` rows by default.
-        max_rows: read at most so many rows of each split.
+        max_rows: read at most so many rows of each file or split.
 
     Raises:
         LlmqatError: if it is missing, of an unknown kind, without the columns it needs, or empty.
