@@ -28,7 +28,7 @@ SCHEMA = {
     "gap_recovered": None,
     "kl_to_float": dict.fromkeys(("gptq", "packed")),
     "top1_agreement": dict.fromkeys(("gptq", "packed")),
-    "coverage": dict.fromkeys(("parameters_quantized", "skipped")),
+    "coverage": dict.fromkeys(("parameters_quantized", "skipped", "kept_round_to_nearest")),
     "size": dict.fromkeys(("float_bytes", "packed_bytes", "bits_per_weight")),
     "throughput": {
         "kernel": None,
@@ -104,6 +104,7 @@ def test_numbers(full):
     assert report["coverage"] == {
         "parameters_quantized": 8 * 64 / 2048,
         "skipped": [{"layer": "lm_head", "reason": "output head"}],
+        "kept_round_to_nearest": [],
     }
     assert report["size"] == {"float_bytes": 4000, "packed_bytes": 1125, "bits_per_weight": 4.5}
     assert report["throughput"] == {
