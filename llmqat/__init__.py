@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         environment,
         evaluate,
         finetune,
+        inspect,
         load,
         load_corpus,
         load_float,
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
         peak_memory,
         perplexity,
         prepare,
+        scoreboard,
         sequences,
         smooth,
         throughput,
         verify,
         windows,
+        write_page,
     )
 
 __version__ = "0.1.0"
@@ -47,6 +50,7 @@ __all__ = [
     "environment",
     "evaluate",
     "finetune",
+    "inspect",
     "load",
     "load_corpus",
     "load_float",
@@ -55,11 +59,13 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "prepare",
+    "scoreboard",
     "sequences",
     "smooth",
     "throughput",
     "verify",
     "windows",
+    "write_page",
 ]
 
 

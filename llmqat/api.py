@@ -14,6 +14,8 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
+from llmqat.inspection import Inspection
+from llmqat.inspection import inspect as inspect_recipe
 from llmqat.machine import environment
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Windows, evaluate, windows
@@ -22,6 +24,8 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
+from llmqat.page.render import write_page
+from llmqat.scoreboard import scoreboard
 from llmqat.train.corpus import load_corpus
 from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.loop import TrainResult, fit
@@ -31,6 +35,7 @@ __all__ = [
     "CoverageReport",
     "FloatCopy",
     "FloatView",
+    "Inspection",
     "Throughput",
     "TrainResult",
     "Verification",
@@ -42,6 +47,7 @@ __all__ = [
     "environment",
     "evaluate",
     "finetune",
+    "inspect",
     "load",
     "load_corpus",
     "load_float",
@@ -50,12 +56,27 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "prepare",
+    "scoreboard",
     "sequences",
     "smooth",
     "throughput",
     "verify",
     "windows",
+    "write_page",
 ]
+
+
+def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
+    """The dry run, to print: every Linear, quantized or not and why, predicted size and memory.
+
+    Args:
+        model: Hub id, local directory, or llama.
+        sections: of a recipe, such as ``quant={"bits": 3}, train={"mode": "lora"}``.
+
+    Raises:
+        LlmqatError: if a section is wrong, the model cannot be found, or a group size does not divide.
+    """
+    return inspect_recipe(config_module.from_dict({"model": model, **sections}))
 
 
 def finetune(

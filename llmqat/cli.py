@@ -1,4 +1,4 @@
-"""The command line: `llmqat finetune | quantize | eval | verify | generate | inspect | recipes`."""
+"""The command line: `llmqat finetune | quantize | eval | verify | report | generate | inspect | recipes`."""
 
 import argparse
 import json
@@ -28,8 +28,8 @@ Fine-tune a model through its own integer grid, pack it, and prove and measure t
   llmqat finetune --output out --resume
       go on after an interruption, with the options of the first call
 
-Writes to --output: the packed model (safetensors, config, tokenizer), recipe.yaml, report.json, README.md, and
-checkpoint/, which --resume needs and you may delete.
+Writes to --output: the packed model (safetensors, config, tokenizer), recipe.yaml, report.json, report.html (look at it
+in a browser), README.md, and checkpoint/, which --resume needs and you may delete.
 """
 QUANTIZE = """\
 Quantize without training: round to nearest or GPTQ, packed, verified and measured like a fine-tuned model.
@@ -49,6 +49,11 @@ VERIFY = """\
 Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
 
   llmqat verify runs/llmqat
+"""
+REPORT = """\
+Write report.html of a finished run again, from its report.json and details.json: one page that needs nothing else.
+
+  llmqat report runs/llmqat
 """
 GENERATE = """\
 Continue a text with a float or packed model.
@@ -112,6 +117,9 @@ def build_parser() -> Parser:
     sub = command("verify", VERIFY)
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
+
+    sub = command("report", REPORT)
+    sub.add_argument("model", help="directory of a finished run")
 
     sub = command("generate", GENERATE)
     sub.add_argument("model", help="directory, Hub id, or llama")
@@ -232,6 +240,13 @@ def run_verify(args: argparse.Namespace) -> None:
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
 
 
+def run_report(args: argparse.Namespace) -> None:
+    """`llmqat report`."""
+    from llmqat.page.render import write_page
+
+    print(write_page(args.model))
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """`llmqat generate`."""
     import torch
@@ -261,6 +276,7 @@ COMMANDS = {
     "quantize": run_quantize,
     "eval": run_eval,
     "verify": run_verify,
+    "report": run_report,
     "generate": run_generate,
     "inspect": run_inspect,
     "recipes": run_recipes,

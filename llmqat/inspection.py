@@ -40,6 +40,9 @@ class Inspection:
     calibrated: bool
     tied: bool
 
+    def __str__(self) -> str:
+        return describe(self)
+
 
 def inspect(recipe: Recipe) -> Inspection:
     """Build the model without weights and plan the run.

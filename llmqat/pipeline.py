@@ -37,6 +37,8 @@ from llmqat.models.patcher import (
     smooth,
 )
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.page import details
+from llmqat.page.render import write_page
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
 from llmqat.train import checkpoint
@@ -45,6 +47,7 @@ from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.layouts import Document
 from llmqat.train.loop import fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
+from llmqat.train.tracking import check_tracker
 
 RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
 CALIBRATION_BATCH = 8
@@ -106,6 +109,7 @@ class Run:
         check_divisible(plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits))
         if recipe.init.method == "gptq":
             architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
+        check_tracker(recipe.train.tracker, self.directory)
         # From here on the run can start: only now may it touch what an earlier one left.
         if self.state is None:
             checkpoint.discard(self.directory / CHECKPOINT)
@@ -162,7 +166,8 @@ class Run:
         if earlier:
             self.measured.perplexity.update(earlier)
         else:
-            results["rtn"] = evaluate(self.model, self.test, description="perplexity, round to nearest")
+            self.reference = copied or FloatView(self.model)
+            results["rtn"] = self.evaluate("round to nearest")
             if recipe.init.method == "gptq":
                 errors = run_gptq(self.model, self.calibration, recipe.init.damp, keep_float=not full)
                 coverage.errors.update(errors)
@@ -246,7 +251,9 @@ class Run:
         """Report and model card."""
         with replacing(self.directory) as scratch:
             write_json(self.measured, scratch / REPORT)
+            details.write(details.collect(self.measured, self.model, self.reference.model), scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
+        write_page(self.directory)
         show(self.measured)
         check = self.measured.verification
         if check is not None and not check.ok:
@@ -294,7 +301,8 @@ class Run:
 
     def evaluate(self, name: str) -> Perplexity:
         """Perplexity of the current state, compared with the float model."""
-        return evaluate(self.model, self.test, self.reference, f"perplexity, {name}")
+        layers = [layer for layer, _, _ in quantized_layers(self.model)]
+        return evaluate(self.model, self.test, self.reference, f"perplexity, {name}", layers)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint to resume from; the recipe must be the one it was made with."""

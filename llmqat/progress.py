@@ -1,13 +1,16 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Progress of long work: a bar on a terminal, a line of HTML in a notebook, plain lines in a log."""
 
+import html
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
 T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
+NOTEBOOK_EVERY_SECONDS = 0.25
 
 
 def say(message: str) -> None:
@@ -15,18 +18,137 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process: it shows HTML."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+
+
+class Face(Protocol):
+    """One way of showing progress."""
+
+    def draw(self, done: int, figures: str) -> None:
+        """Show that `done` steps are done; `figures` is text beside it."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class Bar:
+    """A live bar on a terminal, by rich."""
+
+    def __init__(self, description: str, total: int, done: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        columns = ("{task.description}", BarColumn(bar_width=16), MofNCompleteColumn())
+        # The figures take what is left of the line, and a second one on a narrow terminal.
+        rest = Column(ratio=1)
+        figures = TextColumn("{task.fields[figures]}", style="dim", markup=False, table_column=rest)
+        self.progress = Progress(*columns, figures, console=Console(stderr=True), expand=True)
+        self.task = self.progress.add_task(description, total=total, completed=done, figures="")
+        self.progress.start()
+
+    def draw(self, done: int, figures: str) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=done, figures=figures)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.progress.stop()
+
+
+class Cell:
+    """A bar in the output of a notebook cell: plain HTML, which needs no widget and stays in the saved notebook."""
+
+    def __init__(self, description: str, total: int) -> None:
+        from IPython.display import HTML, display
+
+        self.html, self.description, self.total, self.drawn = HTML, html.escape(description), total, 0.0
+        self.handle: Any = display(HTML(self.text(0, "")), display_id=True)
+
+    def text(self, done: int, figures: str) -> str:
+        """The line as HTML."""
+        bar = f'<progress value="{done}" max="{self.total}" style="width:12em;vertical-align:middle"></progress>'
+        return f"<div>{self.description} {bar} {done}/{self.total} <small>{html.escape(figures)}</small></div>"
+
+    def draw(self, done: int, figures: str) -> None:
+        """Change the line, now and then and at the end."""
+        now = time.monotonic()
+        if done == self.total or now - self.drawn >= NOTEBOOK_EVERY_SECONDS:
+            self.handle.update(self.html(self.text(done, figures)))
+            self.drawn = now
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+
+
+class Lines:
+    """A line in a log now and then, and one at the end of what took longer than that."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total = description, total
+        self.started = self.shown = time.monotonic()
+
+    def draw(self, done: int, figures: str) -> None:
+        """Print a line if it is time for one."""
+        now = time.monotonic()
+        if now - self.shown >= LINE_EVERY_SECONDS or (done == self.total and now - self.started >= LINE_EVERY_SECONDS):
+            say(f"{self.description}: {done}/{self.total}, {now - self.started:.0f} s{figures and ', '}{figures}")
+            self.shown = now
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Meter:
+    """Progress of one job, with what it has to say about itself and the time left.
+
+    Args:
+        description: what is done.
+        total: steps in all.
+        done: steps done before this process.
+    """
+
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
+        self.total, self.first, self.started = total, done, time.monotonic()
+        self.face: Face
+        if in_notebook():
+            self.face = Cell(description, total)
+        elif sys.stderr.isatty():
+            self.face = Bar(description, total, done)
+        else:
+            self.face = Lines(description, total)
+
+    def update(self, done: int, figures: str = "") -> None:
+        """Show `done` steps, with `figures` beside them."""
+        per_step = (time.monotonic() - self.started) / max(1, done - self.first)
+        left = f"{duration(per_step * (self.total - done))} left" if done < self.total else ""
+        self.face.draw(done, ", ".join(part for part in (left, figures) if part))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.face.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``7 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield `items`, showing how many of `total` are done."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track as rich_track
-
-        yield from rich_track(items, description, total=total, console=Console(stderr=True))
-        return
-    shown = started = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - shown >= LINE_EVERY_SECONDS or (done == total and now - started >= LINE_EVERY_SECONDS):
-            say(f"{description}: {done}/{total}, {now - started:.0f} s")
-            shown = now
+    with Meter(description, total) as meter:
+        for done, item in enumerate(items, start=1):
+            yield item
+            meter.update(done)

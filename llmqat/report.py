@@ -13,9 +13,9 @@ from llmqat.machine import environment
 from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
+from llmqat.scoreboard import LABELS, ROWS, score_rows, scoreboard
 from llmqat.train.loop import TrainResult
 
-ROWS = ("float", "float_finetuned", "rtn", "gptq", "qat", "packed")
 WORTHWHILE_GAP = 0.01
 
 
@@ -82,8 +82,8 @@ class Measured:
             },
             "perplexity": {row: self.ppl(row) for row in ROWS},
             "gap_recovered": self.gap_recovered(),
-            "kl_to_float": {row: self._of(row, "kl_to_float") for row in ("gptq", "packed")},
-            "top1_agreement": {row: self._of(row, "top1_agreement") for row in ("gptq", "packed")},
+            "kl_to_float": {row: self._of(row, "kl_to_float") for row in ROWS[1:]},
+            "top1_agreement": {row: self._of(row, "top1_agreement") for row in ROWS[1:]},
             "coverage": {
                 "parameters_quantized": self.coverage.parameters_quantized,
                 "skipped": [{"layer": layer.name, "reason": layer.reason} for layer in self.coverage.skipped],
@@ -118,29 +118,6 @@ class Measured:
         if with_bandwidth:
             result["weight_gb_s"] = speed.weight_gb_s if speed else None
         return result
-
-
-LABELS = {
-    "float": "float",
-    "float_finetuned": "float, fine-tuned",
-    "rtn": "round to nearest",
-    "gptq": "GPTQ",
-    "qat": "trained (fake-quant)",
-    "packed": "packed file, kernel op",
-}
-
-
-def score_rows(measured: Measured) -> list[tuple[str, str, str, str, str]]:
-    """Rows of the scoreboard: name, perplexity, change against float, KL to float, top-1 agreement."""
-    base, rows = measured.ppl("float"), []
-    for row in ROWS:
-        if row in measured.perplexity:
-            result = measured.perplexity[row]
-            change = "" if base is None or row == "float" else f"{result.perplexity / base - 1:+.2%}"
-            kl = "" if result.kl_to_float is None else f"{result.kl_to_float:.5f}"
-            top1 = "" if result.top1_agreement is None else f"{result.top1_agreement:.2%}"
-            rows.append((LABELS[row], f"{result.perplexity:.4f}", change, kl, top1))
-    return rows
 
 
 def facts(measured: Measured) -> list[str]:
@@ -197,7 +174,7 @@ def verdict(measured: Measured) -> str:
     gap, recovered = measured.gap(), measured.gap_recovered()
     if gap is None:
         return "no post-training baseline was measured"
-    if measured.training is None:
+    if measured.training is None or "packed" not in measured.perplexity:
         return f"the best post-training quantization costs {gap:.2%} of perplexity"
     if measured.training.best_step == 0:
         return "training found nothing better than its start, which is what was packed; try a lower --lr"
@@ -207,29 +184,27 @@ def verdict(measured: Measured) -> str:
         return (
             text if "float_finetuned" in measured.perplexity else text + "; --control trains float on the same tokens"
         )
+    if recovered is None:
+        return f"post-training quantization costs nothing here ({gap:+.2%} of perplexity): there is nothing to recover"
+    if recovered < 0:
+        return (
+            f"training made it worse: the best post-training quantization costs {gap:.2%} of perplexity, and the "
+            f"packed model {-recovered:.1%} of that more; try a lower --lr or more steps"
+        )
     if gap < WORTHWHILE_GAP:
-        return f"the best post-training quantization costs only {gap:.2%} of perplexity: training is not worth it here"
+        return (
+            f"training recovered {recovered:.1%} of what the best post-training quantization costs, but that is only "
+            f"{gap:.2%} of perplexity: it is not worth it here"
+        )
     return f"of the {gap:.2%} that the best post-training quantization costs, training recovered {recovered:.1%}"
 
 
 def show(measured: Measured) -> None:
     """Print scoreboard and facts."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{measured.recipe.model}: {measured.recipe.scheme()}")
-    for name, justify in (
-        ("", "left"),
-        ("perplexity", "right"),
-        ("vs float", "right"),
-        ("KL to float", "right"),
-        ("top-1", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for row in score_rows(measured):
-        table.add_row(*row)
     console = Console(soft_wrap=True)
-    console.print(table)
+    console.print(scoreboard(measured.perplexity, f"{measured.recipe.model}: {measured.recipe.scheme()}"))
     for line in facts(measured):
         console.print(line, highlight=False)
 
@@ -242,7 +217,7 @@ def write_json(measured: Measured, path: Path) -> None:
 def model_card(measured: Measured) -> str:
     """README.md of the packed directory."""
     recipe, env = measured.recipe, environment()
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured))
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured.perplexity))
     lines = "\n".join(f"- {line}" for line in facts(measured))
     return f"""---
 library_name: transformers

@@ -12,8 +12,9 @@ from llmqat.machine import PACKAGES, environment
 from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
-from llmqat.report import Measured, facts, model_card, score_rows, show, verdict, write_json
+from llmqat.report import Measured, facts, model_card, show, verdict, write_json
 from llmqat.scheme import QuantScheme
+from llmqat.scoreboard import score_rows
 from llmqat.train.loop import TrainResult
 
 # DESIGN.md, section 4: stable keys.
@@ -26,8 +27,8 @@ SCHEMA = {
     "tokens": dict.fromkeys(("train", "calibration", "eval", "eval_sha256")),
     "perplexity": dict.fromkeys(("float", "float_finetuned", "rtn", "gptq", "qat", "packed")),
     "gap_recovered": None,
-    "kl_to_float": dict.fromkeys(("gptq", "packed")),
-    "top1_agreement": dict.fromkeys(("gptq", "packed")),
+    "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "qat", "packed")),
+    "top1_agreement": dict.fromkeys(("float_finetuned", "rtn", "gptq", "qat", "packed")),
     "coverage": dict.fromkeys(("parameters_quantized", "skipped", "kept_round_to_nearest")),
     "size": dict.fromkeys(("float_bytes", "packed_bytes", "bits_per_weight")),
     "throughput": {
@@ -99,8 +100,9 @@ def test_numbers(full):
     assert report["tokens"] == {"train": 1000, "calibration": 200, "eval": 64, "eval_sha256": full.data.sha256}
     assert report["perplexity"] == {row: pytest.approx(full.ppl(row)) for row in SCHEMA["perplexity"]}
     assert report["gap_recovered"] == pytest.approx((10.5 - 10.2) / (10.5 - 10.0))
-    assert report["kl_to_float"] == {"gptq": 0.02, "packed": 0.01}
-    assert report["top1_agreement"] == {"gptq": 0.9, "packed": 0.95}
+    unmeasured = dict.fromkeys(("float_finetuned", "rtn", "qat"))
+    assert report["kl_to_float"] == {**unmeasured, "gptq": 0.02, "packed": 0.01}
+    assert report["top1_agreement"] == {**unmeasured, "gptq": 0.9, "packed": 0.95}
     assert report["coverage"] == {
         "parameters_quantized": 8 * 64 / 2048,
         "skipped": [{"layer": "lm_head", "reason": "output head"}],
@@ -168,8 +170,19 @@ def test_gap_recovered(rows, gap, recovered):
         ),
         (
             {"float": 10, "rtn": 10.05, "qat": 1, "packed": 10.01},
-            "the best post-training quantization costs only 0.50% of perplexity: training is not worth it here",
+            "training recovered 80.0% of what the best post-training quantization costs, but that is only 0.50% of "
+            "perplexity: it is not worth it here",
         ),
+        (
+            {"float": 10, "rtn": 11, "qat": 1, "packed": 11.5},
+            "training made it worse: the best post-training quantization costs 10.00% of perplexity, and the packed "
+            "model 50.0% of that more; try a lower --lr or more steps",
+        ),
+        (
+            {"float": 10, "rtn": 9.9, "qat": 1, "packed": 10.1},
+            "post-training quantization costs nothing here (-1.00% of perplexity): there is nothing to recover",
+        ),
+        ({"float": 10, "rtn": 11, "qat": 1}, "the best post-training quantization costs 10.00% of perplexity"),
         (
             {"float": 10, "rtn": 11, "qat": 1, "packed": 9.5},
             "the packed model is better than float: training learned the text, not only the grid; --control trains "
@@ -186,7 +199,7 @@ def test_verdict(rows, sentence):
 
 
 def test_scoreboard(full):
-    rows = {row[0]: row[1:] for row in score_rows(full)}
+    rows = {row[0]: row[1:] for row in score_rows(full.perplexity)}
     assert list(rows) == [
         "float",
         "float, fine-tuned",
@@ -198,7 +211,8 @@ def test_scoreboard(full):
     assert rows["float"] == ("10.0000", "", "", "")
     assert rows["GPTQ"] == ("10.5000", "+5.00%", "0.02000", "90.00%")
     assert rows["float, fine-tuned"] == ("9.9000", "-1.00%", "", "")
-    assert [row[0] for row in score_rows(make(float=1, packed=2))] == ["float", "packed file, kernel op"]
+    others = {"mine": ppl(2), **make(packed=2, float=1).perplexity}
+    assert [row[0] for row in score_rows(others)] == ["float", "packed file, kernel op", "mine"]
 
 
 def test_facts(full):

@@ -11,7 +11,7 @@ perplexity is the exponential of the mean cross-entropy over all answer tokens.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
+from llmqat.metrics.layer_error import LayerErrors
 from llmqat.progress import track
 from llmqat.train.chat import chat_rows, is_chat, positions, token_count, unstack
 from llmqat.train.layouts import Document
@@ -120,12 +121,14 @@ class Perplexity:
         kl_to_float: mean over tokens of ``KL(p_float || p)``, nats; None without a reference.
         top1_agreement: share of tokens whose most likely next token is the float model's; None without a reference.
         targets: tokens scored in each window; None where that is the same everywhere.
+        layer_errors: relative output error of each watched layer, see `LayerErrors`; None where none was watched.
     """
 
     losses: np.ndarray[Any, np.dtype[np.float64]]
     kl_to_float: float | None = None
     top1_agreement: float | None = None
     targets: tuple[int, ...] | None = None
+    layer_errors: dict[str, float] | None = None
 
     @property
     def perplexity(self) -> float:
@@ -144,9 +147,13 @@ def _batches(ids: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Windows, reference: Reference | None = None, description: str = "perplexity"
+    model: nn.Module,
+    data: Windows,
+    reference: Reference | None = None,
+    description: str = "perplexity",
+    layers: Iterable[str] = (),
 ) -> Perplexity:
-    """Score every window of `data`; with a reference, compare each token's distribution too.
+    """Score every window of `data`; with a reference, compare each token's distribution and the output of `layers` too.
 
     Raises:
         LlmqatError: if the loss is not finite.
@@ -156,15 +163,18 @@ def evaluate(
     device = next(model.parameters()).device
     losses: list[float] = []
     scored: list[int] = []
+    errors = LayerErrors(layers)
     kl = agree = 0.0
     total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
     for cpu_batch in track(_batches(data.ids), description, total):
         batch, counts = unstack(cpu_batch.to(device))
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        with errors.outputs(model) as outputs:
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         targets = None
         if reference is not None:
-            with reference.active() as float_model:
+            with reference.active() as float_model, errors.outputs(float_model) as float_outputs:
                 targets = float_model(input_ids=batch, use_cache=False).logits[:, :-1]
+            errors.add(outputs, float_outputs)
         for row in range(len(batch)):  # one window at a time: no float32 copy of all logits
             which = slice(None) if counts is None else counts[row, :-1]
             log_q = torch.log_softmax(logits[row][which].float(), -1)
@@ -180,7 +190,7 @@ def evaluate(
     n, targets_each = sum(scored), tuple(scored) if data.is_chat else None
     if reference is None:
         return Perplexity(np.array(losses), targets=targets_each)
-    return Perplexity(np.array(losses), kl / n, agree / n, targets_each)
+    return Perplexity(np.array(losses), kl / n, agree / n, targets_each, errors.result() or None)
 
 
 def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:

@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.progress import say
+from llmqat.progress import Meter
 from llmqat.train import checkpoint
 from llmqat.train.chat import positions, token_count, unstack
 from llmqat.train.data import EndlessSampler
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
 from llmqat.train.optimizers import make_optimizer
+from llmqat.train.tracking import check_tracker
 
 Teacher = FloatCopy | FloatView
-LOG_SECONDS = 10.0
 
 
 @dataclass
@@ -43,6 +43,8 @@ class TrainResult:
         losses: training loss by step.
         codes_changed: share of codes that training changed.
         clip_rate: share of weights beyond the ends of the grid at the end.
+        flipped: share of codes that differed from the first ones, by step of a held-out loss.
+        layers_changed: `codes_changed` of each layer.
     """
 
     steps: int = 0
@@ -53,6 +55,8 @@ class TrainResult:
     losses: dict[int, float] = field(default_factory=dict)
     codes_changed: float = 0.0
     clip_rate: float = 0.0
+    flipped: dict[int, float] = field(default_factory=dict)
+    layers_changed: dict[str, float] = field(default_factory=dict)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -78,6 +82,7 @@ class Trainer:
         directory: Path | None,
     ) -> None:
         self.config, self.teacher, self.directory, self.blocks, self.seed = config, teacher, directory, blocks, seed
+        check_tracker(config.tracker, directory)
         precision = "bf16" if config.precision == "bf16" else "no"
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()  # an earlier run of this process computed in another precision
@@ -138,7 +143,16 @@ class Trainer:
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
             self.best = {name: value.to("cpu", copy=True) for name, value in self.trainable().items()}
-        self.accelerator.log({"held_out_loss": loss}, step=result.steps)
+        self.count_codes()
+        result.flipped[result.steps] = result.codes_changed
+        counted = {"codes_changed": result.codes_changed, "clip_rate": result.clip_rate}
+        self.accelerator.log({"held_out_loss": loss, **counted}, step=result.steps)
+
+    def count_codes(self) -> None:
+        """How far codes are from the first ones, and how many weights from the grid."""
+        codes, self.result.clip_rate = code_statistics(self.plain_model)
+        counted = share_changed(self.first_codes, codes, self.plain_model)
+        self.result.codes_changed, self.result.layers_changed = counted
 
     def check_finite(self, loss: float, kind: str, step: int) -> None:
         """Stop rather than train on, or ship, a broken model."""
@@ -199,8 +213,7 @@ class Trainer:
         for name, parameter in self.plain_model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(self.best[name])
-        codes, self.result.clip_rate = code_statistics(self.plain_model)
-        self.result.codes_changed = share_changed(self.first_codes, codes, self.plain_model)
+        self.count_codes()
         self.accelerator.end_training()
         return self.result
 
@@ -269,17 +282,18 @@ def _run(trainer: Trainer, config: TrainConfig) -> None:
     loader: DataLoader[Tensor] = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
     batches = iter(trainer.accelerator.prepare(loader))
     trainer.model.train()
-    clock = Clock(result)
-    with interruptible() as interrupted:
+    clock = Clock(result, "KL" if trainer.teacher else "loss")
+    with interruptible() as interrupted, Meter("training", config.max_steps, result.steps) as meter:
         while result.steps < config.max_steps:
             loss = trainer.step(batches)
             result.losses[result.steps] = loss
             clock.update()
-            trainer.accelerator.log({"loss": loss, "lr": trainer.scheduler.get_last_lr()[0]}, step=result.steps)
+            logged = {"loss": loss, "lr": trainer.scheduler.get_last_lr()[0], "tokens_per_second": clock.speed()}
+            trainer.accelerator.log(logged, step=result.steps)
             last = result.steps == config.max_steps
             if last or result.steps % config.eval_every == 0:
                 trainer.evaluate()
-            clock.show(config.max_steps, last)
+            meter.update(result.steps, clock.figures())
             if last or interrupted() or result.steps % config.save_every == 0:
                 clock.update()
                 trainer.save()
@@ -290,27 +304,26 @@ def _run(trainer: Trainer, config: TrainConfig) -> None:
 
 
 class Clock:
-    """Counts the seconds of a run into its result, and prints a line now and then."""
+    """Counts the seconds of a run into its result, and says how the run goes."""
 
-    def __init__(self, result: TrainResult) -> None:
-        self.result, self.before, self.first = result, result.seconds, result.steps
-        self.started = self.shown = time.monotonic()
+    def __init__(self, result: TrainResult, held_out: str) -> None:
+        self.result, self.before, self.first, self.held_out = result, result.seconds, result.steps, held_out
+        self.started = time.monotonic()
 
     def update(self) -> None:
         """Write the time spent so far into the result."""
         self.result.seconds = self.before + time.monotonic() - self.started
 
-    def show(self, total: int, last: bool) -> None:
-        """Step, losses, speed and time left; at most one line in `LOG_SECONDS`, and one at the end."""
-        now, result = time.monotonic(), self.result
-        if now - self.shown < LOG_SECONDS and not last:
-            return
-        self.shown = now
-        per_step = (now - self.started) / (result.steps - self.first)
-        held_out_step = max(result.held_out)
-        say(
-            f"step {result.steps}/{total}  loss {result.losses[result.steps]:.4f}  held-out "
-            f"{result.held_out[held_out_step]:.4f} (step {held_out_step})  "
-            f"{result.tokens / result.steps / per_step:,.0f} tokens/s  "
-            f"{per_step * (total - result.steps):.0f} s left"
+    def speed(self) -> float:
+        """Tokens per second since this process began to train, held-out losses and checkpoints included."""
+        steps = self.result.steps - self.first
+        return self.result.tokens / self.result.steps * steps / (time.monotonic() - self.started)
+
+    def figures(self) -> str:
+        """Losses, codes flipped since the start of training (as of the last held-out loss), speed."""
+        result = self.result
+        step = max(result.held_out)
+        return (
+            f"loss {result.losses[result.steps]:.4f}, held-out {self.held_out} {result.held_out[step]:.4f}, "
+            f"{result.flipped[step]:.2%} of codes flipped, {self.speed():,.0f} tokens/s"
         )

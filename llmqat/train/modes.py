@@ -133,13 +133,18 @@ def code_statistics(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
     return packed, clipped / total
 
 
-def share_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: nn.Module) -> float:
-    """Share of codes that differ between two results of `code_statistics`."""
+def share_changed(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: nn.Module
+) -> tuple[float, dict[str, float]]:
+    """Share of codes that differ between two results of `code_statistics`: of the whole model, and by layer."""
     from llmqat.quant.packing import unpack_rows
 
     changed = total = 0
+    by_layer = {}
     for name, layer, _ in quantized_layers(model):
         old, new = (unpack_rows(side[name], layer.scheme.bits, layer.in_features) for side in (before, after))
-        changed += int((old != new).sum())
+        count = int((old != new).sum())
+        by_layer[name] = count / old.numel()
+        changed += count
         total += old.numel()
-    return changed / total
+    return changed / total, by_layer

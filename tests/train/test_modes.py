@@ -148,7 +148,7 @@ def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, mov
     after, _ = code_statistics(run.model)
     assert result.best_step > 0
     assert any(not torch.equal(before[name], after[name]) for name in before) == moves
-    assert (share_changed(before, after, run.model) > 0) == moves == (result.codes_changed > 0)
+    assert (share_changed(before, after, run.model)[0] > 0) == moves == (result.codes_changed > 0)
     frozen = [torch.equal(layer.scale, scales[name]) for name, layer, _ in quantized_layers(run.model)]
     assert not any(frozen) if mode == "scales" else all(frozen)  # by default the grid stays as it was
 
@@ -167,7 +167,9 @@ def test_code_statistics_count(tiny_llama):
         layer.weight[row, column] += 100 * layer.scale[row, column // 32]
     after, clip_rate = code_statistics(model)
     assert clip_rate == 1 / total
-    assert share_changed(before, after, model) == 1 / total
+    share, by_layer = share_changed(before, after, model)
+    assert share == 1 / total
+    assert by_layer == {name: (own is layer) / own.weight.numel() for name, own in layers.items()}
     assert layer.codes()[row, column] == 15
 
 

@@ -1,0 +1,53 @@
+"""The scoreboard: the same tokens scored by the float model, by its quantized versions, and by the packed file."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from llmqat.metrics.perplexity import Perplexity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LABELS = {
+    "float": "float",
+    "float_finetuned": "float, fine-tuned",
+    "rtn": "round to nearest",
+    "gptq": "GPTQ",
+    "qat": "trained (fake-quant)",
+    "packed": "packed file, kernel op",
+}
+ROWS = tuple(LABELS)
+
+
+def score_rows(results: Mapping[str, Perplexity]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the scoreboard: name, perplexity, change against float, KL to float, top-1 agreement.
+
+    Args:
+        results: by row. Those of `ROWS` come first, in that order; others follow under their own names.
+    """
+    base, rows = results.get("float"), []
+    for row in [*(row for row in ROWS if row in results), *(row for row in results if row not in ROWS)]:
+        result = results[row]
+        change = "" if base is None or row == "float" else f"{result.perplexity / base.perplexity - 1:+.2%}"
+        kl = "" if result.kl_to_float is None else f"{result.kl_to_float:.5f}"
+        top1 = "" if result.top1_agreement is None else f"{result.top1_agreement:.2%}"
+        rows.append((LABELS.get(row, row), f"{result.perplexity:.4f}", change, kl, top1))
+    return rows
+
+
+def scoreboard(results: Mapping[str, Perplexity], title: str | None = None) -> "Table":
+    """The scoreboard as a rich table: a notebook shows it as it is, a terminal by ``rich.print``.
+
+    Args:
+        results: what `llmqat.evaluate` gave, by row: float, rtn, gptq, qat, packed, or names of your own.
+        title: above the table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("")
+    for name in ("perplexity", "vs float", "KL to float", "top-1"):
+        table.add_column(name, justify="right")
+    for row in score_rows(results):
+        table.add_row(*row)
+    return table

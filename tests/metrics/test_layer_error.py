@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from llmqat.metrics.layer_error import STRIDE, LayerErrors
+from llmqat.metrics.perplexity import Windows, evaluate
+from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.scheme import QuantScheme
+from llmqat.train.modes import add_lora
+
+DATA = Windows(torch.randint(0, 128, (6, 48), generator=torch.Generator().manual_seed(2)), "none")
+
+
+def names_of(model):
+    return [name for name, _, _ in quantized_layers(model)]
+
+
+def captured(model, name, ids):
+    """The layer's output for every token, by a hook of our own."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_errors_are_those_of_sampled_outputs(tiny_llama, lora):
+    model, original = tiny_llama(), tiny_llama()
+    prepare(model, QuantScheme(3, 16))
+    names = names_of(model)
+    watched = add_lora(model, 2) if lora else model
+    result = evaluate(watched, DATA, FloatCopy(original), layers=names)
+    assert list(result.layer_errors) == names
+    for name in (names[0], names[-1]):
+        y, target = captured(model, name, DATA.ids)[::STRIDE], captured(original, name, DATA.ids)[::STRIDE]
+        expected = float((y - target).square().sum() / target.square().sum())
+        assert result.layer_errors[name] == pytest.approx(expected, rel=1e-4)
+        assert expected > 1e-4
+
+
+def test_a_view_of_the_float_model_compares_a_model_with_itself(tiny_llama):
+    model = tiny_llama()
+    prepare(model, QuantScheme(3, 16))
+    names = names_of(model)
+    with_copy = evaluate(model, DATA, FloatCopy(tiny_llama()), layers=names).layer_errors
+    assert evaluate(model, DATA, FloatView(model), layers=names).layer_errors == pytest.approx(with_copy, rel=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_is_watched_unless_asked(tiny_llama):
+    assert evaluate(tiny_llama(), DATA, FloatCopy(tiny_llama())).layer_errors is None
+
+
+def test_errors_add_up_over_batches():
+    errors = LayerErrors(["a", "b"])
+    errors.add({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 1.0])})
+    errors.add({"a": torch.tensor([2.0])}, {"a": torch.tensor([2.0])})
+    assert errors.result() == {"a": pytest.approx(1 / 6), "b": 0.0}
