@@ -25,7 +25,7 @@ from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
 from llmqat.page.render import write_page
-from llmqat.scoreboard import scoreboard
+from llmqat.scores import scoreboard
 from llmqat.train.corpus import load_corpus
 from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.loop import TrainResult, fit

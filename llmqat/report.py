@@ -13,7 +13,7 @@ from llmqat.machine import environment
 from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
-from llmqat.scoreboard import LABELS, ROWS, score_rows, scoreboard
+from llmqat.scores import LABELS, ROWS, score_rows, scoreboard
 from llmqat.train.loop import TrainResult
 
 WORTHWHILE_GAP = 0.01

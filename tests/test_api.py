@@ -1,5 +1,7 @@
 """The Python surface, as the README uses it."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -22,6 +24,7 @@ def test_exports():
     assert llmqat.__all__ == sorted(llmqat.__all__)
     for name in llmqat.__all__:
         assert getattr(llmqat, name) is not None
+        assert not isinstance(getattr(llmqat, name), ModuleType), f"a module hides llmqat.{name}"
     own = {"LlmqatError", "QuantScheme"}
     assert set(llmqat.__all__) - own <= set(api.__all__)
     assert all(hasattr(api, name) for name in api.__all__)

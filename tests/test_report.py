@@ -14,7 +14,7 @@ from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.report import Measured, facts, model_card, show, verdict, write_json
 from llmqat.scheme import QuantScheme
-from llmqat.scoreboard import score_rows
+from llmqat.scores import score_rows
 from llmqat.train.loop import TrainResult
 
 # DESIGN.md, section 4: stable keys.

@@ -7,7 +7,7 @@ from llmqat.page.charts import Series, line_chart, meter, percent, short
 from llmqat.page.layers import histograms, layer_errors
 from llmqat.page.markup import Values, facts, section, table, written
 from llmqat.progress import duration
-from llmqat.scoreboard import LABELS, ROWS
+from llmqat.scores import LABELS, ROWS
 
 MODES = {"full": "all weights", "lora": "LoRA inside the quantizer", "scales": "scales and norms"}
 
@@ -26,7 +26,13 @@ def header(report: Values, details: Values) -> str:
         tiles.append(("quantized layers", f"{ratio:.1%} of float", f"{size['bits_per_weight']:.2f} bits per weight"))
     if check["codes_equal"] is not None:
         equal = check["codes_equal"] and check["scales_equal"]
-        tiles.append(("packed = trained", "bit for bit" if equal else "different", "codes and scales, by verify"))
+        tiles.append(
+            (
+                "packed = trained",
+                "bit for bit" if equal else '<span class="bad">different</span>',
+                "codes and scales, by verify",
+            )
+        )
     boxes = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in tiles)
     name = escape(report["model"].rstrip("/").rsplit("/", 1)[-1])
     text = details.get("verdict", "")
