@@ -129,10 +129,7 @@ def facts(measured: Measured) -> list[str]:
         lines.append(
             f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"
         )
-    lines.append(
-        f"measured on {measured.data.tokens:,} test tokens of {measured.recipe.data.dataset}: "
-        f"{measured.data.protocol}, float32 compute, ids {measured.data.sha256[:12]}"
-    )
+    lines.append(f"measured on {measured_on(measured)}")
     if measured.size:
         ratio = measured.size["packed_bytes"] / measured.size["float_bytes"]
         lines.append(
@@ -157,6 +154,15 @@ def facts(measured: Measured) -> list[str]:
             f"{t.codes_changed:.1%} of codes changed, {t.clip_rate:.2%} of weights beyond the grid"
         )
     return [*lines, *_verify_lines(measured.verification)]
+
+
+def measured_on(measured: Measured) -> str:
+    """What the scoreboard was measured on, and how."""
+    data = measured.data
+    return (
+        f"{data.tokens:,} test tokens of {measured.recipe.data.dataset}: {data.protocol}, float32 compute, "
+        f"ids {data.sha256[:12]}"
+    )
 
 
 def _verify_lines(check: Verification | None) -> list[str]:

@@ -16,38 +16,44 @@ class LayerErrors:
     """``||y - y_float||^2 / ||y_float||^2`` of each layer's output, over a sample of the tokens.
 
     `y` is computed on the quantized prefix and `y_float` on the float one: what reaches the layer counts, not its own
-    rounding alone, so that a layer which makes up for those before it shows.
+    rounding alone, so that a layer which makes up for those before it shows. A layer that does not see every token in
+    both models (an expert, whose tokens the router chooses) has no such error and is left out.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.totals = {name: (0.0, 0.0) for name in names}
+        self.names = list(names)
+        self.totals: dict[str, tuple[float, float]] = {}
 
     @contextmanager
-    def outputs(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def outputs(self, model: nn.Module, tokens: int) -> Iterator[dict[str, Tensor]]:
         """Collect the outputs ``(tokens / STRIDE, out)`` of one forward of `model` inside the ``with``, by layer."""
         found: dict[str, Tensor] = {}
 
-        def keep(name: str) -> object:
+        def keep(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
             def hook(_: nn.Module, args: object, output: Tensor) -> None:
-                # A copy, always: a view would keep the outputs of all tokens of all layers in memory.
-                found[name] = output.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
+                rows = output.detach().flatten(0, -2)
+                if len(rows) == tokens:
+                    # A copy, always: a view would keep the outputs of all tokens of all layers in memory.
+                    found[name] = rows[::STRIDE].to(torch.float32, copy=True)
 
-            return plain_model(model).get_submodule(name).register_forward_hook(hook)
+            return module.register_forward_hook(hook)
 
-        handles = [keep(name) for name in self.totals]
+        modules = dict(plain_model(model).named_modules()) if self.names else {}
+        handles = [keep(name, modules[name]) for name in self.names if name in modules]
         try:
             yield found
         finally:
             for handle in handles:
-                handle.remove()  # type: ignore[attr-defined]
+                handle.remove()
 
     def add(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
         """Count a batch: outputs of the quantized model against those of the float one."""
-        for name, y in outputs.items():
-            error, power = self.totals[name]
-            target = targets[name]
+        for name in outputs.keys() & targets.keys():
+            error, power = self.totals.get(name, (0.0, 0.0))
+            y, target = outputs[name], targets[name]
             self.totals[name] = (error + float((y - target).square().sum()), power + float(target.square().sum()))
 
     def result(self) -> dict[str, float]:
-        """Relative squared error by layer."""
-        return {name: error / max(power, 1e-30) for name, (error, power) in self.totals.items()}
+        """Relative squared error by layer, in the order in which they were named."""
+        shares = {name: error / max(power, 1e-30) for name, (error, power) in self.totals.items()}
+        return {name: shares[name] for name in self.names if name in shares}

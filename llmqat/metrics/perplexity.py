@@ -168,11 +168,11 @@ def evaluate(
     total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
     for cpu_batch in track(_batches(data.ids), description, total):
         batch, counts = unstack(cpu_batch.to(device))
-        with errors.outputs(model) as outputs:
+        with errors.outputs(model, batch.numel()) as outputs:
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         targets = None
         if reference is not None:
-            with reference.active() as float_model, errors.outputs(float_model) as float_outputs:
+            with reference.active() as float_model, errors.outputs(float_model, batch.numel()) as float_outputs:
                 targets = float_model(input_ids=batch, use_cache=False).logits[:, :-1]
             errors.add(outputs, float_outputs)
         for row in range(len(batch)):  # one window at a time: no float32 copy of all logits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmqat.metrics.perplexity import bootstrap_difference
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.quant.affine import dequantize
-from llmqat.report import Measured, verdict
+from llmqat.report import Measured, measured_on, verdict
 from llmqat.scheme import QuantScheme
 from llmqat.train.loop import TrainResult
 
@@ -19,6 +19,8 @@ CURVE_POINTS = 400
 WEIGHT_BINS = 49  # odd, so that zero has a bin of its own
 # Weights are drawn up to this many standard deviations; what lies beyond is counted in the last bins.
 WEIGHT_RANGE = 4.0
+# A model of experts has thousands of layers; the page holds histograms of this many at most.
+HISTOGRAMS = 400
 
 
 def thinned(curve: dict[int, float], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
@@ -47,60 +49,57 @@ def histogram(values: Tensor, limit: float) -> list[int]:
     return [int(count) for count in counts]
 
 
-def layer_histograms(weight: Tensor, codes: Tensor, w_hat: Tensor, scheme: QuantScheme) -> dict[str, Any]:
+def layer_histograms(weight: Tensor | None, codes: Tensor, w_hat: Tensor, scheme: QuantScheme) -> dict[str, Any]:
     """Float weights and those on the grid, on one axis, and how often each code is used.
 
     Args:
-        weight: float ``(out, in)``.
+        weight: float ``(out, in)``, or None where the float model does not hold it as such.
         codes: of the grid, ``(out, in)``.
         w_hat: dequantized ``(out, in)``.
         scheme: of the layer.
     """
-    limit = min(float(weight.abs().max()), WEIGHT_RANGE * float(weight.float().std()))
+    shown = w_hat if weight is None else weight
+    limit = min(float(shown.abs().max()), WEIGHT_RANGE * float(shown.float().std()))
     used = torch.bincount(codes.flatten().long() - scheme.qmin, minlength=2**scheme.bits)
     return {
         "limit": limit,
-        "float": histogram(weight, limit),
+        "float": None if weight is None else histogram(weight, limit),
         "grid": histogram(w_hat, limit),
         "first_code": scheme.qmin,
         "codes": used.tolist(),
-        "weight_error": float((w_hat.float() - weight).square().sum() / weight.square().sum()),
     }
 
 
 @torch.no_grad()
 def layers(measured: Measured, model: nn.Module, float_model: nn.Module) -> list[dict[str, Any]]:
     """Every quantized layer in model order: output errors by row of the scoreboard, share of codes that training
-    changed, histograms.
+    changed, and of at most `HISTOGRAMS` of them, evenly picked, the histograms.
 
     Args:
         measured: the run.
         model: the model on its grid, as it was packed.
         float_model: the float model, or the model on its grid again where its masters are the float weights.
     """
-    root = plain_model(float_model)
+    originals = dict(plain_model(float_model).named_modules())
     changed = measured.training.layers_changed if measured.training else {}
+    rows = {row: result.layer_errors for row, result in measured.perplexity.items() if result.layer_errors}
+    on_grid = list(quantized_layers(model))
     found = []
-    for name, layer, lora in quantized_layers(model):
-        original: Any = root.get_submodule(name)
-        weight: Tensor = getattr(original, "base_layer", original).weight
-        codes = layer.codes(**lora)
-        w_hat = dequantize(codes, layer.stored_scale(), layer.stored_zero_point(), layer.scheme)
-        errors = {
-            row: result.layer_errors[name]
-            for row, result in measured.perplexity.items()
-            if result.layer_errors and name in result.layer_errors
+    for index, (name, layer, lora) in enumerate(on_grid):
+        details = {
+            "name": name,
+            "shape": list(layer.weight.shape),
+            "scheme": str(layer.scheme),
+            "errors": {row: errors[name] for row, errors in rows.items() if name in errors},
+            "codes_changed": changed.get(name),
         }
-        found.append(
-            {
-                "name": name,
-                "shape": list(weight.shape),
-                "scheme": str(layer.scheme),
-                "errors": errors,
-                "codes_changed": changed.get(name),
-                **layer_histograms(weight.detach(), codes, w_hat, layer.scheme),
-            }
-        )
+        if index % -(-len(on_grid) // HISTOGRAMS) == 0:
+            original: Any = originals.get(name)
+            weight = None if original is None else getattr(original, "base_layer", original).weight.detach()
+            codes = layer.codes(**lora)
+            w_hat = dequantize(codes, layer.stored_scale(), layer.stored_zero_point(), layer.scheme)
+            details |= layer_histograms(weight, codes, w_hat, layer.scheme)
+        found.append(details)
     return found
 
 
@@ -114,6 +113,7 @@ def collect(measured: Measured, model: nn.Module, float_model: nn.Module) -> dic
         "format": 1,
         "scheme": str(measured.recipe.scheme()),
         "verdict": verdict(measured),
+        "measured_on": measured_on(measured),
         "interval": interval,
         "curves": curves(measured.training),
         "layers": layers(measured, model, float_model),

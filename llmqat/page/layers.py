@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from statistics import fmean
 
 from llmqat.page.charts import HEIGHT, WIDTH, Series, legend, line_chart, percent
 from llmqat.page.markup import Values, section, table, written
@@ -11,12 +12,22 @@ COMPARED = {"rtn": "round to nearest", "gptq": "GPTQ", "qat": "trained"}
 
 
 def kind_and_depth(name: str) -> tuple[str, int]:
-    """``model.layers.3.mlp.down_proj`` to ``mlp.down_proj`` and 3: what follows the last number, and that number."""
+    """Kind of a layer and its block: ``model.layers.3.mlp.experts.5.up_proj`` to ``mlp.experts.up_proj`` and 3."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     if not numbers:
         return name, 0
-    return ".".join(parts[numbers[-1] + 1 :]) or parts[-1], int(parts[numbers[-1]])
+    below = [part for part in parts[numbers[0] + 1 :] if not part.isdigit()]
+    return ".".join(below) or parts[0], int(parts[numbers[0]])
+
+
+def by_block(members: Sequence[Values], row: str) -> list[tuple[float, float]]:
+    """Error of a kind of layer under `row` by block; the mean where a block has several."""
+    found: dict[int, list[float]] = {}
+    for member in members:
+        if row in member["errors"]:
+            found.setdefault(kind_and_depth(member["name"])[1], []).append(member["errors"][row])
+    return [(block, fmean(errors)) for block, errors in sorted(found.items())]
 
 
 def layer_errors(report: Values, details: Values) -> str:
@@ -30,14 +41,7 @@ def layer_errors(report: Values, details: Values) -> str:
         kinds.setdefault(kind_and_depth(layer["name"])[0], []).append(layer)
     figures = []
     for kind, members in kinds.items():
-        series = [
-            Series(
-                COMPARED[row],
-                row,
-                [(kind_and_depth(m["name"])[1], m["errors"][row]) for m in members if row in m["errors"]],
-            )
-            for row in rows
-        ]
+        series = [Series(COMPARED[row], row, by_block(members, row)) for row in rows]
         chart = line_chart(series, f"Output error of {kind} by block", "block", percent, from_zero=True)
         figures.append(f"<figure><h3>{escape(kind)}</h3>{chart}</figure>")
     note = (
@@ -61,7 +65,7 @@ def _error_table(layers: Sequence[Values], rows: Sequence[str]) -> str:
 
 def histograms(report: Values, details: Values) -> str:
     """Weights and codes of the layer chosen in a select box; drawn by the page's script."""
-    layers = details.get("layers", [])
+    layers = [layer for layer in details.get("layers", []) if "codes" in layer]
     options = "".join(f"<option>{escape(layer['name'])}</option>" for layer in layers)
     if not layers:
         return ""
@@ -75,4 +79,6 @@ def histograms(report: Values, details: Values) -> str:
 <figure><h3>Weights</h3>{box.format("weights", "Histogram of weights")}{shown}</figure>
 <figure><h3>Codes</h3>{box.format("codes", "How often each code is used")}</figure>
 </div></div>"""
-    return section("One layer", "", body)
+    count = len(details["layers"])
+    note = f"{len(layers)} of {count} layers, evenly picked." if len(layers) < count else ""
+    return section("One layer", note, body)

@@ -44,10 +44,10 @@
   const highest = (...lists) => Math.max(...lists.map((counts) => Math.max(...counts) / (sum(counts) || 1)));
 
   function weights(svg, layer) {
-    const top = highest(layer.float, layer.grid), limit = layer.limit.toPrecision(2);
+    const top = highest(layer.float || [0], layer.grid), limit = layer.limit.toPrecision(2);
     axes(svg, top, [[0, "−" + limit], [0.5, "0"], [1, limit]], "weight");
     steps(svg, layer.grid, top, "packed", false);
-    steps(svg, layer.float, top, "float", true);
+    if (layer.float) steps(svg, layer.float, top, "float", true);
   }
 
   function codes(svg, layer) {

@@ -26,7 +26,7 @@ def render(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         details: `details.json`; what it lacks is left out of the page.
     """
     folder = files("llmqat.page")
-    layers = [{key: layer[key] for key in DRAWN} for layer in details.get("layers", [])]
+    layers = [{key: layer[key] for key in DRAWN} for layer in details.get("layers", []) if "codes" in layer]
     return Template((folder / "template.html").read_text("utf-8")).substitute(
         title=escape(f"{report['model']}: llmqat report"),
         style=(folder / "style.css").read_text("utf-8"),

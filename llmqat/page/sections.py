@@ -58,12 +58,10 @@ def scoreboard(report: Values, details: Values) -> str:
         numbers = "".join(f"<td>{cell or ''}</td>" for cell in (*cells[:3],))
         last = f'<td class="bar">{bar}</td><td>{cells[3] or ""}</td>'
         lines.append(f'<tr class="{row}"><th scope="row">{LABELS[row]}</th>{numbers}{last}</tr>')
-    tokens, config = report["tokens"], report["recipe"]["eval"]
+    on = escape(details.get("measured_on", f"{report['tokens']['eval']:,} test tokens"))
     note = (
-        f"The same {tokens['eval']:,} test tokens of {escape(report['recipe']['data']['dataset'])} for every row: "
-        f"windows of {config['window']} without overlap, BOS {config['bos']}, float32 compute, ids "
-        f"<code>{tokens['eval_sha256'][:12]}</code>. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the "
-        "share of tokens whose most likely successor is the float model's."
+        f"Every row on the same {on}. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the share of tokens "
+        "whose most likely successor is the float model's."
     )
     head = ("", "perplexity", "vs float", "KL to float", None, "top-1")
     return section("Scoreboard", note, table(head, lines) + _interval(details))

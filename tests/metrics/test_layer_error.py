@@ -53,8 +53,24 @@ def test_nothing_is_watched_unless_asked(tiny_llama):
     assert evaluate(tiny_llama(), DATA, FloatCopy(tiny_llama())).layer_errors is None
 
 
+def test_layers_that_cannot_be_compared_are_left_out(tiny_llama, monkeypatch):
+    """An expert sees the tokens its router chose, and a fused one of the float model has no module of its own."""
+    model, original = tiny_llama(), tiny_llama()
+    prepare(model, QuantScheme(3, 16))
+    expert = model.get_submodule("model.layers.0.mlp.down_proj")
+    whole = expert.forward
+    monkeypatch.setattr(expert, "forward", lambda x: whole(x[:, ::2]).repeat_interleave(2, 1)[:, :-1])
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", lambda x: (expert(x.new_zeros(6, 48, 96)), x)[1])
+    del original.model.layers[1].mlp.down_proj
+    original.model.layers[1].mlp.forward = lambda x: x
+    found = evaluate(model, DATA, FloatCopy(original), layers=names_of(model)).layer_errors
+    assert "model.layers.0.mlp.down_proj" not in found
+    assert "model.layers.1.mlp.down_proj" not in found
+    assert "model.layers.1.self_attn.o_proj" in found
+
+
 def test_errors_add_up_over_batches():
     errors = LayerErrors(["a", "b"])
     errors.add({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 1.0])})
-    errors.add({"a": torch.tensor([2.0])}, {"a": torch.tensor([2.0])})
-    assert errors.result() == {"a": pytest.approx(1 / 6), "b": 0.0}
+    errors.add({"a": torch.tensor([2.0]), "b": torch.ones(1)}, {"a": torch.tensor([2.0]), "c": torch.ones(1)})
+    assert errors.result() == {"a": pytest.approx(1 / 6)}

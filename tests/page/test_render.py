@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from llmqat.errors import LlmqatError
-from llmqat.page.layers import kind_and_depth
+from llmqat.page.layers import by_block, kind_and_depth
 from llmqat.page.render import PAGE, render, write_page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -154,12 +154,30 @@ def test_speed(report, details):
     [
         ("model.layers.3.mlp.down_proj", "mlp.down_proj", 3),
         ("transformer.h.11.attn.c_attn", "attn.c_attn", 11),
-        ("model.layers.2.mlp.experts.5.up_proj", "up_proj", 5),
+        ("model.layers.2.mlp.experts.5.up_proj", "mlp.experts.up_proj", 2),
+        ("layers.4", "layers", 4),
         ("classifier", "classifier", 0),
     ],
 )
 def test_layers_are_told_apart(name, kind, depth):
     assert kind_and_depth(name) == (kind, depth)
+
+
+def test_experts_of_a_block_are_averaged():
+    members = [{"name": f"layers.1.experts.{n}.up", "errors": {"rtn": error}} for n, error in enumerate((0.1, 0.3))]
+    members.append({"name": "layers.0.experts.0.up", "errors": {"rtn": 0.4, "qat": 0.5}})
+    assert by_block(members, "rtn") == [(0, 0.4), (1, pytest.approx(0.2))]
+    assert by_block(members, "qat") == [(0, 0.5)]
+
+
+def test_a_part_of_many_layers_is_drawn(report, details):
+    for layer in details["layers"][1:]:
+        del layer["codes"]
+    details["layers"][0]["float"] = None
+    text = render(report, details)
+    assert text.count("<option>") == 1
+    assert f"1 of {len(details['layers'])} layers, evenly picked." in text
+    assert f"All {len(details['layers'])} layers as a table" in text
 
 
 def test_report_command(finished, tmp_path, call, capsys):
