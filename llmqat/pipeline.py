@@ -253,8 +253,9 @@ class Run:
             write_json(self.measured, scratch / REPORT)
             details.write(details.collect(self.measured, self.model, self.reference.model), scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
-        write_page(self.directory)
+        page = write_page(self.directory)
         show(self.measured)
+        say(f"look at it in a browser: {page}")
         check = self.measured.verification
         if check is not None and not check.ok:
             raise LlmqatError(

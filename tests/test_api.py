@@ -1,9 +1,11 @@
 """The Python surface, as the README uses it."""
 
+import io
 from types import ModuleType
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import Trainer, TrainingArguments
 
 import llmqat
@@ -170,3 +172,31 @@ def test_the_trainer_of_transformers_trains_it_unchanged(tiny_llama, tmp_path):
     }
     assert grids.keys() == trained.keys()
     assert all(torch.equal(grids[name], trained[name]) for name in trained)
+
+
+def test_inspect_is_the_dry_run(model_dir):
+    plan = llmqat.inspect(str(model_dir), quant={"bits": 3, "group_size": 16}, train={"mode": "scales"})
+    text = str(plan)
+    assert "W3A16 g16 symmetric: 14 layers" in text
+    assert "predicted memory for --train scales" in text
+    with pytest.raises(LlmqatError, match=r"unknown key quant\.bit; did you mean quant\.bits\?"):
+        llmqat.inspect(str(model_dir), quant={"bit": 3})
+
+
+def test_scoreboard_shows_in_a_notebook_and_on_a_terminal(tiny_llama):
+    model, test = tiny_llama(), llmqat.Windows(IDS, "none")
+    results = {"float": llmqat.evaluate(model, test)}
+    llmqat.prepare(model, QuantScheme(3, 32))
+    results["rtn"] = llmqat.evaluate(model, test, llmqat.FloatCopy(tiny_llama()))
+    table = llmqat.scoreboard(results, "tiny")
+    html = table._repr_mimebundle_([], [])["text/html"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    for text in (html, console.export_text()):
+        for part in (
+            "tiny",
+            "round to nearest",
+            f"{results['rtn'].perplexity:.4f}",
+            f"{results['rtn'].kl_to_float:.5f}",
+        ):
+            assert part in text

@@ -6,7 +6,7 @@
   if (!select || !layers.length) return;
   const W = 320, H = 190, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 30;
   const sum = (values) => values.reduce((a, b) => a + b, 0);
-  const percent = (share) => (100 * share).toPrecision(3).replace(/\.?0+$/, "") + "%";
+  const percent = (share) => Number((100 * share).toPrecision(3)) + "%";
 
   function element(name, attributes, text) {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -28,8 +28,14 @@
     svg.append(group);
   }
 
+  // The step between marks of an axis from zero to `most`: 1, 2 or 5 times a power of ten, at most four of them.
+  function stepOf(most) {
+    const magnitude = 10 ** Math.floor(Math.log10(most / 4));
+    return [1, 2, 5, 10].map((m) => m * magnitude).find((step) => most / step <= 4);
+  }
+
   function axes(svg, top, ticks, name) {
-    for (const share of [0, top / 2, top]) {
+    for (let share = 0, step = stepOf(top); share <= top * 1.001; share += step) {
       const y = H - BOTTOM - share / top * (H - BOTTOM - TOP);
       svg.append(element("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: y, y2: y }));
       svg.append(element("text", { x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, percent(share)));
@@ -41,7 +47,11 @@
     svg.append(element("text", { x: W - RIGHT, y: H - 2, "text-anchor": "end" }, name));
   }
 
-  const highest = (...lists) => Math.max(...lists.map((counts) => Math.max(...counts) / (sum(counts) || 1)));
+  // End of the y axis: the greatest share, rounded up to a mark.
+  function highest(...lists) {
+    const most = Math.max(...lists.map((counts) => Math.max(...counts) / (sum(counts) || 1))) || 1;
+    return Math.ceil(most / stepOf(most) - 1e-9) * stepOf(most);
+  }
 
   function weights(svg, layer) {
     const top = highest(layer.float || [0], layer.grid), limit = layer.limit.toPrecision(2);

@@ -189,6 +189,15 @@ def test_report_command(finished, tmp_path, call, capsys):
     assert (directory / PAGE).read_bytes() == before
 
 
+def test_quantize_writes_a_page_and_names_it(model_dir, text_file, tmp_path, call, capsys, small_flags):
+    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out", *small_flags]
+    assert call([*argv, "--act-bits", "8", "--asym"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"look at it in a browser: {tmp_path / 'out' / PAGE}"
+    page = Page((tmp_path / "out" / PAGE).read_text("utf-8"))
+    assert page.headings == ["tiny", *(name for name in ALL if name != "Training")]
+    assert "trained (fake-quant)" not in page.text
+
+
 def test_nothing_to_show(finished, tmp_path):
     with pytest.raises(LlmqatError, match=r"has no report\.json; `llmqat finetune` and `llmqat quantize` write one"):
         write_page(tmp_path)
