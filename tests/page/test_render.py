@@ -41,6 +41,12 @@ class Page(HTMLParser):
         (self.scripts if self.open and self.open[-1] in ("script", "style") else self.texts).append(data)
 
 
+def embedded(text):
+    """The layers that the page's script draws."""
+    (data,) = re.findall(r'<script type="application/json" id="layers">(.*?)</script>', text)
+    return json.loads(data)
+
+
 @pytest.fixture
 def report(finished):
     return json.loads((finished / "report.json").read_text())
@@ -87,8 +93,7 @@ def test_the_page_needs_nothing_else(finished):
 
 def test_data_of_every_layer_is_embedded(finished, details):
     text = (finished / PAGE).read_text("utf-8")
-    (data,) = re.findall(r'<script type="application/json" id="layers">(.*?)</script>', text)
-    layers = json.loads(data)
+    layers = embedded(text)
     assert [layer["codes"] for layer in layers] == [layer["codes"] for layer in details["layers"]]
     assert len(re.findall("<option>", text)) == len(layers)
     ids = set(re.findall(r'getElementById\("([\w-]+)"\)', text))
@@ -99,7 +104,9 @@ def test_names_are_escaped(report, details):
     report["model"] = "models/<b>&'\"</script>"
     details["layers"][0]["name"] = "model.layers.0.</script><i>"
     details["layers"][0]["scheme"] = "</script><!--"
-    page = Page(render(report, details))
+    text = render(report, details)
+    page = Page(text)
+    assert embedded(text)[0]["scheme"] == "</script><!--"
     assert page.headings[0] == "script>"
     assert "</script><i>" in page.text
     assert "<b>" not in "".join(page.headings)
