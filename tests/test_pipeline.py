@@ -129,7 +129,7 @@ def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes)
     assert main(["finetune", "--output", str(tmp_path / "cut"), "--resume"]) == 0
     resumed = json.loads((tmp_path / "cut" / "report.json").read_text())
     assert comparable(resumed) == comparable(whole.report)
-    for name in ("model.safetensors", "config.json", "fingerprint.json"):
+    for name in ("model.safetensors", "config.json", "fingerprint.json", "details.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole.directory / name).read_bytes()
     if changes["train.mode"] == "lora":
         adapters = [load_file(d / "adapter" / "adapter_model.safetensors") for d in (whole.directory, tmp_path / "cut")]

@@ -323,7 +323,8 @@ class Clock:
         """Losses, codes flipped since the start of training (as of the last held-out loss), speed."""
         result = self.result
         step = max(result.held_out)
+        flipped = f"{result.flipped[step]:.2%} of codes flipped, " if step in result.flipped else ""
         return (
-            f"loss {result.losses[result.steps]:.4f}, held-out {self.held_out} {result.held_out[step]:.4f}, "
-            f"{result.flipped[step]:.2%} of codes flipped, {self.speed():,.0f} tokens/s"
+            f"loss {result.losses[result.steps]:.4f}, held-out {self.held_out} {result.held_out[step]:.4f}, {flipped}"
+            f"{self.speed():,.0f} tokens/s"
         )

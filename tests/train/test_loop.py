@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import signal
 
 import pytest
@@ -115,6 +116,32 @@ def test_resume_rebuilds_the_optimizer_whatever_the_grid_was(prepared, train_con
     state = checkpoint.load(tmp_path)
     assert train(fresh, config, "full", resume=state).held_out == result.held_out
     assert same(codes(fresh.model), codes(first.model))
+
+
+def test_live_figures(prepared, train_config, monkeypatch):
+    shown = []
+    monkeypatch.setattr(loop.Meter, "update", lambda self, done, figures: shown.append((done, figures)))
+    result = train(prepared("full"), train_config("full", lr=0.05, warmup=0.0), "full")
+    assert result.flipped.keys() == {0, 2, 4}
+    assert result.flipped[0] == 0 < result.flipped[2]
+    assert [done for done, _ in shown] == [1, 2, 3, 4]
+    for done, figures in shown:
+        step = done // 2 * 2
+        expected = (
+            f"loss {result.losses[done]:.4f}, held-out KL {result.held_out[step]:.4f}, {result.flipped[step]:.2%} of"
+        )
+        assert figures.startswith(expected)
+        assert re.search(r" codes flipped, [\d,]+ tokens/s$", figures)
+
+
+def test_codes_changed_are_those_of_the_best_state(prepared, train_config):
+    run = prepared("full")
+    before = codes(run.model)
+    result = train(run, train_config("full", lr=0.05, warmup=0.0), "full")
+    after = codes(run.model)
+    changed = {name: float((before[name] != after[name]).float().mean()) for name in before}
+    assert result.layers_changed == pytest.approx(changed)
+    assert result.codes_changed == pytest.approx(result.flipped[result.best_step])
 
 
 def test_the_best_state_is_kept(prepared, train_config, mode, monkeypatch):
