@@ -99,6 +99,11 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(keep_dtype(fn), recurse)  # adapters are float32 masters too
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Said here because the rules of peft warn of a layer they do not know."""
+        assert isinstance(module, FakeQuantLinear)
+        return module.in_features, module.out_features
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``(alpha / r) B A``, ``(out, in)`` float32."""
         a, b = self.factors(adapter)

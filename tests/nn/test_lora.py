@@ -163,3 +163,8 @@ def test_safe_merge_refuses_non_finite_adapters(trained):
     adapters_of(model)[3].lora_B["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(LlmqatError, match="adapter 'default' holds non-finite weights; train again"):
         model.merge_adapter(safe_merge=True)
+
+
+def test_peft_does_not_warn_of_our_layer(prepared, recwarn):
+    get_peft_model(prepared(), lora_config())
+    assert not [warning for warning in recwarn if "Unsupported layer type" in str(warning.message)]
