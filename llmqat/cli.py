@@ -24,7 +24,7 @@ Fine-tune a model through its own integer grid, pack it, and prove and measure t
   llmqat finetune --model ./my-model --dataset my.jsonl --bits 4 --train lora --output out
   llmqat finetune --model ./my-model --dataset chats.jsonl --bits 4 --output out
       conversations (messages, prompt/completion, instruction/output): chat template, loss on the answers only
-  llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth 0.5 --output out
+  llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth auto --output out
   llmqat finetune --output out --resume
       go on after an interruption, with the options of the first call
 
@@ -35,7 +35,7 @@ QUANTIZE = """\
 Quantize without training: round to nearest or GPTQ, packed, verified and measured like a fine-tuned model.
 
   llmqat quantize --model llama --bits 4 --output out
-  llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth 0.5 --output out
+  llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth auto --output out
   llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
 """
 EVAL = """\

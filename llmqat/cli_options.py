@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -76,7 +76,20 @@ def _add_flag(group: Any, f: Field[Any], hint: Any, **common: Any) -> None:
     choices = f.metadata["choices"] or None
     metavar = None if choices else {"int": "N", "float": "X"}.get(kinds[0].__name__, "TEXT")
     default = "" if f.default is None else f" (default: {f.default})"
-    group.add_argument(flag, type=kinds[0], choices=choices, metavar=metavar, help=text + default, **common)
+    kind = _number_or(kinds[0], f.metadata["words"]) if f.metadata["words"] else kinds[0]
+    group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=text + default, **common)
+
+
+def _number_or(kind: Callable[[str], Any], words: tuple[str, ...]) -> Callable[[str], Any]:
+    """Reads one of `words` as itself, and anything else as a number."""
+
+    def read(text: str) -> Any:
+        try:
+            return text if text in words else kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a number or {' or '.join(words)}, got {text!r}") from error
+
+    return read
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:

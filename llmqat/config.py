@@ -29,9 +29,10 @@ def meta(
     choices: tuple[Any, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    words: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What a recipe field carries besides its default."""
-    return {"help": help, "flag": flag, "choices": choices, "least": least, "most": most}
+    return {"help": help, "flag": flag, "choices": choices, "least": least, "most": most, "words": words}
 
 
 def option(
@@ -41,9 +42,11 @@ def option(
     choices: tuple[Any, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """A recipe field: default, help, its flag on the command line, allowed values, the least and the greatest one."""
-    return field(default=default, metadata=meta(help, flag, choices, least, most))
+    """A recipe field: default, help, its flag on the command line, allowed values, the least and the greatest one, and
+    words that may stand in place of a number."""
+    return field(default=default, metadata=meta(help, flag, choices, least, most, words))
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,13 @@ class InitConfig:
     """Where training starts: post-training quantization."""
 
     method: str = option("gptq", "initial codes", "--init", choices=INITS)
-    smooth: float | None = option(
+    smooth: float | str | None = option(
         None,
-        "SmoothQuant strength in [0, 1]: fold activation outliers into the weights first",
+        "SmoothQuant strength in [0, 1]: fold activation outliers into the weights first; auto: searched by site",
         "--smooth",
         least=0.0,
         most=1.0,
+        words=("auto",),
     )
     samples: int = option(128, "calibration sequences", "--calibration-samples", least=1)
     damp: float = option(0.01, "GPTQ damping, as a fraction of the mean diagonal of the Hessian", "--damp", least=0.0)
@@ -287,14 +291,15 @@ def _section(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _value(hint: Any, value: Any, name: str, metadata: Mapping[str, Any]) -> Any:
-    if value is None and type(None) in get_args(hint):
-        return None
+    if (value is None and type(None) in get_args(hint)) or value in metadata["words"]:
+        return value
     hint = next(a for a in get_args(hint) if a is not type(None)) if _is_union(hint) else hint
     wanted = get_origin(hint) or hint
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise LlmqatError(f"{name} must be {_english(wanted)}, got {value!r}{_number_hint(wanted, value)}")
+        words = "".join(f" or {word}" for word in metadata["words"])
+        raise LlmqatError(f"{name} must be {_english(wanted)}{words}, got {value!r}{_number_hint(wanted, value)}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise LlmqatError(f"{name} must be one of {', '.join(map(str, metadata['choices']))}; got {value!r}")
     if metadata["least"] is not None and not value >= metadata["least"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
+from llmqat.algorithms.smoothquant import describe
 from llmqat.config import DataConfig, Recipe
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
@@ -35,6 +36,7 @@ from llmqat.models.patcher import (
     round_float_parts,
     run_gptq,
     smooth,
+    smoothable,
 )
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.page import details
@@ -110,6 +112,8 @@ class Run:
         if recipe.init.method == "gptq":
             architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
         check_tracker(recipe.train.tracker, self.directory)
+        if recipe.init.smooth is not None:
+            smoothable(self.model)
         # From here on the run can start: only now may it touch what an earlier one left.
         if self.state is None:
             checkpoint.discard(self.directory / CHECKPOINT)
@@ -133,12 +137,17 @@ class Run:
 
     def smooth(self) -> None:
         """SmoothQuant on the float model, if asked for."""
-        if self.recipe.init.smooth is not None:
-            changes = smooth(self.model, self.calibration, self.recipe.init.smooth)
-            say(
-                f"smoothed {len(changes)} sites; float logits changed by at most {max(changes.values()):.1e} of the "
-                "largest"
+        recipe = self.recipe
+        if recipe.init.smooth is not None:
+            done = smooth(
+                self.model,
+                self.calibration,
+                recipe.init.smooth,
+                scheme=recipe.scheme(),
+                overrides=recipe.quant.overrides,
+                storage_dtype=self.stored_dtype,
             )
+            say(describe(done))
 
     def prepare(self) -> None:
         """Put the model on its grid, measuring float, round-to-nearest and GPTQ on the way."""
@@ -161,7 +170,7 @@ class Run:
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, coverage, self.test)
         self.measured.tokens["calibration"] = 0
-        if recipe.init.method == "gptq":
+        if recipe.init.method == "gptq" or recipe.init.smooth is not None:
             self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         if earlier:
             self.measured.perplexity.update(earlier)

@@ -74,6 +74,7 @@ BAD = {
         r"those one group per row with .*--override 'q_proj\$:group_size=-1'.* or choose a --group-size that",
     ),
     "smooth": (options("--smooth", "2"), "(alpha must lie between 0 and 1|init.smooth must be at most 1), got 2"),
+    "smooth word": (options("--smooth", "much"), "argument --smooth: expected a number or auto, got 'much'"),
     "YAML number": (typo, "r.yaml: train.lr must be a number, got '2e-4' .text, to YAML.; write 2.0e-4"),
     "recipe": (options("--recipe", "none"), "no recipe none: neither a file nor one of the bundled ones"),
     "override": (options("--override", "down_proj"), "cannot read --override 'down_proj'; write 'PATTERN:float' or"),

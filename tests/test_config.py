@@ -24,6 +24,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.yaml
         ({"quant": {"overrides": "float"}}, "quant.overrides must be a mapping, got 'float'"),
         ({"train": {"lr": True}}, "train.lr must be a number, got True"),
         ({"train": {"lr": "fast"}}, "train.lr must be a number, got 'fast'"),
+        ({"init": {"smooth": "some"}}, "init.smooth must be a number or auto, got 'some'"),
         ({"train": {"warmup": None}}, "train.warmup must be a number, got None"),
         ({"model": 7}, "model must be text, got 7"),
         # choices
@@ -54,6 +55,7 @@ def test_defaults_and_differences():
     assert recipe.train.lr == 1.0
     assert isinstance(recipe.train.lr, float)
     assert recipe.init.smooth == 0.0
+    assert from_dict({"init": {"smooth": "auto"}}).init.smooth == "auto"
     assert recipe.train.mode is None
     assert recipe.quant == Recipe().quant
 

@@ -109,7 +109,7 @@ def test_finetune(go, model_dir, mode):
     [
         {"train.mode": "full"},
         {"train.mode": "lora", "train.precision": "fp32", "quant.bits": 2},
-        {"train.mode": "scales", "init.smooth": 0.5, "quant.symmetric": False},
+        {"train.mode": "scales", "init.smooth": "auto", "quant.symmetric": False},
         {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},
     ],
     ids=["full", "lora-fp32", "scales-smooth-asym", "ce-control-rtn"],

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
+from llmqat.models import smooth_sites
+from llmqat.models.smooth_sites import Site
 
 
 @dataclass(frozen=True)
@@ -18,28 +20,20 @@ class Architecture:
 
     Attributes:
         blocks: path of the ModuleList of decoder blocks.
-        smooth_sites: norm -> the linears that read it and nothing else does, paths relative to a block. Scaling the
-            norm's weight by 1/s and the linears' columns by s leaves the float model as it was.
+        smooth_sites: where SmoothQuant is exact, paths relative to a block.
         router: path, in a block, of what picks the experts: it stays float. None for a family without experts.
         file_names: parts of module names and what they are in files, in this order. Nothing else may hold them.
     """
 
     blocks: str
-    smooth_sites: tuple[tuple[str, tuple[str, ...]], ...]
+    smooth_sites: tuple[Site, ...] = ()
     router: str | None = None
     file_names: tuple[tuple[str, str], ...] = ()
 
 
-LLAMA = Architecture(
-    blocks="model.layers",
-    smooth_sites=(
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ),
-)
+LLAMA = Architecture("model.layers", smooth_sites.LLAMA)
 
-# The norm before the experts also feeds the router, and one scale for all experts would serve none of them.
-MOE = replace(LLAMA, smooth_sites=LLAMA.smooth_sites[:1], router="mlp.gate")
+MOE = Architecture("model.layers", smooth_sites.MOE, router="mlp.gate")
 MIXTRAL_FILES = (
     (".mlp.", ".block_sparse_moe."),
     (".gate_proj.", ".w1."),
@@ -55,6 +49,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": LLAMA,
     "mixtral": replace(MOE, file_names=MIXTRAL_FILES),
     "qwen3_moe": MOE,
+    "gemma": Architecture("model.layers", smooth_sites.GEMMA),
+    "gemma2": Architecture("model.layers", smooth_sites.GEMMA2),
+    "gemma3_text": Architecture("model.layers", smooth_sites.GEMMA2),
+    "phi3": Architecture("model.layers", smooth_sites.PHI3),
+    "opt": Architecture("model.decoder.layers", smooth_sites.OPT),
+    "gpt2": Architecture("transformer.h", smooth_sites.GPT2),
+    "bert": Architecture("bert.encoder.layer", smooth_sites.BERT),
+    "roberta": Architecture("roberta.encoder.layer", smooth_sites.BERT),
+    "distilbert": Architecture("distilbert.transformer.layer", smooth_sites.DISTILBERT),
 }
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
-from llmqat.algorithms.smoothquant import smooth_model
+from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import architecture_of, blocks_of
+from llmqat.models.architectures import Architecture, architecture_of, blocks_of
 from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, by_expert, total_parameters
 from llmqat.models.experts import check_experts, expert_layers, fused_shapes, split_experts, splits
+from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
 from llmqat.nn.experts import is_fused
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -137,18 +139,55 @@ def check_divisible(report: CoverageReport) -> None:
     )
 
 
-def smooth(model: PreTrainedModel, batches: list[Tensor], alpha: float = 0.5) -> dict[str, float]:
-    """SmoothQuant: fold activation outliers into the weights of a float `model`, in place; see `smooth_model`.
+def smoothable(model: PreTrainedModel) -> Architecture:
+    """The row of a family that SmoothQuant can do something for.
 
     Raises:
-        LlmqatError: if the family has no row, alpha is out of range, or a fold changed the float logits.
+        LlmqatError: if the family has no row, or no site in it.
     """
     architecture = architecture_of(model, "SmoothQuant", "leave --smooth out, or add a row to models/architectures.py")
-    sites = []
-    for index in range(len(blocks_of(model, architecture))):
-        prefix = f"{architecture.blocks}.{index}."
-        sites += [(prefix + norm, [prefix + path for path in paths]) for norm, paths in architecture.smooth_sites]
-    return smooth_model(model, sites, batches, alpha)
+    if not architecture.smooth_sites:
+        raise LlmqatError(
+            f"SmoothQuant has no exact site in model type {model.config.model_type!r}; leave --smooth out, or add its "
+            "sites to models/smooth_sites.py"
+        )
+    return architecture
+
+
+def smooth(
+    model: PreTrainedModel,
+    batches: list[Tensor],
+    alpha: float | str = 0.5,
+    *,
+    scheme: QuantScheme | None = None,
+    overrides: Overrides | None = None,
+    storage_dtype: torch.dtype | None = None,
+) -> dict[str, Smoothed]:
+    """SmoothQuant: fold activation outliers into the weights of a float `model`, in place; see `smooth_model`.
+
+    Args:
+        model: not prepared yet.
+        batches: token ids ``(batch, length)``.
+        alpha: strength in [0, 1], or "auto": searched by site with the quantizers of `scheme`.
+        scheme: the grid that `prepare` will use; "auto" needs it.
+        overrides: those of `prepare`.
+        storage_dtype: that of `prepare`.
+
+    Raises:
+        LlmqatError: if the family has no row or no site, alpha is out of range, or a fold changed the float logits.
+    """
+    if alpha == AUTO and scheme is None:
+        raise LlmqatError(
+            f"alpha {AUTO!r} searches with the real quantizers; pass scheme=QuantScheme(...) as to prepare"
+        )
+    architecture = smoothable(model)
+    grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
+    folds = [
+        fold
+        for index, block in enumerate(blocks_of(model, architecture))
+        for fold in folds_of(block, f"{architecture.blocks}.{index}.", architecture.smooth_sites, model.config, grid)
+    ]
+    return smooth_model(model, folds, batches, alpha, storage_dtype or model.dtype)
 
 
 def prepare(

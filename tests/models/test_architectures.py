@@ -2,9 +2,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from llmqat.algorithms.smoothquant import TOLERANCE
+from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of
+from llmqat.models.architectures import ARCHITECTURES, LLAMA, Architecture, architecture_of, blocks_of
 from llmqat.models.patcher import prepare, smooth
 from llmqat.scheme import QuantScheme
 
@@ -24,8 +24,8 @@ def gpt_neox():
     return GPTNeoXForCausalLM(config).eval()
 
 
-# Families with experts: test_experts.py.
-@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.router is None])
+# Families with experts: test_experts.py. Other layouts: test_smooth_sites.py.
+@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row is LLAMA])
 def test_every_row_fits_its_family(model_type, tokens):
     """Paths exist, every reader of a norm is listed (or smoothing changes the logits), and GPTQ reaches all layers."""
     model = tiny(model_type)
@@ -33,12 +33,11 @@ def test_every_row_fits_its_family(model_type, tokens):
     blocks = blocks_of(model, architecture)
     assert len(blocks) == 2
     for block in blocks:
-        for norm, linears in architecture.smooth_sites:
-            block.get_submodule(norm).weight.data[5] *= 30
-            assert all(block.get_submodule(path).in_features == 64 for path in linears)
+        for site in architecture.smooth_sites:
+            block.get_submodule(site.source).weight.data[5] *= 30
     changes = smooth(model, tokens, 0.5)
-    assert len(changes) == 4
-    assert max(changes.values()) <= TOLERANCE
+    assert len(changes) == 8
+    assert max(site.change for site in changes.values()) <= TOLERANCE
     report = prepare(model, QuantScheme(4, 16), init="gptq", calibration=tokens)
     assert len(report.quantized) == len(report.errors) == 14
     assert all(gptq < rtn for rtn, gptq in report.errors.values())
@@ -48,6 +47,12 @@ def test_unknown_family_names_purpose_known_ones_and_remedy(gpt_neox, tokens):
     with pytest.raises(LlmqatError, match=r"Testing does not know .* 'gpt_neox' \(known: llama, .*\); mend it"):
         architecture_of(gpt_neox, "Testing", "mend it")
     with pytest.raises(LlmqatError, match=r"SmoothQuant does not know .*'gpt_neox'.* leave --smooth out, or add a row"):
+        smooth(gpt_neox, tokens)
+
+
+def test_a_family_without_sites_is_not_smoothed_silently(gpt_neox, tokens, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neox", Architecture("gpt_neox.layers"))
+    with pytest.raises(LlmqatError, match=r"no exact site in model type 'gpt_neox'; leave --smooth out, or add its"):
         smooth(gpt_neox, tokens)
 
 

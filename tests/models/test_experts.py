@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from llmqat.algorithms.smoothquant import TOLERANCE
+from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
@@ -272,14 +272,21 @@ def fixed(index):
     return torch.stack([torch.zeros_like(rest), rest], 1)
 
 
-def test_smoothing_leaves_the_norm_of_router_and_experts_alone(family, tiny_moe, tokens):
+def test_smoothing_reaches_router_and_experts_before_they_are_split(family, tiny_moe, tokens):
     model = tiny_moe(family)
-    norms = [layer.post_attention_layernorm.weight for layer in model.model.layers]
-    before = torch.stack([norm.detach() for norm in norms])
+    block = next(block for block in model.model.layers if is_fused(getattr(block.mlp, "experts", block)))
+    norm, router, fused = block.post_attention_layernorm, block.mlp.gate, block.mlp.experts
+    with torch.no_grad():
+        norm.weight[3] *= 30
+    before = norm.weight.clone(), router.weight.clone(), fused.gate_up_proj.clone()
     changes = smooth(model, tokens, 0.5)
-    assert len(changes) == 2
-    assert max(changes.values()) <= TOLERANCE
-    assert torch.equal(torch.stack([norm.detach() for norm in norms]), before)
+    assert max(site.change for site in changes.values()) <= TOLERANCE
+    s = before[0] / norm.weight
+    assert s[3] > 1
+    assert torch.equal(router.weight, before[1] * s)
+    prepare(model, QuantScheme(4, 16))
+    gate = block.mlp.experts[2].gate_proj
+    assert torch.equal(gate.weight, (before[2] * s)[2, : gate.out_features])
 
 
 def test_experts_that_no_row_describes_stay_float_and_are_reported(family):

@@ -153,9 +153,17 @@ def test_smooth_covers_every_block(tiny_llama, tokens):
     model = tiny_llama()
     before = logits(model, tokens)
     changes = smooth(model, tokens, 0.5)
-    norms = ("input_layernorm", "post_attention_layernorm")
-    assert list(changes) == [f"model.layers.{i}.{norm}" for i in range(2) for norm in norms]
+    sites = ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj")
+    assert list(changes) == [f"model.layers.{i}.{site}" for i in range(2) for site in sites]
     torch.testing.assert_close(logits(model, tokens), before)
+
+
+def test_smooth_auto_searches_with_the_overridden_grid(tiny_llama, tokens):
+    with pytest.raises(LlmqatError, match=r"'auto' searches with the real quantizers; pass scheme=QuantScheme\("):
+        smooth(tiny_llama(), tokens, "auto")
+    done = smooth(tiny_llama(), tokens, "auto", scheme=SCHEME, overrides={"o_proj$": "float"})
+    assert done["model.layers.0.self_attn.v_proj"].errors == (0, 0), "float layers have nothing to gain"
+    assert done["model.layers.0.mlp.up_proj"].errors[0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
