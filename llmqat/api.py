@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
+from llmqat.algorithms.activation_ranges import follow_activations, observe_activations
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed as load
@@ -47,11 +48,13 @@ __all__ = [
     "environment",
     "evaluate",
     "finetune",
+    "follow_activations",
     "inspect",
     "load",
     "load_corpus",
     "load_float",
     "load_tokenizer",
+    "observe_activations",
     "pack",
     "peak_memory",
     "perplexity",

@@ -17,6 +17,7 @@ from llmqat.scheme import BITS, QuantScheme
 INITS = ("gptq", "rtn")
 MODES = ("full", "lora", "scales")
 LOSSES = ("kd", "ce")
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ROWS = ("auto", "text", "chat")
@@ -59,6 +60,8 @@ class QuantConfig:
     )
     symmetric: bool = option(True, "signed codes without zero point, which every serving format takes without loss")
     act_bits: int | None = option(None, "8: int8 activations, per token and dynamic", "--act-bits", choices=(8,))
+    act_static: bool = option(False, "int8 activations with one observed scale for each layer", "--act-static")
+    observer: str = option("mse", "how the ranges of static activations are found", "--observer", choices=OBSERVERS)
     lm_head_bits: int | None = option(
         None,
         "quantize the output head too, at 8 or 4 bits; a tied embedding shares its codes; default: both stay float",
@@ -143,6 +146,9 @@ class TrainConfig:
         False, "recompute activations: less memory, slower", "--gradient-checkpointing"
     )
     eval_every: int = option(100, "steps between held-out losses; the best state is kept", "--eval-every", least=1)
+    freeze_observers: int = option(
+        100, "steps after which the ranges of static activations stay as they are", "--freeze-observers", least=0
+    )
     save_every: int = option(100, "steps between checkpoints", "--save-every", least=1)
     tracker: str | None = option(None, "accelerate tracker for curves", "--tracker", choices=("tensorboard", "wandb"))
 
@@ -209,7 +215,7 @@ class Recipe:
         """The grid of every layer that no override touches; `group_size` must be resolved."""
         q = self.quant
         assert q.group_size is not None
-        return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits)
+        return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values."""
@@ -235,7 +241,13 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     """
     recipe = _section(Recipe, values, "")
     assert isinstance(recipe, Recipe)
-    QuantScheme(recipe.quant.bits, recipe.quant.group_size or 128, recipe.quant.symmetric, recipe.quant.act_bits)
+    QuantScheme(
+        recipe.quant.bits,
+        recipe.quant.group_size or 128,
+        recipe.quant.symmetric,
+        recipe.quant.act_bits,
+        recipe.quant.act_static,
+    )
     if recipe.quant.group_size == 0:
         raise LlmqatError("quant.group_size must be positive, or -1 for one group per row; got 0")
     return recipe

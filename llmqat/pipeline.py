@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
+from llmqat.algorithms.activation_ranges import observe_activations, static_layers
 from llmqat.algorithms.smoothquant import describe
 from llmqat.config import DataConfig, Recipe
 from llmqat.errors import LlmqatError
@@ -166,11 +167,13 @@ class Run:
             lm_head_bits=recipe.quant.lm_head_bits,
             kv_bits=recipe.quant.kv_bits,
         )
+        batches = self.calibration if static_layers(self.model) and not earlier else []
+        observe_activations(self.model, batches, recipe.quant.observer)
         say(coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, coverage, self.test)
         self.measured.tokens["calibration"] = 0
-        if recipe.init.method == "gptq" or recipe.init.smooth is not None:
+        if recipe.init.method == "gptq" or recipe.init.smooth is not None or static_layers(self.model):
             self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         if earlier:
             self.measured.perplexity.update(earlier)

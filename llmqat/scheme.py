@@ -19,12 +19,14 @@ class QuantScheme:
             False: codes in ``[0, 2^bits - 1]`` and an integer zero point in the same range.
         act_bits: 8 quantizes the layer's input to int8, per token and symmetric, with a scale found at run time;
             None leaves it alone.
+        act_static: one scale for all inputs of the layer in place of those, observed beforehand and stored.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     act_bits: int | None = None
+    act_static: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -33,6 +35,8 @@ class QuantScheme:
             raise LlmqatError(f"group_size must be positive, or -1 for one group per row; got {self.group_size}")
         if self.act_bits not in (None, 8):
             raise LlmqatError(f"act_bits must be 8, or left out for float activations; got {self.act_bits}")
+        if self.act_static and self.act_bits is None:
+            raise LlmqatError("act_static is about int8 activations: set act_bits to 8, or leave act_static out")
 
     @property
     def qmin(self) -> int:
@@ -73,4 +77,5 @@ class QuantScheme:
     def __str__(self) -> str:
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
         acts = f"A{self.act_bits}" if self.act_bits else "A16"
-        return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
+        static = " static activations" if self.act_static else ""
+        return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}{static}"

@@ -38,6 +38,7 @@ def table(text):
 
 def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, small_flags):
     flags = "--bits 3 --asym --group-size 32 --act-bits 8 --clip-mask --train scales --loss ce --init rtn --smooth 0.5"
+    flags += " --act-static --observer percentile --freeze-observers 1"
     extra = ["--override", "down_proj$:bits=8,group_size=-1", "--override", "layers.0.*o_proj$:float"]
     argv = [
         "finetune",
@@ -58,6 +59,10 @@ def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, 
         "group_size": 32,
         "symmetric": False,
         "act_bits": 8,
+        "act_static": True,
+        "observer": "percentile",
+        "lm_head_bits": None,
+        "kv_bits": None,
         "overrides": {"down_proj$": {"bits": 8, "group_size": -1}, "layers.0.*o_proj$": "float"},
         "clip_mask": True,
     }

@@ -111,8 +111,15 @@ def test_finetune(go, model_dir, mode):
         {"train.mode": "lora", "train.precision": "fp32", "quant.bits": 2},
         {"train.mode": "scales", "init.smooth": "auto", "quant.symmetric": False},
         {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},
+        {
+            "train.mode": "full",
+            "quant.act_bits": 8,
+            "quant.act_static": True,
+            "quant.observer": "moving_average",
+            "train.freeze_observers": 4,
+        },
     ],
-    ids=["full", "lora-fp32", "scales-smooth-asym", "ce-control-rtn"],
+    ids=["full", "lora-fp32", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
 )
 def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes):
     changes = {"train.max_steps": 5, **changes}
@@ -194,6 +201,18 @@ def test_asymmetric_with_integer_activations(go):
     config = json.loads((done.directory / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert config["input_activations"]["num_bits"] == 8
     assert (config["weights"]["symmetric"], config["weights"]["strategy"]) == (False, "channel")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_static_activations(go, mode):
+    done = go({"quant.act_bits": 8, "quant.act_static": True, "train.mode": mode, "train.freeze_observers": 2})
+    ppl = done.report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    assert done.report["verify"]["max_logit_error"] <= done.report["verify"]["bound"]
+    tensors = load_file(done.directory / "model.safetensors")
+    scales = [tensor for name, tensor in tensors.items() if name.endswith(".input_scale")]
+    assert len(scales) == 14
+    assert all(scale.shape == (1,) and scale.dtype == torch.bfloat16 and scale > 0 for scale in scales)
 
 
 def test_cross_entropy_with_control(go):

@@ -17,7 +17,7 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, quantize
+from llmqat.quant.affine import choose_scale, dequantize, quantize
 
 # An expert's layer that saw fewer calibration tokens than this many for each of its inputs keeps round-to-nearest.
 # On the MLPs of blocks 1 and 4 of the bundled Llama (4 bits, groups of 32, stdlib text) GPTQ's output error on other
@@ -174,8 +174,7 @@ def hessians_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQua
     waiting: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2)
-        x = x.float() if layers[name].scheme.act_bits is None else fake_quantize_activation(x.float())
+        x = layers[name].quantized_input(x.flatten(0, -2).float())
         sums[name].addmm_(x.T, x, alpha=2.0)
         tokens[name] += len(x)
         waiting.discard(name)

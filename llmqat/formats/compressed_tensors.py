@@ -32,10 +32,11 @@ def weight_args(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def activation_args(scheme: QuantScheme) -> dict[str, Any] | None:
-    """How the inputs are described: dynamic, per token."""
+    """How the inputs are described: dynamic and per token, or static with one scale per layer (`input_scale`)."""
     if scheme.act_bits is None:
         return None
-    return {"num_bits": scheme.act_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    how = {"strategy": "tensor", "dynamic": False} if scheme.act_static else {"strategy": "token", "dynamic": True}
+    return {"num_bits": scheme.act_bits, "type": "int", "symmetric": True, **how}
 
 
 def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
@@ -50,14 +51,22 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
             f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by "
             "group or channel"
         )
-    dynamic = acts is None or (
-        acts["type"] == "int" and acts["strategy"] == "token" and acts["dynamic"] and acts["symmetric"]
+    known = acts is None or (
+        acts["type"] == "int"
+        and acts["symmetric"]
+        and (acts["strategy"], acts["dynamic"]) in (("token", True), ("tensor", False))
     )
-    if not dynamic:
-        raise LlmqatError("cannot run these activations; llmqat reads dynamic symmetric per-token int8, or none")
+    if not known:
+        raise LlmqatError(
+            "cannot run these activations; llmqat reads symmetric int8, dynamic per token or static per tensor, or none"
+        )
     group_size = -1 if weights["strategy"] == "channel" else weights["group_size"]
     return QuantScheme(
-        weights["num_bits"], group_size, weights["symmetric"], None if acts is None else acts["num_bits"]
+        weights["num_bits"],
+        group_size,
+        weights["symmetric"],
+        None if acts is None else acts["num_bits"],
+        acts is not None and not acts["dynamic"],
     )
 
 

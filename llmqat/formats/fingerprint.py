@@ -31,11 +31,15 @@ def grids_of(model: nn.Module) -> dict[str, Grid]:
 
 
 def fingerprint(model: nn.Module) -> dict[str, dict[str, str | None]]:
-    """Hashes of `grids_of`, by layer."""
-    return {
+    """Hashes of `grids_of`, and of the scales of static activations, by layer."""
+    layers: dict[str, dict[str, str | None]] = {
         name: {"codes": sha256(codes), "scale": sha256(scale), "zero_point": sha256(zero_point)}
         for name, (codes, scale, zero_point) in grids_of(model).items()
     }
+    for name, layer, _ in quantized_layers(model):
+        if layer.scheme.act_static:
+            layers[name]["input_scale"] = sha256(layer.stored_act_scale())
+    return layers
 
 
 def read(directory: Path) -> dict[str, dict[str, str | None]]:

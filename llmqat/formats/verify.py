@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from llmqat.models.float_view import disable_quantizers
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.affine import dequantize
+from llmqat.quant.affine import dequantize, fake_quantize_activation, fake_quantize_static
 
 PROBE_TOKENS = 128
 # The largest of some errors is a matter of chance; with `act_bits` so is which activations lie on a rounding tie. The
@@ -63,13 +64,15 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
     directory = local_directory(directory)
     expected = fingerprint.read(directory) if against is None else fingerprint.fingerprint(against)
     model = load_packed(directory, torch.float32)
-    grids = {name: module.unpack() for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    grids = {name: module.unpack() for name, module in layers.items()}
     codes_wrong, scales_wrong = set(expected) ^ set(grids), set(expected) ^ set(grids)
     for name in set(expected) & set(grids):
         codes, scale, zero_point = map(fingerprint.sha256, grids[name])
         if (codes, zero_point) != (expected[name]["codes"], expected[name]["zero_point"]):
             codes_wrong.add(name)
-        if scale != expected[name]["scale"]:
+        input_scale = fingerprint.sha256(layers[name].input_scale)
+        if (scale, input_scale) != (expected[name]["scale"], expected[name].get("input_scale")):
             scales_wrong.add(name)
     error, bound = logit_error(model) if logits else (None, None)
     mismatched = tuple(sorted(codes_wrong | scales_wrong))
@@ -86,7 +89,7 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.clone())
             if module.scheme.act_bits is not None:
-                linear.register_forward_pre_hook(_quantize_input)
+                linear.register_forward_pre_hook(partial(_quantize_input, module.input_scale))
             dense.set_submodule(name, linear)
     embedding = dense.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
@@ -97,12 +100,12 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return dense
 
 
-def _quantize_input(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    from llmqat.quant.affine import fake_quantize_activation
-
+def _quantize_input(scale: Tensor | None, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half of
     # absmax), and float64 would break it differently.
-    return (fake_quantize_activation(args[0].float()).to(args[0].dtype),)
+    x = args[0].float()
+    x_hat = fake_quantize_activation(x) if scale is None else fake_quantize_static(x, scale)
+    return (x_hat.to(args[0].dtype),)
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ def _covers(model: PreTrainedModel, stack: Any) -> bool:
     if native.library() is None or stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return False
     linears = [linear for layer in stack.layers for linear in _linears(layer)]
-    packed = all(isinstance(linear, PackedLinear) for linear in linears)
+    # Static activations are quantized by the module, which the native decoder passes by.
+    packed = all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears)
     probe = torch.empty(0, dtype=dtype)
     runs = packed and all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears)
     plain = config.hidden_act == "silu" and not _slides(config)

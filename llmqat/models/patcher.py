@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
@@ -21,7 +22,7 @@ from llmqat.models.experts import check_experts, expert_layers, fused_shapes, sp
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
 from llmqat.nn.experts import is_fused
-from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
@@ -203,6 +204,7 @@ def prepare(
     keep_float: bool = False,
     lm_head_bits: int | None = None,
     kv_bits: int | None = None,
+    observer: str = DEFAULT_OBSERVER,
 ) -> CoverageReport:
     """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
@@ -222,6 +224,7 @@ def prepare(
         lm_head_bits: quantize the output head too, with `scheme` at these bits; a tied embedding then looks up rows of
             the same grid. None leaves both float.
         kv_bits: 8 quantizes keys and values as the cache stores them; see `llmqat.nn.kv_cache`.
+        observer: how static activation ranges are found; on `calibration` if there is any, and while training.
 
     Raises:
         LlmqatError: if a group size does not divide, the model is prepared already, or GPTQ lacks what it needs.
@@ -240,6 +243,7 @@ def prepare(
     _replace_layers(model, report, storage_dtype or model.dtype, clip_mask)
     if kv_bits is not None:
         quantize_kv(model, kv_bits)
+    observe_activations(model, calibration or [], observer)
     if init == "gptq":
         report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
     return report

@@ -1,15 +1,32 @@
 """`FakeQuantLinear`: an `nn.Linear` on its integer grid, for training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
-from llmqat.quant.affine import choose_scale, grouped, quantize
-from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows, rounded_zero_point, row_chunks
+from llmqat.quant.affine import choose_scale, fake_quantize_activation, grouped, quantize, store
+from llmqat.quant.fake_quant import (
+    fake_quant_linear,
+    fake_quantize,
+    latent_rows,
+    rounded_zero_point,
+    row_chunks,
+    static_activation,
+)
+from llmqat.quant.observers import initial_state, observe, observed_range
 from llmqat.scheme import QuantScheme
+
+DEFAULT_OBSERVER = "mse"
+
+
+def _in_backward() -> bool:
+    """Whether this forward is gradient checkpointing's second one, which must see what the first one saw."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FakeQuantLinear(nn.Module):
@@ -26,10 +43,14 @@ class FakeQuantLinear(nn.Module):
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
         compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
         enabled: False runs the plain float layer, without grid and compensation.
+        act_scale: ``(1,)`` float32, of static int8 activations; None without, 0 as long as nothing was observed.
+        observing: in training mode the range of static activations follows the inputs.
     """
 
     code_scale: Tensor | None
     compensation: Tensor | None
+    act_scale: Tensor | None
+    act_state: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +71,49 @@ class FakeQuantLinear(nn.Module):
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
         self.register_buffer("code_scale", None)
         self.register_buffer("compensation", None)
+        self.set_observer(DEFAULT_OBSERVER)
+
+    def set_observer(self, kind: str) -> None:
+        """Start to observe the range of static activations anew; see `llmqat.quant.observers`.
+
+        Raises:
+            LlmqatError: if there is no such observer.
+        """
+        state = initial_state(kind).to(self.weight.device)
+        static = self.scheme.act_static
+        self.observer, self.observing = kind, static
+        self.register_buffer("act_state", state if static else None)
+        self.register_buffer("act_scale", torch.zeros(1, device=self.weight.device) if static else None)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Let the range of static activations take `x` into account."""
+        assert self.act_state is not None
+        assert self.act_scale is not None
+        self.act_state.copy_(observe(self.observer, self.act_state, x))
+        magnitude = observed_range(self.observer, self.act_state)
+        self.act_scale.copy_(store((magnitude / 127).float(), 0.0, self.scale_dtype))
+
+    def stored_act_scale(self) -> Tensor | None:
+        """The scale of static activations as it is stored, ``(1,)`` in `scale_dtype`, or None.
+
+        Raises:
+            LlmqatError: if nothing was observed yet.
+        """
+        if self.act_scale is None:
+            return None
+        if not self.act_scale.is_meta and not self.act_scale.all():
+            raise LlmqatError(
+                "static activations have no range yet; call llmqat.observe_activations(model, batches) after prepare"
+            )
+        return self.act_scale.to(self.scale_dtype)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What the weight multiplies: `x` on the grid of the activations, if it has one."""
+        if self.scheme.act_bits is None:
+            return x
+        scale = self.stored_act_scale()
+        return fake_quantize_activation(x) if scale is None else static_activation(x, scale)
 
     @classmethod
     def from_linear(
@@ -128,15 +192,20 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor, **lora: Any) -> Tensor:
         """``(..., in)`` to ``(..., out)``; `lora` are the adapter arguments of `fake_quant_linear`."""
+        if self.observing and self.training and not _in_backward():
+            self.observe(x)
         if not self.enabled:
             return self.float_forward(x, **lora)
+        scheme = self.scheme
+        if scheme.act_static:
+            x, scheme = self.quantized_input(x), replace(scheme, act_bits=None, act_static=False)
         return fake_quant_linear(
             x,
             self.weight,
             self.scale,
             self.zero_point,
             self.bias,
-            self.scheme,
+            scheme,
             self.scale_dtype,
             code_scale=self.code_scale,
             compensation=self.compensation,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmqat.kernels import ops
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.affine import dequantize
+from llmqat.quant.affine import dequantize, fake_quantize_static
 from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_at, unpack_rows
 from llmqat.scheme import QuantScheme
 
@@ -23,6 +23,7 @@ class PackedLinear(nn.Module):
         weight_zero_point: int32 ``(ceil(out * bits / 32), groups)``, packed along `out`, or None.
         weight_shape: int64, ``[out, in]``.
         bias: ``(out,)`` or None.
+        input_scale: ``(1,)``, of static int8 activations, or None.
     """
 
     weight_packed: Tensor
@@ -30,6 +31,7 @@ class PackedLinear(nn.Module):
     weight_zero_point: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.register_buffer("bias", empty(out_features, dtype=scale_dtype) if bias else None)
+        self.register_buffer("input_scale", empty(1, dtype=scale_dtype) if scheme.act_static else None)
 
     @classmethod
     @torch.no_grad()
@@ -70,6 +73,7 @@ class PackedLinear(nn.Module):
         if zero_point is not None:
             packed.weight_zero_point = pack_rows(zero_point.T.contiguous(), bits).T.contiguous()
         packed.bias = None if module.bias is None else module.bias.detach().to(module.scale_dtype, copy=True)
+        packed.input_scale = module.stored_act_scale()
         return packed
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,13 +92,15 @@ class PackedLinear(nn.Module):
         return dequantize(codes, self.weight_scale[index], zero_point, self.scheme)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What the operator takes after `x`."""
-        scheme = self.scheme
+        """What the operator takes after `x`; with static activations it takes them quantized already."""
         tensors = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias)
-        return (*tensors, scheme.bits, self.in_features, scheme.act_bits)
+        act_bits = self.scheme.act_bits if self.input_scale is None else None
+        return (*tensors, self.scheme.bits, self.in_features, act_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
+        if self.input_scale is not None:
+            x = fake_quantize_static(x, self.input_scale)
         y: Tensor = ops.packed_linear(x, *self.arguments())
         return y
 

@@ -105,3 +105,10 @@ def dequantize_activation(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> T
 def fake_quantize_activation(x: Tensor) -> Tensor:
     """`x` after a trip through `quantize_activation`, in its own dtype."""
     return dequantize_activation(*quantize_activation(x), x.dtype)
+
+
+def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` on one symmetric int8 grid for the whole tensor, in its own dtype; `scale` is ``(1,)``, any float dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = scale.to(wide)
+    return ((x.to(wide) / s).round_().clamp_(-128, 127) * s).to(x.dtype)

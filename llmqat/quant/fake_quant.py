@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmqat.quant.affine import code_values, dequantize, fake_quantize_activation, grouped
+from llmqat.quant.affine import code_values, dequantize, fake_quantize_activation, fake_quantize_static, grouped
 from llmqat.scheme import QuantScheme
 
 # Rows are processed so that a float32 temporary of them (1 MiB) stays in the L2 cache between passes.
@@ -114,6 +114,19 @@ def fake_quant_activation(x: Tensor) -> Tensor:
     """`x` on the int8 grid of its last dimension (see `quantize_activation`), with a straight-through gradient."""
     x_hat: Tensor = _FakeQuantActivation.apply(x)
     return x_hat
+
+
+class _StaticActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return fake_quantize_static(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        u = (x / scale.to(x.dtype)).round()
+        return grad * ((u >= -128) & (u <= 127)), None
 
 
 class _FakeQuantLinear(torch.autograd.Function):
@@ -242,6 +255,12 @@ def grid_gradients(
         dz, dw, v = -(s * g * ~inside).sum(-1), g * inside, v * inside
     ds = (g * (step - v if s0 is None else step)).sum(-1)
     return (dw if s0 is None else dw * (s / s0)).flatten(-2), ds, dz
+
+
+def static_activation(x: Tensor, scale: Tensor) -> Tensor:
+    """`fake_quantize_static`, differentiable in `x`: gradients pass straight through, and stop where the grid ends."""
+    y: Tensor = _StaticActivation.apply(x, scale)
+    return y
 
 
 def fake_quant_linear(

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from llmqat.algorithms.activation_ranges import follow_activations
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
@@ -131,8 +132,9 @@ class Trainer:
         return total / sum(map(positions, self.held_out))
 
     def trainable(self) -> dict[str, Tensor]:
-        """What training moves, by name."""
-        return {name: p.detach() for name, p in self.plain_model.named_parameters() if p.requires_grad}
+        """What training moves, by name: parameters, and the scales of static activations."""
+        moved = {name: p.detach() for name, p in self.plain_model.named_parameters() if p.requires_grad}
+        return moved | {name: b for name, b in self.plain_model.named_buffers() if name.endswith(".act_scale")}
 
     def evaluate(self) -> None:
         """Held-out loss of the current state; keep the state if it is the best so far."""
@@ -167,6 +169,7 @@ class Trainer:
         """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
         total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
         average = sum(map(positions, parts)) / len(parts)
+        follow_activations(self.plain_model, self.result.steps < self.config.freeze_observers)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(batch) * (positions(batch) / average)
@@ -210,9 +213,8 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Put the best state back, take accelerate's autocast off the model, and count what changed."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        for name, parameter in self.plain_model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(self.best[name])
+        for name, tensor in self.trainable().items():
+            tensor.copy_(self.best[name])
         self.count_codes()
         self.accelerator.end_training()
         return self.result

@@ -55,6 +55,8 @@ def test_config_of_channels_zero_points_and_activations():
     group = config_of({"a": QuantScheme(8, -1, False, 8)}, [])["config_groups"]["group_0"]
     assert group["weights"] == weights(num_bits=8, symmetric=False, strategy="channel", group_size=None)
     assert group["input_activations"] == acts()
+    static = config_of({"a": QuantScheme(8, -1, act_bits=8, act_static=True)}, [])["config_groups"]["group_0"]
+    assert static["input_activations"] == acts(strategy="tensor", dynamic=False)
 
 
 def test_experts_get_one_pattern():
@@ -106,7 +108,10 @@ def test_targets_of_other_writers():
         (config({"weights": weights(type="float")}), "cannot run float weights of strategy 'group'; llmqat reads int"),
         (config({"weights": weights(strategy="block")}), "cannot run int weights of strategy 'block'"),
         (config({"weights": weights(num_bits=5)}), "bits must be one of 2, 3, 4, 8, got 5"),
-        (config({"input_activations": acts(strategy="tensor")}), "cannot run these activations; llmqat reads dynamic"),
+        (
+            config({"input_activations": acts(strategy="tensor")}),
+            "cannot run these activations; llmqat reads symmetric",
+        ),
         (config({"input_activations": acts(dynamic=False)}), "cannot run these activations"),
         (config({"input_activations": acts(symmetric=False)}), "cannot run these activations"),
         (config({"input_activations": acts(num_bits=4)}), "act_bits must be 8"),

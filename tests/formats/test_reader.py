@@ -14,7 +14,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import writer
 from llmqat.formats.reader import is_packed, load_packed, local_directory, read_config
 from llmqat.formats.writer import save_packed
-from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.models.patcher import plain_model, prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
@@ -94,6 +94,22 @@ def test_transformers_reads_it(trained, small_llama, tmp_path, scheme, options, 
     assert torch.equal(theirs.lm_head.weight, root.lm_head.weight.to(dtype))
     tied = getattr(model.config, "tie_word_embeddings", False)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+
+
+def test_transformers_runs_static_activations(small_llama, tmp_path):
+    """With the scales in the file: other inputs than the calibrated ones clip alike."""
+    model = small_llama()
+    prepare(model, QuantScheme(8, -1, act_bits=8, act_static=True), calibration=[IDS[:, :6]])
+    directory = save_packed(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        logits = theirs(input_ids=IDS).logits
+        torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=1e-3, atol=1e-3)
+        ours = load_packed(directory)(input_ids=IDS).logits
+        torch.testing.assert_close(ours, logits, rtol=1e-3, atol=1e-3)
+        for _, layer, _ in quantized_layers(model):
+            layer.act_scale *= 1.5
+        assert (model(input_ids=IDS).logits - logits).abs().max() > 3e-3, "the scale matters that much"
 
 
 @pytest.mark.parametrize("overrides", [None, {"down_proj$": {"bits": 8}}], ids=["int4", "mixed"])

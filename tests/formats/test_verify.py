@@ -9,6 +9,7 @@ from llmqat.formats import fingerprint
 from llmqat.formats import verify as verify_module
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed
+from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -30,6 +31,19 @@ def test_what_was_packed_verifies(trained, tmp_path, bits, symmetric, dtype, act
         assert (check.ok, check.layers, check.mismatched) == (True, 7, ())
         assert 0 < check.max_logit_error <= check.bound < 1e-3
         assert check == verify(str(directory), against)
+
+
+def test_static_activations_verify_with_their_scale(small_llama, tmp_path):
+    model = small_llama()
+    ids = torch.randint(0, 64, (2, 16))
+    prepare(model, QuantScheme(8, 16, act_bits=8, act_static=True), storage_dtype=torch.bfloat16, calibration=[ids])
+    directory = save_packed(model, tmp_path)
+    for against in (None, model):
+        assert verify(directory, against).ok
+    edit(directory, f"{LAYER}.input_scale", lambda scale: scale.view(torch.int16).add_(1))
+    for against in (None, model):
+        check = verify(directory, against)
+        assert (check.codes_equal, check.scales_equal, check.mismatched) == (True, False, (LAYER,))
 
 
 def test_logits_can_be_left_out(packed):

@@ -26,7 +26,7 @@ def packed_model(family, scheme=None, dtype=torch.float32, **config):
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.3 * torch.randn_like(parameter)
     model.to(dtype)
-    llmqat.prepare(model, scheme or QuantScheme(4, 32))
+    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=[torch.arange(16)[None]])
     return convert(model)
 
 
@@ -172,6 +172,7 @@ def test_models_that_do_not_fit(monkeypatch):
     assert not accelerate_forward(packed_model("gemma2", attn_implementation="eager"))
     assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
+    assert not accelerate_forward(packed_model("llama", QuantScheme(4, 32, act_bits=8, act_static=True)))
     assert not accelerate_forward(packed_model("mistral", sliding_window=8))
     monkeypatch.setattr(native, "library", lambda: None)
     assert not accelerate_forward(packed_model("llama"))
