@@ -60,7 +60,20 @@ def main() -> None:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.samples]
     batches = list(rows[order].split(BATCH))
     test = llmqat.windows(tokenizer, corpus.test, args.window, args.eval_tokens)
-    points = []
+    result: dict[str, Any] = {
+        "environment": llmqat.environment(),
+        "model": args.model,
+        "dataset": args.dataset,
+        "window": args.window,
+        "tokens": {
+            "eval": test.tokens,
+            "eval_sha256": test.sha256,
+            "calibration": sum(batch.numel() for batch in batches),
+        },
+        "channels": CHANNELS,
+        "points": [],
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for factor in args.factors:
         stressed = copy.deepcopy(model)
         inject(stressed, factor)
@@ -73,25 +86,11 @@ def main() -> None:
                     llmqat.smooth(quantized, batches, alpha, scheme=scheme, storage_dtype=stored)
                 llmqat.prepare(quantized, scheme, storage_dtype=stored)
                 perplexity = llmqat.evaluate(quantized, test).perplexity
-                points.append(
+                result["points"].append(
                     {"factor": factor, "scheme": name, "smooth": label, "float": base, "perplexity": perplexity}
                 )
+                args.output.write_text(json.dumps(result, indent=2) + "\n")
                 print(f"  {name} smooth {label:>4}: {perplexity:12.4f} {perplexity / base - 1:+9.2%}", flush=True)
-    result = {
-        "environment": llmqat.environment(),
-        "model": args.model,
-        "dataset": args.dataset,
-        "window": args.window,
-        "tokens": {
-            "eval": test.tokens,
-            "eval_sha256": test.sha256,
-            "calibration": sum(batch.numel() for batch in batches),
-        },
-        "channels": CHANNELS,
-        "points": points,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
