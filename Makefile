@@ -41,7 +41,8 @@ style: $(DEV)/.package  ## fix what ruff can fix, and format
 	$(DEV_BIN)/ruff check --fix .
 	$(DEV_BIN)/ruff format .
 
-bench: $(DEV)/.bench  ## cost of training and perplexity, as eval/ measures them
+bench: $(DEV)/.bench  ## speed beside other tools, cost of training and perplexity, as eval/ measures them
+	$(DEV_BIN)/python eval/throughput.py
 	$(DEV_BIN)/python eval/training_cost.py
 	$(DEV_BIN)/python eval/perplexity.py
 

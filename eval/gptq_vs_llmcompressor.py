@@ -15,12 +15,12 @@ import os
 import subprocess
 import tempfile
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _peers.environments import from_requirements
 from safetensors.torch import save_file
 
 import llmqat
@@ -38,19 +38,6 @@ PEER = {
 }
 GRIDS = {"symmetric": True, "asymmetric": False}
 OURS = {"llmqat rtn": "rtn", "llmqat gptq": "gptq"}
-
-
-def peer_python(directory: Path) -> Path:
-    """The Python of llm-compressor's environment, which is made or mended first where needed."""
-    wanted = (HERE / "llmcompressor_env.txt").read_text()
-    installed = directory / "installed.txt"  # written last: an interrupted installation is taken up again
-    python = directory / "bin" / "python"
-    if not installed.exists() or installed.read_text() != wanted:
-        if not python.exists():
-            venv.create(directory, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-r", HERE / "llmcompressor_env.txt"], check=True)
-        installed.write_text(wanted)
-    return python
 
 
 class Comparison:
@@ -173,7 +160,7 @@ def main() -> None:
     """Compare, print tables, write the JSON after every scheme."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    python = peer_python(args.peer_env)
+    python = from_requirements(args.peer_env, HERE / "llmcompressor_env.txt")
     with tempfile.TemporaryDirectory() as scratch:
         run = Comparison(args, Path(scratch))
         ids = llmqat.Windows(run.calibration.flatten(0, 1), "none")
