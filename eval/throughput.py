@@ -15,6 +15,7 @@ makes: llama.cpp is compiled for minutes.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -24,9 +25,10 @@ from typing import Any
 
 import torch
 from _peers import environments, plot, report
+from _peers.bench import QUICK, Bench, Settings
 from _peers.catalog import A8, A16, PEERS, Q4_0, READ
 from _peers.client import Client
-from _peers.rounds import QUICK, Bench, Settings, measure_contention, measure_layers, measure_models
+from _peers.sections import measure_contention, measure_layers, measure_models
 from _peers.shapes import GROUP_SIZE, LAYERS, MODELS
 
 import llmqat
@@ -114,6 +116,28 @@ def write(output: Path, name: str, section: dict[str, Any]) -> None:
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def measured(name: str, bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """A section of the results, with what it was measured on and how."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": {"llmqat": llmqat.__version__, **llmqat.environment()},
+        "threads": args.threads,
+        "group_size": GROUP_SIZE,
+        "settings": {**dataclasses.asdict(bench.settings), "foreign_limit": args.foreign},
+        "models": {shape: dataclasses.asdict(MODELS[shape]) for shape in args.model_shapes},
+        **run_section(name, bench, args),
+        "peers": bench.about,
+        "absent": bench.absent,
+    }
+
+
+def draw(section: dict[str, Any], path: Path) -> None:
+    """The roofline of the layers that were measured."""
+    machine = f"{section['environment']['cpu']}, {section['threads']} threads"
+    title = f"{machine}, 4 bits, group {GROUP_SIZE}, median and range of {section['settings']['repeats']} rounds"
+    plot.roofline(section["rows"], path, title)
+
+
 def main() -> None:
     """Measure, print, write the JSON after every section, draw."""
     args = arguments()
@@ -126,27 +150,14 @@ def main() -> None:
     settings = dataclasses.replace(settings, repeats=args.repeats or settings.repeats)
     peers = args.peers if READ in args.peers else [READ, *args.peers]
     args.peers = [name for name in PEERS if name in peers]
-    for name in args.sections:
-        bench = Bench(
-            settings, lambda peer: Client(peer, args.threads, args.runs, args.peer_envs), args.foreign, progress
-        )
-        section = {
-            "date": time.strftime("%Y-%m-%d"),
-            "environment": {"llmqat": llmqat.__version__, **llmqat.environment()},
-            "threads": args.threads,
-            "group_size": GROUP_SIZE,
-            "settings": {**dataclasses.asdict(settings), "foreign_limit": args.foreign},
-            "models": {shape: dataclasses.asdict(MODELS[shape]) for shape in args.model_shapes},
-            **run_section(name, bench, args),
-            "peers": bench.about,
-            "absent": bench.absent,
-        }
-        write(args.output, name, section)
-        show(name, section, args.foreign)
-        if name == "ops" and any("seconds" in row for row in section["rows"]):
-            cpu = section["environment"]["cpu"]
-            title = f"{cpu}, {args.threads} threads, 4 bits, group {GROUP_SIZE}, median of {settings.repeats} rounds"
-            plot.roofline(section["rows"], args.output.with_suffix(".svg"), title)
+    start = functools.partial(Client, threads=args.threads, runs=args.runs, environments_at=args.peer_envs)
+    with Bench(settings, start, args.foreign, progress) as bench:
+        for name in args.sections:
+            section = measured(name, bench, args)
+            write(args.output, name, section)
+            show(name, section, args.foreign)
+            if any("weight_gb_s" in row for row in section["rows"]):
+                draw(section, args.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

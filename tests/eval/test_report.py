@@ -1,9 +1,9 @@
 import pytest
 
 from eval._peers import report
+from eval._peers.bench import summary
 from eval._peers.catalog import A8, A16, BF16, Q4_0, READ
 from eval._peers.quiet import Sample
-from eval._peers.rounds import summary
 
 
 def found(*values, foreign=0.0):
