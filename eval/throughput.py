@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every peer")
     parser.add_argument("--repeats", type=int, help="rounds (default: 7)")
     parser.add_argument("--foreign", type=float, default=0.06, help="greatest foreign share of the machine in a sample")
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for quiet before each retake")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: the figures mean nothing")
     parser.add_argument("--install-peers", action="store_true", help="make the environments of chosen peers first")
     parser.add_argument("--peer-envs", type=Path, default=Path("runs/peers"), help="environments of peers")
@@ -151,7 +152,7 @@ def main() -> None:
     peers = args.peers if READ in args.peers else [READ, *args.peers]
     args.peers = [name for name in PEERS if name in peers]
     start = functools.partial(Client, threads=args.threads, runs=args.runs, environments_at=args.peer_envs)
-    with Bench(settings, start, args.foreign, progress) as bench:
+    with Bench(settings, start, args.foreign, args.patience, progress) as bench:
         for name in args.sections:
             section = measured(name, bench, args)
             write(args.output, name, section)

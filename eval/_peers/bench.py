@@ -53,6 +53,7 @@ class Bench:
     settings: Settings
     start: Callable[[str], Client]
     limit: float
+    patience: float = 10.0
     say: Callable[[str], None] = print
     clients: dict[str, Client] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -60,7 +61,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.extra_pids: list[int] = []
-        self.quiet = Quiet(self.limit, lambda: [*(c.process.pid for c in self.clients.values()), *self.extra_pids])
+        self.quiet = Quiet(self.limit, self.pids, patience=self.patience)
+
+    def pids(self) -> list[int]:
+        """Processes whose CPU time is ours."""
+        return [*(client.process.pid for client in self.clients.values()), *self.extra_pids]
 
     def running(self, names: list[str]) -> list[str]:
         """Those of the named peers that have a worker, started or started anew where needed; the rest is absent."""

@@ -20,6 +20,9 @@ AMX_SOURCE = "vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
 AMX_LOAD = "    _tile_loadconfig(&tc);\n"
 AMX_BARRIER = '    __asm__ __volatile__("" : : "r"(&tc) : "memory");\n'
 GPTQMODEL = "gptqmodel==7.7.0"
+COMPILE_GPTQMODEL = (
+    "from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear as layer; layer.validate_once()"
+)
 
 
 def pip(directory: Path, *arguments: str | Path, **variables: str) -> None:
@@ -81,9 +84,10 @@ def gptqmodel_recipe() -> str:
 
 
 def install_gptqmodel(directory: Path) -> None:
-    """Install GPTQModel on the torch of the other peers. Its CPU kernel is compiled on first use."""
+    """Install GPTQModel on the torch of the other peers, and have its CPU kernel compiled, if the machine is for it."""
     pip(directory, "install", "-r", EVAL / "gptqmodel_env.txt")
     pip(directory, "install", "--no-deps", GPTQMODEL)
+    subprocess.run([directory / "bin" / "python", "-c", COMPILE_GPTQMODEL], check=True)
 
 
 # Folder -> what it is made of, and how.

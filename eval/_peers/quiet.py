@@ -11,7 +11,6 @@ PROC = Path("/proc")
 SETTLE = 0.03  # seconds that OpenMP threads of the last peer may go on spinning
 RESOLUTION = 2  # ticks by which two readings may differ from the truth
 WINDOW = 0.3  # seconds over which quiet is judged before a sample is taken again
-PATIENCE = 60.0  # seconds to wait for quiet before taking what there is
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Quiet:
     """
 
     def __init__(
-        self, limit: float, pids: Callable[[], Iterable[int]], retakes: int = 5, patience: float = PATIENCE
+        self, limit: float, pids: Callable[[], Iterable[int]], retakes: int = 5, patience: float = 10.0
     ) -> None:
         self.limit, self.pids, self.retakes, self.patience = limit, pids, retakes, patience
 
