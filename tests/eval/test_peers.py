@@ -1,5 +1,8 @@
+import ctypes
+import sys
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,3 +87,47 @@ def test_an_environment_is_installed_once_for_each_recipe(tmp_path):
     for recipe in ("a", "a", "b"):
         assert environments.made(tmp_path / "peer", recipe, install) == tmp_path / "peer" / "bin" / "python"
     assert len(calls) == 2
+
+
+def test_a_read_buffer_that_does_not_fit_is_an_error():
+    with pytest.raises(MemoryError, match=r"no \d+ bytes for the read buffer"):
+        bandwidth.readers_in_c("cc", 1 << 62, 1)
+
+
+def test_a_read_loop_that_leaves_words_out_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "read.c"
+    source.write_text(bandwidth.SOURCE.read_text().replace("c < bytes / CHUNK", "c < bytes / CHUNK - 1"))
+    monkeypatch.setattr(bandwidth, "SOURCE", source)
+    with pytest.raises(RuntimeError, match=r"read\.c did not read every word"):
+        bandwidth.readers_in_c("cc", 4 << 20, 1)
+
+
+def test_a_model_that_stops_early_is_refused(tmp_path):
+    worker = torch_peers.Worker(1, tmp_path, dtype="float32")
+    worker.open_model("tiny")
+    assert worker.decode_tok_s(4, 2, 0.001) > 0
+    worker.model.generate = lambda input_ids, **options: input_ids
+    with pytest.raises(RuntimeError, match="generate gave 0 tokens instead of 3"):
+        worker.generate(4, 3)
+
+
+class FakeLlama:
+    """The calls of llama_cpp that the worker makes; loads nothing and decodes nothing."""
+
+    llama_token = int
+    llama_log_callback = staticmethod(lambda function: function)
+
+    def __getattr__(self, name):
+        return lambda *args: 0
+
+
+def test_what_llama_cpp_cannot_do_is_an_error(tmp_path, monkeypatch):
+    fake = FakeLlama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    worker = llama_cpp_peer.Worker(1, tmp_path, "Q4_0")
+    with pytest.raises(RuntimeError, match=r"llama\.cpp cannot load tiny-Q4_0\.gguf"):
+        worker.open_model("tiny")
+    fake.llama_token = ctypes.c_int32
+    fake.llama_decode = lambda context, batch: 1
+    with pytest.raises(RuntimeError, match="llama_decode failed on 2 tokens"):
+        worker.run(np.array([1, 2]))
