@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import llmqat
-
 from . import environments
 from .catalog import PEERS
 
@@ -38,8 +36,9 @@ class Client:
         runs.mkdir(parents=True, exist_ok=True)
         self.log = runs / f"{name}.log"
         python = python_of(name, environments_at)
-        # A relative PYTHONPATH would not survive, and other environments are not to see this one's packages.
-        paths = [EVAL] if PEERS[name].environment else [EVAL, Path(llmqat.__file__).resolve().parents[1]]
+        inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        # Other environments are not to see the packages of this one.
+        paths = [EVAL] if PEERS[name].environment else [EVAL, *inherited]
         variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
