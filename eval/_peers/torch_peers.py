@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .shapes import GROUP_SIZE, MODELS, ModelShape
 from .timing import mean_rate
@@ -89,9 +91,6 @@ def stored_bytes(module: nn.Module) -> int:
 
 def dense_model(shape: ModelShape, dtype: torch.dtype, linear: Callable[[int, int], nn.Module] | None = None) -> Any:
     """A transformers Llama of random weights, every Linear of its blocks made by `linear`."""
-    from accelerate import init_empty_weights
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
