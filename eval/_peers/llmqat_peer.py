@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ class OneLayer(PreTrainedModel):
 
 
 HEAD_BITS = 8
-# The head joins the grid where `prepare` can do that; else it stays float, and the results say so.
-HEAD = {"lm_head_bits": HEAD_BITS} if "lm_head_bits" in signature(llmqat.prepare).parameters else {}
 
 
 class Worker(torch_peers.Worker):
@@ -55,7 +52,7 @@ class Worker(torch_peers.Worker):
     def describe(self) -> dict[str, Any]:
         """As for any peer, the scheme, and the kernel if one was forced."""
         forced = os.environ.get("LLMQAT_KERNELS")
-        return {**super().describe(), "scheme": str(self.scheme), "LLMQAT_KERNELS": forced, **HEAD}
+        return {**super().describe(), "scheme": str(self.scheme), "LLMQAT_KERNELS": forced, "lm_head_bits": HEAD_BITS}
 
     @torch.no_grad()
     def linear(self, out: int, inner: int) -> nn.Module:
@@ -67,10 +64,7 @@ class Worker(torch_peers.Worker):
 
     def path(self, shape: str) -> Path:
         """Where the packed model of a shape is."""
-        return (
-            self.directory
-            / f"{shape}-int4-g{GROUP_SIZE}-a{self.scheme.act_bits or 16}-head{HEAD.get('lm_head_bits', 16)}"
-        )
+        return self.directory / f"{shape}-int4-g{GROUP_SIZE}-a{self.scheme.act_bits or 16}-head{HEAD_BITS}"
 
     @torch.no_grad()
     def build_model(self, shape: str) -> dict[str, Any]:
@@ -80,7 +74,7 @@ class Worker(torch_peers.Worker):
         if not (path / "config.json").exists():
             shutil.rmtree(path, ignore_errors=True)
             model = torch_peers.dense_model(MODELS[shape], self.dtype)
-            llmqat.prepare(model, self.scheme, init="rtn", storage_dtype=self.dtype, **HEAD)
+            llmqat.prepare(model, self.scheme, init="rtn", storage_dtype=self.dtype, lm_head_bits=HEAD_BITS)
             llmqat.pack(model, path)
         files = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         return {"file_bytes": files, "build_seconds": time.perf_counter() - started}
