@@ -196,7 +196,7 @@ def test_quantize(go, method):
 def test_asymmetric_with_integer_activations(go):
     done = go({"quant.symmetric": False, "quant.act_bits": 8, "init.smooth": 0.5, "quant.group_size": -1})
     ppl = done.report["perplexity"]
-    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-4)  # a rounding of an activation may fall the other way
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-3)  # a rounding of an activation may fall the other way
     assert done.report["verify"]["codes_equal"] is True
     config = json.loads((done.directory / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert config["input_activations"]["num_bits"] == 8
@@ -250,7 +250,8 @@ def test_quantized_head_and_cache(go, tied_dir, mode):
     assert report["verify"]["max_logit_error"] <= report["verify"]["bound"]
     ppl = report["perplexity"]
     assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
-    assert report["kl_to_float"]["packed"] <= report["kl_to_float"]["gptq"] < 0.05
+    # Where no step beat the start, the two differ by the order in which the kernel sums.
+    assert report["kl_to_float"]["packed"] <= report["kl_to_float"]["gptq"] * (1 + 1e-5) < 0.05
     assert report["coverage"]["skipped"] == []
     assert verify(done.directory).layers == 15
     loaded = load_packed(done.directory)
