@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.writer import INDEX, WEIGHTS
+from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.native_forward import accelerate_forward
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
@@ -150,6 +151,9 @@ def load_packed(
         serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            use_huge_pages(module.weight_packed)
     if kv_bits is None:
         accelerate_forward(model)
     return model

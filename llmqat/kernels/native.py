@@ -5,6 +5,7 @@
 
 import ctypes
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +148,22 @@ def linear(
     tokens = x.numel() // in_features
     kernels.llmqat_linear(ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
     return y
+
+
+def use_huge_pages(tensor: Tensor) -> bool:
+    """Move a large CPU tensor to pages of 2 MiB where Linux can: reading it then misses the page tables less.
+
+    Returns:
+        whether it was done; nothing changes but the speed.
+    """
+    page, advise, collapse = 2 << 20, 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, Linux 6.1 and newer
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // page * page
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or length <= 0:
+        return False
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return bool(libc.madvise(start, length, advise) == 0 and libc.madvise(start, length, collapse) == 0)
 
 
 def read_bandwidth(data: Tensor) -> float:

@@ -172,6 +172,14 @@ def test_a_forked_process_gets_its_own_threads():
     assert run(FORK).stdout.strip() == "done"
 
 
+def test_huge_pages_leave_the_values_alone():
+    assert not native.use_huge_pages(torch.ones(8))
+    assert not native.use_huge_pages(torch.empty(1 << 22, device="meta"))
+    large = torch.arange(1 << 22)
+    native.use_huge_pages(large)
+    assert torch.equal(large, torch.arange(1 << 22))
+
+
 NAME = "from llmqat.kernels import native; print(native.kernel_name())"
 
 
