@@ -37,6 +37,8 @@ Quantize without training: round to nearest or GPTQ, packed, verified and measur
   llmqat quantize --model llama --bits 4 --output out
   llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth auto --output out
   llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
+  llmqat quantize --model ./large-model --bits 4 --low-memory --output out
+      one block of the model in memory at a time; nothing is measured: llmqat eval and llmqat verify do that afterwards
 """
 EVAL = """\
 Perplexity of a float or packed model, by the GPTQ protocol; against a float model also KL and top-1 agreement.
@@ -62,7 +64,7 @@ Continue a text with a float or packed model.
   llmqat generate runs/chat --chat --prompt 'How do I make crepes?'
 """
 INSPECT = """\
-The dry run: every Linear, quantized or not and why, predicted size and memory. Takes the options of finetune.
+The dry run: every linear layer, quantized or not and why, predicted size and memory. Takes the options of finetune.
 
   llmqat inspect --model llama --bits 4
   llmqat inspect --model ./my-model --group-size 64 --train lora
@@ -100,6 +102,10 @@ def build_parser() -> Parser:
             sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
         if name == "inspect":
             sub.add_argument("--machine", action="store_true", help="which kernels run here, and why not others")
+        if name == "quantize":
+            sub.add_argument(
+                "--low-memory", action="store_true", help="block by block, for a model larger than memory; not measured"
+            )
         if name == "finetune":
             sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
 
@@ -149,8 +155,12 @@ def run_finetune(args: argparse.Namespace) -> None:
 def run_quantize(args: argparse.Namespace) -> None:
     """`llmqat quantize`."""
     from llmqat.pipeline import run
+    from llmqat.streaming import quantize_by_block
 
-    run(args.resolved, train=False, overwrite=args.overwrite)
+    if args.low_memory:
+        quantize_by_block(args.resolved, args.overwrite)
+    else:
+        run(args.resolved, train=False, overwrite=args.overwrite)
 
 
 def run_inspect(args: argparse.Namespace) -> None:

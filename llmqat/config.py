@@ -72,6 +72,13 @@ class QuantConfig:
         None, "8: int8 keys and values in the cache, a scale per token and head", "--kv-bits", choices=(8,)
     )
     overrides: dict[str, Any] = field(default_factory=dict, metadata=meta("regular expression on layers -> change"))
+    min_coverage: float = option(
+        0.9,
+        "least share of the block parameters that must lie in layers that can be quantized",
+        "--min-coverage",
+        least=0.0,
+        most=1.0,
+    )
     clip_mask: bool = option(False, "stop gradients of weights beyond the ends of the grid", "--clip-mask")
 
 

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
 
 from llmqat import config as config_module
 from llmqat.config import Recipe
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
-from llmqat.models.coverage import CoverageReport, by_expert
-from llmqat.models.loading import load_config
-from llmqat.models.patcher import check_divisible, plan
+from llmqat.models.coverage import CoverageReport, by_expert, check_coverage
+from llmqat.models.loading import load_empty
+from llmqat.models.planning import check_divisible, plan
 
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes per parameter: float32 master, two float32 moments, float32 gradient
 
@@ -28,7 +26,8 @@ class Inspection:
         packed_bytes: predicted size of the packed file.
         float_bytes: size of the float model in its stored dtype.
         training_bytes: predicted memory for weights, gradients, optimizer and teacher, activations not counted.
-        calibrated: whether GPTQ and SmoothQuant know the family.
+        calibrated: whether GPTQ knows the family.
+        smoothed: whether SmoothQuant does.
         tied: whether the output head is the embedding.
     """
 
@@ -38,6 +37,7 @@ class Inspection:
     float_bytes: int
     training_bytes: int
     calibrated: bool
+    smoothed: bool
     tied: bool
 
     def __str__(self) -> str:
@@ -48,16 +48,14 @@ def inspect(recipe: Recipe) -> Inspection:
     """Build the model without weights and plan the run.
 
     Raises:
-        LlmqatError: if the model cannot be found, or a group size does not divide.
+        LlmqatError: if the model cannot be found, too little of it is covered, or a group size does not divide.
     """
-    config = load_config(recipe.model)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    stored = getattr(config, "dtype", None) or torch.float32
+    model, stored = load_empty(recipe.model)
+    config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     recipe = config_module.resolve(recipe, parameters)
     coverage = plan(model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
+    check_coverage(coverage, recipe.quant.min_coverage)
     check_divisible(coverage)
     quantized = sum(layer.parameters for layer in coverage.quantized)
     packed_bits = sum(
@@ -72,6 +70,7 @@ def inspect(recipe: Recipe) -> Inspection:
         parameters * stored.itemsize,
         training_bytes(recipe, coverage, parameters, stored),
         config.model_type in ARCHITECTURES,
+        config.model_type in ARCHITECTURES and bool(ARCHITECTURES[config.model_type].smooth_sites),
         bool(getattr(config, "tie_word_embeddings", False)),
     )
 
@@ -101,7 +100,7 @@ def describe(plan: Inspection) -> str:
         f"  {name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
         for name, layer in by_expert(plan.coverage.layers)
     ]
-    known = "known: GPTQ and SmoothQuant apply" if plan.calibrated else "unknown: only --init rtn, and no --smooth"
+    known = f"known: GPTQ {'and SmoothQuant apply' if plan.smoothed else 'applies, and no --smooth'}"
     return "\n".join(
         [
             f"{plan.recipe.model}: {plan.coverage.total_parameters / 1e6:.2f} M parameters",
@@ -110,7 +109,7 @@ def describe(plan: Inspection) -> str:
             f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
             f"key-value cache: {'int8, a scale per token and head' if plan.recipe.quant.kv_bits else 'float'}",
             f"packed as compressed-tensors: {readers(plan.coverage)}",
-            f"model family {known}",
+            f"model family {known if plan.calibrated else 'unknown: only --init rtn, and no --smooth'}",
             f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",
             f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations "
             "not counted",

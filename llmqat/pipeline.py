@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
 from llmqat.algorithms.smoothquant import describe
-from llmqat.config import DataConfig, Recipe
+from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
@@ -26,12 +26,11 @@ from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
 from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
+from llmqat.models.coverage import check_coverage
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import (
     GPTQ_REMEDY,
-    check_divisible,
-    plan,
     prepare,
     quantized_layers,
     round_float_parts,
@@ -39,13 +38,14 @@ from llmqat.models.patcher import (
     smooth,
     smoothable,
 )
+from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.page import details
 from llmqat.page.render import write_page
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
+from llmqat.run_data import LEAST_TRAIN_TOKENS, calibration_batches, read, train_tokens, training_stream
 from llmqat.train import checkpoint
-from llmqat.train.corpus import Corpus, load_corpus
 from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.layouts import Document
 from llmqat.train.loop import fit
@@ -53,9 +53,6 @@ from llmqat.train.modes import add_lora, default_alpha, select_trainable
 from llmqat.train.tracking import check_tracker
 
 RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
-CALIBRATION_BATCH = 8
-# Text is tokenized up to this many tokens, or as many as the run trains on if that is more.
-LEAST_TRAIN_TOKENS = 8_000_000
 
 
 def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
@@ -109,7 +106,9 @@ class Run:
         if context is not None:
             self.recipe = recipe = fit_context(recipe, context)
         self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
-        check_divisible(plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits))
+        planned = plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
+        check_coverage(planned, recipe.quant.min_coverage)
+        check_divisible(planned)
         if recipe.init.method == "gptq":
             architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
         check_tracker(recipe.train.tracker, self.directory)
@@ -166,6 +165,7 @@ class Run:
             clip_mask=recipe.quant.clip_mask,
             lm_head_bits=recipe.quant.lm_head_bits,
             kv_bits=recipe.quant.kv_bits,
+            min_coverage=recipe.quant.min_coverage,
         )
         batches = self.calibration if static_layers(self.model) and not earlier else []
         observe_activations(self.model, batches, recipe.quant.observer)
@@ -285,20 +285,13 @@ class Run:
         """What the loop trains on: blocks of the stream, or conversations."""
         length, what = self.recipe.train.length, f"{self.recipe.data.dataset} training"
         if self.corpus.is_chat:
-            return sequences(self.tokenizer, self.corpus.train, length, self.train_tokens, what)
+            return sequences(self.tokenizer, self.corpus.train, length, train_tokens(self.recipe), what)
         return blocks(self.train_stream, length, what)
-
-    @property
-    def train_tokens(self) -> int:
-        """How much of the training text is tokenized: enough for the run, and at least `LEAST_TRAIN_TOKENS`."""
-        config = self.recipe.train
-        needed = config.max_steps * config.batch_size * config.accumulation * config.length
-        return max(needed, LEAST_TRAIN_TOKENS)
 
     @cached_property
     def train_stream(self) -> Tensor:
         """Training text as one stream of ids."""
-        return encode(self.tokenizer, self.corpus.train, self.train_tokens)
+        return training_stream(self.tokenizer, self.corpus.train, self.recipe)
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -307,10 +300,7 @@ class Run:
         stream = self.train_stream
         if source is not None:
             stream = encode(self.tokenizer, read(recipe.data, source).train, LEAST_TRAIN_TOKENS)
-        rows = blocks(stream, recipe.train.length, "calibration")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
-        size = min(CALIBRATION_BATCH, len(order))
-        return list(rows[order[: len(order) // size * size]].split(size))
+        return calibration_batches(stream, recipe)
 
     def evaluate(self, name: str) -> Perplexity:
         """Perplexity of the current state, compared with the float model."""
@@ -348,12 +338,6 @@ class Run:
         with replacing(self.directory / CHECKPOINT) as scratch:
             rows = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in self.measured.perplexity.items()}
             (scratch / MEASURED).write_text(json.dumps(rows))
-
-
-def read(data: DataConfig, dataset: str) -> Corpus:
-    """Documents of a dataset, by the recipe's options; a local one is never streamed."""
-    streaming = data.streaming and (dataset == data.dataset or not Path(dataset).exists())
-    return load_corpus(dataset, data.text_field, data.rows, streaming, data.max_rows)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -33,6 +34,63 @@ TINY = {
     "initializer_range": 0.15,
     "attn_implementation": "sdpa",
 }
+
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+GATED = COMMON | {"num_key_value_heads": 2, "head_dim": 16}
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+class Family(NamedTuple):
+    """A row of the support table: its name there, the config of a tiny model, and the class of its head."""
+
+    name: str
+    config: dict[str, Any]
+    head: Any = AutoModelForCausalLM
+
+
+FAMILIES = {
+    "llama": Family("Llama", GATED),
+    "mistral": Family("Mistral", GATED),
+    "qwen2": Family("Qwen2, Qwen2.5", GATED),
+    "qwen3": Family("Qwen3", GATED),
+    "gemma": Family("Gemma", GATED),
+    "gemma2": Family("Gemma 2", GATED | {"sliding_window": 16}),
+    "gemma3_text": Family(
+        "Gemma 3 (text)", GATED | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "phi3": Family("Phi-3", GATED | IDS),
+    "gpt2": Family(
+        "GPT-2",
+        {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.15}
+        | IDS,
+    ),
+    "opt": Family("OPT", COMMON | {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.15} | IDS),
+    "bert": Family("BERT, classification head", COMMON | {"num_labels": 3}, AutoModelForSequenceClassification),
+    "roberta": Family(
+        "RoBERTa, classification head",
+        COMMON | {"num_labels": 3, "max_position_embeddings": 160},  # positions start behind the padding id
+        AutoModelForSequenceClassification,
+    ),
+    "distilbert": Family(
+        "DistilBERT, classification head",
+        {"vocab_size": 128, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+        | {"initializer_range": 0.15, "num_labels": 3},
+        AutoModelForSequenceClassification,
+    ),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write the support table of the README")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +124,28 @@ def tiny_moe() -> Callable[..., PreTrainedModel]:
         torch.manual_seed(0)
         config = CONFIG_MAPPING[model_type](**TINY | sizes[model_type] | {"num_experts_per_tok": 2} | overrides)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, Family]:
+    """Model type -> a tiny model of the family."""
+    return FAMILIES
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """``tiny(model_type)``: a random two-block model in eval mode, its norms and biases not trivial."""
+
+    def make(model_type: str, **overrides: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        family = FAMILIES[model_type]
+        model = family.head.from_config(CONFIG_MAPPING[model_type](**family.config | overrides)).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return model
 
     return make
 

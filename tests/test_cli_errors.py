@@ -84,7 +84,7 @@ BAD = {
     ),
     "override bits": (options("--override", "down_proj$:bits=5"), "bits must be one of 2, 3, 4, 8, got 5"),
     "override regex": (options("--override", "(:bits=8"), r"'\(' is no regular expression"),
-    "override nothing": (options("--override", "attn.c_proj:bits=8"), "override 'attn.c_proj' matches no Linear layer"),
+    "override nothing": (options("--override", "attn.c_proj:bits=8"), "override 'attn.c_proj' matches no linear layer"),
 }
 
 

@@ -5,8 +5,10 @@ order in which they run, those that read the same tensor together (q, k, v; then
 come last, all of them together.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,48 +55,66 @@ class _Stop(Exception):
     """Raised by a hook once it has what it came for."""
 
 
+@dataclass
 class BlockInputs:
-    """Inputs of one block for every calibration batch: hidden states, and the arguments all blocks share."""
+    """What a block is called with: its hidden states for every calibration batch, and its other arguments.
 
-    def __init__(self, hidden: list[Tensor], arguments: dict[str, Any]) -> None:
-        self.hidden, self.arguments = hidden, arguments
+    Attributes:
+        hidden: a tensor per batch.
+        arguments: positional (after the hidden states) and keyword arguments of this block and of those after it.
+            Blocks of one model may differ in them, by sliding and full attention for example; batches share them.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     @classmethod
     @torch.no_grad()
-    def capture(cls, model: nn.Module, first_block: nn.Module, batches: list[Tensor]) -> "BlockInputs":
-        """Run the model up to its first block. `batches`: token ids ``(batch, length)``, all of one shape."""
+    def capture(cls, model: nn.Module, blocks: Sequence[nn.Module], batches: list[Tensor]) -> "BlockInputs":
+        """Run the model up to its first block, and for the first batch past all of them, leaving the blocks themselves
+        out. `batches`: token ids ``(batch, length)``, all of one shape."""
         check_batches(batches)
-        hidden: list[Tensor] = []
-        arguments: dict[str, Any] = {}
+        inputs = cls([], [])
 
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-            arguments.update(kwargs)
-            raise _Stop
+        def record(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                inputs.hidden.append(hidden)
+            if len(inputs.hidden) == 1:
+                inputs.arguments.append((args[1:], kwargs))
+            if len(inputs.hidden) > 1 or index == len(blocks) - 1:
+                raise _Stop
+            return hidden
 
         device = next(model.parameters()).device
-        handle = first_block.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                block.forward = partial(record, index)
+                stack.callback(delattr, block, "forward")
             for batch in batches:
                 try:
                     model(input_ids=batch.to(device), use_cache=False)
                 except _Stop:
                     pass
-        finally:
-            handle.remove()
-        return cls(hidden, arguments)
+        return inputs
+
+    def only(self, batch: int) -> "BlockInputs":
+        """The inputs of one batch."""
+        return BlockInputs([self.hidden[batch]], self.arguments[:1])
 
     @torch.no_grad()
     def run(self, block: nn.Module) -> Iterator[Tensor]:
         """The block's output for each batch. Blocks return a tensor, or a tuple that opens with one."""
+        args, kwargs = self.arguments[0]
         for hidden in self.hidden:
-            output = block(hidden, **self.arguments)
+            output = block(hidden, *args, **kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
     def advance(self, block: nn.Module) -> None:
         """Make the block's outputs the inputs of the next."""
         for index, output in enumerate(self.run(block)):
             self.hidden[index] = output
+        del self.arguments[0]
 
 
 @contextmanager
@@ -133,7 +153,7 @@ def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
         stages.append((x, [name]))
 
     with input_hooks(layers, see):
-        next(BlockInputs(inputs.hidden[:1], inputs.arguments).run(block))
+        next(inputs.only(0).run(block))
     return [names for _, names in stages]
 
 
@@ -182,10 +202,10 @@ def hessians_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQua
             raise _Stop
 
     with input_hooks(layers, see):
-        for hidden in inputs.hidden:
+        for batch in range(len(inputs.hidden)):
             waiting.update(layers)
             try:
-                next(BlockInputs([hidden], inputs.arguments).run(block))
+                next(inputs.only(batch).run(block))
             except _Stop:
                 pass
     there_were = sum(hidden.shape[:-1].numel() for hidden in inputs.hidden)
@@ -242,49 +262,60 @@ def _compensation(layer: FakeQuantLinear, latent: Tensor, codes: Tensor, w_hat: 
     return compensation
 
 
+def gptq_block(
+    block: nn.Module, inputs: BlockInputs, damp: float, keep_float: bool = False, name: str = "block"
+) -> list[LayerError]:
+    """GPTQ for every `FakeQuantLinear` of one block, in place; then make its outputs the inputs of the next.
+
+    Args:
+        block: a prepared block.
+        inputs: what it reads on the quantized prefix.
+        damp: damping of the Hessian, as a fraction of its mean diagonal.
+        keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
+        name: of the block, for messages.
+
+    Raises:
+        LlmqatError: if a Hessian cannot be used.
+    """
+    errors = []
+    layers = {path: m for path, m in block.named_modules() if isinstance(m, FakeQuantLinear)}
+    for stages in passes_of(block, inputs, layers) if layers else []:
+        # One Hessian serves all layers of a stage: they read the same tensor.
+        seen = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
+        for first, layer in ((names[0], layer) for names in stages for layer in names):
+            errors.append(_quantize_layer(layers[layer], seen[first], damp, keep_float, f"{name} {layer}"))
+    inputs.advance(block)
+    return errors
+
+
 @torch.no_grad()
 def gptq_head(
     model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], damp: float, keep_float: bool
 ) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with evaluating(model):
-        seen = hessians_of(_Forward(model), BlockInputs(batches, {"use_cache": False}), {"": head})[""]
+        seen = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
         return _quantize_layer(head, seen, damp, keep_float, "output head")
 
 
 def gptq_model(
     model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor], damp: float, keep_float: bool
 ) -> list[LayerError]:
-    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place.
+    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place; see `gptq_block`.
 
     Args:
         model: the prepared model; its float forward feeds the first block.
-        blocks: its decoder blocks, in order.
+        blocks: its blocks, in order.
         batches: token ids ``(batch, length)``, all of one shape.
-        damp: damping of the Hessian, as a fraction of its mean diagonal.
-        keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
+        damp: damping of the Hessian.
+        keep_float: keep GPTQ's change apart from the weight.
 
     Raises:
         LlmqatError: if there are no batches, or a Hessian cannot be used.
     """
     errors: list[LayerError] = []
     with evaluating(model):
-        inputs = BlockInputs.capture(model, blocks[0], batches)
+        inputs = BlockInputs.capture(model, list(blocks), batches)
         for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
-            errors += _quantize_block(block, index, inputs, damp, keep_float)
-            inputs.advance(block)
-    return errors
-
-
-def _quantize_block(
-    block: nn.Module, index: int, inputs: BlockInputs, damp: float, keep_float: bool
-) -> list[LayerError]:
-    """GPTQ for the layers of one block, in the order in which they run."""
-    errors = []
-    layers = {name: m for name, m in block.named_modules() if isinstance(m, FakeQuantLinear)}
-    for stages in passes_of(block, inputs, layers) if layers else []:
-        # One Hessian serves all layers of a stage: they read the same tensor.
-        seen = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
-        for first, name in ((names[0], name) for names in stages for name in names):
-            errors.append(_quantize_layer(layers[name], seen[first], damp, keep_float, f"block {index} {name}"))
+            errors += gptq_block(block, inputs, damp, keep_float, f"block {index}")
     return errors

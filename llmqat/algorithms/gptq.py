@@ -76,17 +76,20 @@ def search_scale(
 def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
     """Upper Cholesky factor ``U`` of ``(H + damp * mean(diag H) * I)^-1``.
 
-    Damping is raised tenfold, with a warning, while the factorization fails.
+    Damping is raised tenfold, with a warning, while the factorization fails. Beside H, which is damped in place and put
+    back, two matrices of its size are in memory.
 
     Raises:
         LlmqatError: if it fails even at a damping of 1.
     """
-    mean = hessian.diagonal().mean()
-    eye = torch.eye(len(hessian), device=hessian.device)
+    diagonal = hessian.diagonal().clone()
+    mean = diagonal.mean()
     while True:
+        hessian.diagonal().copy_(diagonal + damp * mean)
         try:
-            lower = torch.linalg.cholesky(hessian + damp * mean * eye)
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.linalg.cholesky(hessian)
+            factor = torch.cholesky_inverse(factor)
+            return torch.linalg.cholesky(factor, upper=True)
         except torch.linalg.LinAlgError as error:
             if damp >= MAX_DAMP:
                 raise LlmqatError(
@@ -97,6 +100,8 @@ def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
             warnings.warn(
                 f"GPTQ: the Hessian of {layer} is not positive definite; damping raised to {damp:g}", stacklevel=2
             )
+        finally:
+            hessian.diagonal().copy_(diagonal)
 
 
 def gptq(
@@ -132,7 +137,8 @@ def gptq(
     H.diagonal()[dead] = 1.0 if dead.all() else H.diagonal()[~dead].mean()
     perm = H.diagonal().argsort(descending=True)
     inverse = perm.argsort()
-    U = inverse_cholesky(H[perm][:, perm], damp, layer)
+    H = H[perm][:, perm]
+    U = inverse_cholesky(H, damp, layer)
     importance = 1 / U.square().sum(0)[inverse]  # diag(H^-1) is that of U^T U
     scale, zero_point = search_scale(W, importance, scheme, scale_dtype)
 

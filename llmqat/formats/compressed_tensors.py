@@ -12,6 +12,7 @@ from llmqat.models.coverage import TIED_HEAD, CoverageReport
 from llmqat.scheme import QuantScheme
 
 EXPERT = re.compile(r"\\\.experts\\\.\d+\\\.")  # in an escaped name
+LINEAR, CONV1D = "Linear", "Conv1D"  # classes of layers, as targets
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # Where config.json says that the cache is int8, beside `quantization_config`: readers that do not know it use a float
 # cache. The `kv_cache_scheme` of compressed-tensors knows no scale per token and head, and vLLM takes per-tensor ones.
@@ -31,6 +32,19 @@ def weight_args(scheme: QuantScheme) -> dict[str, Any]:
     }
 
 
+def block_args(scheme: QuantScheme, longest: int) -> dict[str, Any]:
+    """How the weights of a scheme are described where they lie as ``(in, out)``, see `llmqat.formats.conv1d`.
+
+    Args:
+        scheme: the grid.
+        longest: the largest `in_features`: a block as high holds a whole column, whatever its length.
+    """
+    height = longest if scheme.group_size == -1 else scheme.group_size
+    args = {**weight_args(scheme), "strategy": "block", "block_structure": [height, 1]}
+    del args["group_size"]
+    return args
+
+
 def activation_args(scheme: QuantScheme) -> dict[str, Any] | None:
     """How the inputs are described: dynamic and per token, or static with one scale per layer (`input_scale`)."""
     if scheme.act_bits is None:
@@ -40,13 +54,14 @@ def activation_args(scheme: QuantScheme) -> dict[str, Any] | None:
 
 
 def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
-    """Inverse of the two above.
+    """Inverse of the three above; where weights lie as ``(in, out)``, one group per row has the longest row's length.
 
     Raises:
         LlmqatError: for anything llmqat cannot run.
     """
     weights, acts = group["weights"], group.get("input_activations")
-    if weights["type"] != "int" or weights["strategy"] not in ("group", "channel"):
+    by_block = weights["strategy"] == "block" and group["targets"] == [CONV1D]
+    if weights["type"] != "int" or not (by_block or weights["strategy"] in ("group", "channel")):
         raise LlmqatError(
             f"cannot run {weights['type']} weights of strategy {weights['strategy']!r}; llmqat reads int weights by "
             "group or channel"
@@ -60,7 +75,9 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
         raise LlmqatError(
             "cannot run these activations; llmqat reads symmetric int8, dynamic per token or static per tensor, or none"
         )
-    group_size = -1 if weights["strategy"] == "channel" else weights["group_size"]
+    group_size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
+    if by_block:
+        group_size = weights["block_structure"][0]
     return QuantScheme(
         weights["num_bits"],
         group_size,
@@ -77,22 +94,26 @@ def _target(name: str) -> str:
 
 
 def config_of(
-    schemes: Mapping[str, QuantScheme], ignored: list[str], embeddings: Collection[str] = ()
+    schemes: Mapping[str, QuantScheme],
+    ignored: list[str],
+    embeddings: Collection[str] = (),
+    transposed: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """`quantization_config` for layers with their schemes.
 
     One scheme for all gives the single group every reader knows, targets ``Linear``; several give one group each, its
     layers by name, and experts, which all have the same, by pattern: so readers find the experts' group. `embeddings`:
-    which of the layers are no Linear.
+    which of the layers are no Linear. Layers that keep their weight as ``(in, out)`` (`transposed`: their names and
+    `in_features`) all have the same; transformers reads them where the config itself asks it to dequantize.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
     for index, scheme in enumerate(distinct):
         targets = dict.fromkeys(_target(name) for name, own in schemes.items() if own == scheme)
         groups[f"group_{index}"] = {
-            "targets": ["Linear", *embeddings] if len(distinct) == 1 else list(targets),
+            "targets": [CONV1D if transposed else LINEAR, *embeddings] if len(distinct) == 1 else list(targets),
             "format": FORMAT,
-            "weights": weight_args(scheme),
+            "weights": block_args(scheme, max(transposed.values())) if transposed else weight_args(scheme),
             "input_activations": activation_args(scheme),
             "output_activations": None,
         }
@@ -102,6 +123,7 @@ def config_of(
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": groups,
+        **({"dequantize": True} if transposed else {}),
     }
 
 
@@ -154,4 +176,4 @@ def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str,
 def _matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
         return re.match(target[3:], name) is not None
-    return target in ("Linear", name)
+    return target in (LINEAR, CONV1D, name)

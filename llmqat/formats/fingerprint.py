@@ -23,10 +23,11 @@ def sha256(tensor: Tensor | None) -> str | None:
 
 
 def grids_of(model: nn.Module) -> dict[str, Grid]:
-    """Codes, stored scale and zero point of every layer, as the model's own forward uses them."""
+    """Codes, stored scale and zero point of every layer that is not on meta, as the model's own forward uses them."""
     return {
         name: (layer.codes(**lora), layer.stored_scale(), layer.stored_zero_point())
         for name, layer, lora in quantized_layers(model)
+        if not layer.weight.is_meta
     }
 
 

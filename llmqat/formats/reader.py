@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
+from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.native_forward import accelerate_forward
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
+from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
@@ -136,12 +139,11 @@ def load_packed(
     modules = dict(model.named_modules())
     for layer, scheme in schemes.items():
         old = modules.get(layer)
-        if not isinstance(old, nn.Linear) or f"{layer}.weight_scale" not in tensors:
-            what = f"lacks {layer}.weight_scale" if isinstance(old, nn.Linear) else f"packs {layer}, which is no Linear"
+        if not isinstance(old, LINEAR_LAYERS) or f"{layer}.weight_scale" not in tensors:
+            linear = isinstance(old, LINEAR_LAYERS)
+            what = f"lacks {layer}.weight_scale" if linear else f"packs {layer}, which is no linear layer"
             raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")
-        scale_dtype = tensors[f"{layer}.weight_scale"].dtype
-        packed = PackedLinear(old.in_features, old.out_features, scheme, scale_dtype, old.bias is not None, "meta")
-        model.set_submodule(layer, packed)
+        model.set_submodule(layer, _empty_packed(old, layer, scheme, tensors))
     _fill(model, tensors, set(schemes), dtype or stored, directory)
     if (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
@@ -173,6 +175,19 @@ def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes:
         tensors[names[id(head)] + key.removeprefix(name)] = tensors.pop(key)
     scale = embed_scale_of(embedding)
     model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings, model.dtype, embedding.padding_idx, scale))
+
+
+def _empty_packed(old: nn.Module, layer: str, scheme: QuantScheme, tensors: dict[str, Tensor]) -> PackedLinear:
+    """A packed layer for the place of `old`, on meta; tensors that lie as ``(in, out)`` are turned in place."""
+    out_features, in_features = linear_shape(old)
+    if is_transposed(old):
+        stored = {key.removeprefix(f"{layer}."): key for key in tensors if key.startswith(f"{layer}.")}
+        turned = turn_back({own: tensors[key] for own, key in stored.items()}, scheme.bits, out_features)
+        tensors.update({stored[own]: tensor for own, tensor in turned.items()})
+        if scheme.group_size >= in_features:  # the longest row's length: one group per row
+            scheme = replace(scheme, group_size=-1)
+    scale_dtype = tensors[f"{layer}.weight_scale"].dtype
+    return PackedLinear(in_features, out_features, scheme, scale_dtype, old.bias is not None, "meta")
 
 
 def _fill(

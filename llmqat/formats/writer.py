@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
+from llmqat.formats.conv1d import turn
 from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.nn.embedding import FakeQuantEmbedding
@@ -92,26 +93,30 @@ def tied_head(model: torch.nn.Module) -> dict[str, str]:
     return {names[id(head)]: names[id(embedding)]}
 
 
-def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
+def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of the packed file by their names there: codes and scales of layers on the grid, everything else in the
     storage dtype.
 
-    A tied tensor appears once, under its first name: a quantized matrix, too, under that of the embedding.
+    A tied tensor appears once, under its first name: a quantized matrix, too, under that of the embedding. Only names
+    that start with `prefix` are looked at, and tensors on the meta device are not there.
     """
     dtype = storage_dtype(model)
-    layers = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
+    on_grid = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
+    layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own[0].weight.is_meta}
     lookups = tied_head(model)
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in plain_model(model).state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
-        if key in seen or _inside(name, [*layers, *lookups.values()]):
+        if key in seen or tensor.is_meta or not name.startswith(prefix) or _inside(name, [*on_grid, *lookups.values()]):
             continue
         seen.add(key)
         state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
     for name, (layer, lora) in layers.items():
-        packed, name = PackedLinear.from_fake_quant(layer, **lora), lookups.get(name, name)
-        state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in packed.state_dict().items()})
+        tensors, name = PackedLinear.from_fake_quant(layer, **lora).state_dict(), lookups.get(name, name)
+        if layer.transposed:
+            tensors = turn(tensors, layer.scheme.bits)
+        state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()})
     root = plain_model(model)
     return {file_name(root, name): tensor for name, tensor in state.items()}
 
@@ -119,14 +124,15 @@ def packed_state(model: torch.nn.Module) -> dict[str, Tensor]:
 def packed_config(model: torch.nn.Module) -> Any:
     """The model's config with its architecture, dtype and `quantization_config`."""
     root = plain_model(model)
-    layers, tied = {name: layer.scheme for name, layer, _ in quantized_layers(model)}, tied_head(model)
+    layers, tied = {name: layer for name, layer, _ in quantized_layers(model)}, tied_head(model)
     ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, layers)]
     ignored += [file_name(root, name) for name in routers(root)]  # a Linear to other readers
-    schemes = {tied.get(name, name): scheme for name, scheme in layers.items()}
+    schemes = {tied.get(name, name): layer.scheme for name, layer in layers.items()}
+    transposed = {name: layer.in_features for name, layer in layers.items() if layer.transposed}
     config = copy.deepcopy(root.config)
     config.architectures = [type(root).__name__]
     config.dtype = storage_dtype(model)
-    config.quantization_config = config_of(schemes, [*ignored, *tied], tied.values())
+    config.quantization_config = config_of(schemes, [*ignored, *tied], tied.values(), transposed)
     kv_bits = kv_bits_of(root)
     if kv_bits is not None:
         setattr(config, OWN_KEY, {KV_BITS_KEY: kv_bits})
@@ -148,15 +154,31 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     with replacing(directory) as scratch:
         for filename, names in shards.filename_to_tensors.items():
-            save_file({name: state[name] for name in names}, scratch / filename, metadata={"format": "pt"})
+            save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (scratch / INDEX).write_text(json.dumps(index, indent=1))
-        packed_config(model).save_pretrained(scratch)
-        generation_config = getattr(plain_model(model), "generation_config", None)
-        if generation_config is not None:
-            generation_config.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        fingerprint.write(scratch, fingerprint.fingerprint(model))
+            write_index(scratch, shards.metadata, shards.tensor_to_filename)
+        write_companions(model, scratch, tokenizer, fingerprint.fingerprint(model))
     return directory
+
+
+def save_shard(state: dict[str, Tensor], path: Path) -> None:
+    """Write one safetensors file."""
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def write_index(directory: Path, metadata: dict[str, Any], weight_map: dict[str, str]) -> None:
+    """Write which tensor is in which shard."""
+    (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
+
+
+def write_companions(
+    model: torch.nn.Module, directory: Path, tokenizer: Any, layers: dict[str, dict[str, str | None]]
+) -> None:
+    """Write what stands beside the weights: configs, tokenizer, and the fingerprint of `layers`."""
+    packed_config(model).save_pretrained(directory)
+    generation_config = getattr(plain_model(model), "generation_config", None)
+    if generation_config is not None:
+        generation_config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    fingerprint.write(directory, layers)

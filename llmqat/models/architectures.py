@@ -19,7 +19,8 @@ class Architecture:
     """One model family.
 
     Attributes:
-        blocks: path of the ModuleList of decoder blocks.
+        blocks: path of the ModuleList of transformer blocks in a model with a head. Linear layers elsewhere (heads,
+            poolers, projections of embeddings) stay float.
         smooth_sites: where SmoothQuant is exact, paths relative to a block.
         router: path, in a block, of what picks the experts: it stays float. None for a family without experts.
         file_names: parts of module names and what they are in files, in this order. Nothing else may hold them.
@@ -41,7 +42,8 @@ MIXTRAL_FILES = (
     (".up_proj.", ".w3."),
 )
 
-# config.model_type -> row. Qwen3's q_norm and k_norm sit behind the projections: inputs may be scaled, outputs not.
+# config.model_type -> row. Qwen2.5 is qwen2. Qwen3's and Gemma 3's q_norm and k_norm sit behind the projections: inputs
+# may be scaled, outputs not.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -74,8 +76,13 @@ def architecture_of(model: PreTrainedModel, purpose: str, remedy: str) -> Archit
     return ARCHITECTURES[model_type]
 
 
+def blocks_path(model: PreTrainedModel, architecture: Architecture) -> str:
+    """Path of the blocks of `model`, which may also be a bare model without a head."""
+    return architecture.blocks if model.base_model is not model else architecture.blocks.split(".", 1)[1]
+
+
 def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
-    """The decoder blocks of `model`, in order."""
-    blocks = model.get_submodule(architecture.blocks)
+    """The blocks of `model`, in order."""
+    blocks = model.get_submodule(blocks_path(model, architecture))
     assert isinstance(blocks, nn.ModuleList)
     return blocks

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import floor
 from statistics import fmean
 
 from torch import nn
 
 from llmqat.algorithms.calibration import LEAST_TOKENS
+from llmqat.errors import LlmqatError
 from llmqat.scheme import QuantScheme
 
 # Roles of a layer that reports name.
@@ -16,7 +18,7 @@ HEAD, TIED_HEAD = "output head", "output head, tied to the embedding"
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One Linear: its name, shape ``(out, in)``, and the scheme it got, or why it stays float.
+    """One linear layer: its name, shape ``(out, in)``, and the scheme it got, or why it stays float.
 
     `role`: HEAD for the output head, TIED_HEAD if the input embedding is the same matrix, else empty.
     """
@@ -35,17 +37,21 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class CoverageReport:
-    """All Linear layers of a model, and how much of it they are.
+    """All linear layers of a model, and how much of it they are.
 
     Attributes:
-        layers: every Linear in model order.
+        layers: every linear layer in model order.
         total_parameters: parameters of the whole model, a tied one counted once.
+        block_parameters: those of its blocks; of an unknown family, all but embeddings and the output head.
+        uncovered: those of them that belong to no layer that can be quantized, by name: sizes.
         errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran; None for GPTQ's where the layer, of an
             expert that was hardly chosen, saw too few calibration tokens for it and kept round-to-nearest.
     """
 
     layers: tuple[LayerCoverage, ...]
     total_parameters: int
+    block_parameters: int = 0
+    uncovered: dict[str, int] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
     @property
@@ -62,6 +68,11 @@ class CoverageReport:
     def parameters_quantized(self) -> float:
         """Share of all parameters that is on the grid."""
         return sum(layer.parameters for layer in self.quantized) / self.total_parameters
+
+    @property
+    def block_coverage(self) -> float:
+        """Share of the block parameters in layers that can be quantized, also of those left float by an override."""
+        return 1 - sum(self.uncovered.values()) / max(1, self.block_parameters)
 
     @property
     def kept(self) -> list[str]:
@@ -88,7 +99,10 @@ class CoverageReport:
 
     def summary(self) -> str:
         """The report in a few lines: schemes with their layers counted, skipped layers with their reasons."""
-        lines = [f"{len(self.quantized)} layers quantized, {self.parameters_quantized:.1%} of all parameters"]
+        lines = [
+            f"{len(self.quantized)} layers quantized, {self.parameters_quantized:.1%} of all parameters; layers that "
+            f"can be are {self.block_coverage:.1%} of the blocks"
+        ]
         schemes = [str(layer.scheme) for layer in self.quantized]
         lines += [f"  {scheme}: {schemes.count(scheme)} layers" for scheme in dict.fromkeys(schemes)]
         heads = [layer for layer in self.quantized if layer.role]
@@ -112,3 +126,21 @@ def by_expert(layers: Sequence[LayerCoverage]) -> list[tuple[str, LayerCoverage]
 def total_parameters(model: nn.Module) -> int:
     """Parameters of `model`, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_coverage(report: CoverageReport, least: float) -> None:
+    """The layers that can be quantized must hold at least this share of the block parameters.
+
+    Raises:
+        LlmqatError: if they do not, naming the largest others and the remedies.
+    """
+    if report.block_coverage >= least:
+        return
+    largest = sorted(report.uncovered.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{name} ({size / 1e6:.3g} M)" for name, size in largest)
+    allowed = floor(report.block_coverage * 100) / 100
+    raise LlmqatError(
+        f"only {report.block_coverage:.1%} of the parameters of the blocks lie in layers that llmqat can quantize, and "
+        f"{least:.0%} are asked for; the largest others are {named}. To leave them float all the same, allow it with "
+        f"--min-coverage {allowed:g} (Python: min_coverage={allowed:g})"
+    )

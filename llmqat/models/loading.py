@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmqat.errors import LlmqatError
@@ -84,6 +85,20 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
         lost = ", ".join(sorted(info["missing_keys"])[:3])
         raise LlmqatError(f"cannot load the weights of {name}: they lack {lost}; copy or download the model again")
     return model.eval(), stored
+
+
+def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
+    """A float32 model without weights, on the meta device, and the dtype that its weights are stored in.
+
+    Raises:
+        LlmqatError: see `load_config`.
+    """
+    config = load_config(name)
+    stored = getattr(config, "dtype", None) or torch.float32
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model, stored
 
 
 def _short(error: Exception) -> str:

@@ -1,10 +1,7 @@
-"""`prepare`: put a model's Linear layers on their grid. `convert`: turn them into what ships."""
+"""`prepare`: put a model's linear layers on their grid. `convert`: turn them into what ships."""
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
@@ -16,12 +13,12 @@ from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import Architecture, architecture_of, blocks_of
-from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, by_expert, total_parameters
-from llmqat.models.experts import check_experts, expert_layers, fused_shapes, split_experts, splits
+from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
+from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage, check_coverage
+from llmqat.models.experts import split_experts
+from llmqat.models.planning import Overrides, check_divisible, plan, scheme_of
 from llmqat.models.smooth_sites import folds_of
-from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding, embed_scale_of
-from llmqat.nn.experts import is_fused
+from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
 from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -32,112 +29,6 @@ INITS = ("gptq", "rtn")
 # GPTQ leaves output heads of this many bits and more to round-to-nearest.
 HEAD_RTN_BITS = 8
 GPTQ_REMEDY = "use --init rtn, or add a row to models/architectures.py"
-# Pattern -> changes to the scheme, or "float". Later patterns win.
-Overrides = Mapping[str, Mapping[str, Any] | str]
-
-
-def scheme_of(name: str, scheme: QuantScheme, overrides: Overrides) -> QuantScheme | None:
-    """The scheme of layer `name` after `overrides`; None for float.
-
-    Raises:
-        LlmqatError: if a change is neither "float" nor fields of a scheme.
-    """
-    result: QuantScheme | None = scheme
-    for pattern, change in overrides.items():
-        if not re.search(pattern, name):
-            continue
-        if change == "float":
-            result = None
-        elif isinstance(change, Mapping) and set(change) <= set(scheme.to_dict()):
-            result = replace(result or scheme, **change)
-        else:
-            fields = ", ".join(scheme.to_dict())
-            raise LlmqatError(f"override {pattern!r}: write float, or any of {fields} with a value; got {change!r}")
-    return result
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head and the input embedding are one matrix."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    weight = getattr(head, "weight", None)
-    return weight is not None and weight is getattr(embedding, "weight", None)
-
-
-def plan(
-    model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None, lm_head_bits: int | None = None
-) -> CoverageReport:
-    """Which Linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
-
-    Raises:
-        LlmqatError: if an override is malformed, matches no layer, or gives experts several schemes, or `lm_head_bits`
-            finds no head it can quantize.
-    """
-    overrides = overrides or {}
-    found = list(_candidates(model))
-    names = [name for name, _, _ in found]
-    for pattern in overrides:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise LlmqatError(f"override {pattern!r} is not a regular expression: {error}") from error
-        if not any(re.search(pattern, name) for name in names):
-            raise LlmqatError(
-                f"override {pattern!r} matches no Linear layer; the first ones are {', '.join(names[:4])}"
-            )
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    role = TIED_HEAD if is_tied(model) else HEAD
-    if lm_head_bits is not None:
-        if not isinstance(head, nn.Linear):
-            raise LlmqatError(
-                f"lm_head_bits is {lm_head_bits}, but {type(model).__name__} has no Linear output head; leave it out"
-            )
-        if role == TIED_HEAD:
-            embed_scale_of(embedding)
-    layers = []
-    for name, shape, module in found:
-        own, reason = scheme_of(name, scheme, overrides), "override"
-        if module is head and lm_head_bits is not None:
-            own = scheme_of(name, replace(scheme, bits=lm_head_bits), overrides)
-        elif module is head or getattr(module, "weight", module) is getattr(embedding, "weight", None):
-            own, reason = None, role
-        elif not isinstance(module, nn.Linear) and not splits(model):
-            own, reason = None, f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
-        layers.append(LayerCoverage(name, shape, own, "" if own else reason, role=role if module is head else ""))
-    check_experts(layers)
-    return CoverageReport(tuple(layers), total_parameters(model))
-
-
-def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], nn.Module]]:
-    """Name, shape ``(out, in)`` and module of every Linear in model order; the Linears of an expert have the fused
-    module that holds them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, (module.out_features, module.in_features), module
-        elif is_fused(module):
-            layers = expert_layers(name, module) if splits(model) else fused_shapes(name, module)
-            yield from ((layer, shape, module) for layer, shape in layers)
-
-
-def check_divisible(report: CoverageReport) -> None:
-    """Every group size must divide its rows.
-
-    Raises:
-        LlmqatError: naming all layers that do not, and the remedies.
-    """
-    bad = [layer for layer in report.quantized if layer.scheme and not layer.scheme.divides(layer.shape[1])]
-    if not bad:
-        return
-    named = ", ".join(f"{name} (in_features {layer.shape[1]})" for name, layer in by_expert(bad))
-    common = gcd(*(layer.shape[1] for layer in report.quantized))
-    leaves = sorted({layer.name.rsplit(".", 1)[-1] for layer in bad})
-    overrides = " ".join(f"--override '{leaf}$:group_size=-1'" for leaf in leaves)
-    assert bad[0].scheme is not None
-    raise LlmqatError(
-        f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per "
-        "row "
-        f"with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
-        f"'{leaves[0]}$:float', or choose a --group-size that divides {common}"
-    )
 
 
 def smoothable(model: PreTrainedModel) -> Architecture:
@@ -183,10 +74,11 @@ def smooth(
         )
     architecture = smoothable(model)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
+    path = blocks_path(model, architecture)
     folds = [
         fold
         for index, block in enumerate(blocks_of(model, architecture))
-        for fold in folds_of(block, f"{architecture.blocks}.{index}.", architecture.smooth_sites, model.config, grid)
+        for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
     ]
     return smooth_model(model, folds, batches, alpha, storage_dtype or model.dtype)
 
@@ -205,13 +97,14 @@ def prepare(
     lm_head_bits: int | None = None,
     kv_bits: int | None = None,
     observer: str = DEFAULT_OBSERVER,
+    min_coverage: float = 0.9,
 ) -> CoverageReport:
-    """Replace the Linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
+    """Replace the linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
     Fused experts are split first, and their Parameters are new ones: make an optimizer after this.
 
     Args:
-        model: any model with `nn.Linear`.
+        model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float.
         scheme: the grid of every layer, unless overridden.
         init: "rtn" rounds to nearest; "gptq" also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
@@ -225,9 +118,11 @@ def prepare(
             the same grid. None leaves both float.
         kv_bits: 8 quantizes keys and values as the cache stores them; see `llmqat.nn.kv_cache`.
         observer: how static activation ranges are found; on `calibration` if there is any, and while training.
+        min_coverage: least share of the block parameters that must lie in layers llmqat can quantize.
 
     Raises:
-        LlmqatError: if a group size does not divide, the model is prepared already, or GPTQ lacks what it needs.
+        LlmqatError: if a group size does not divide, too little is covered, the model is prepared already, or GPTQ
+            lacks what it needs.
     """
     if init not in INITS:
         raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
@@ -235,12 +130,13 @@ def prepare(
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
     report = plan(model, scheme, overrides, lm_head_bits)
     if not report.quantized:
-        raise LlmqatError(f"{type(model).__name__} has no Linear layer to quantize: {report.summary()}")
+        raise LlmqatError(f"{type(model).__name__} has no linear layer to quantize: {report.summary()}")
+    check_coverage(report, min_coverage)
     check_divisible(report)
     if init == "gptq":  # what it lacks is said before anything is replaced
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
-    _replace_layers(model, report, storage_dtype or model.dtype, clip_mask)
+    put_on_grid(model, report.quantized, storage_dtype or model.dtype, clip_mask)
     if kv_bits is not None:
         quantize_kv(model, kv_bits)
     observe_activations(model, calibration or [], observer)
@@ -249,14 +145,16 @@ def prepare(
     return report
 
 
-def _replace_layers(model: PreTrainedModel, report: CoverageReport, dtype: torch.dtype, clip_mask: bool) -> None:
-    """Put a `FakeQuantLinear` in the place of each layer to quantize; an embedding tied to one looks up its rows."""
+def put_on_grid(
+    model: PreTrainedModel, layers: Iterable[LayerCoverage], dtype: torch.dtype, clip_mask: bool = False
+) -> None:
+    """Put a `FakeQuantLinear` with round-to-nearest scales, stored in `dtype`, in the place of each of `layers`; an
+    embedding tied to one looks up its rows."""
     split_experts(model)
-    for layer in report.quantized:
+    for layer in layers:
         linear = model.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear)
         assert layer.scheme is not None
-        compute = linear.weight.dtype
+        compute = linear.get_parameter("weight").dtype
         model.set_submodule(layer.name, FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask))
         if layer.role == TIED_HEAD:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings

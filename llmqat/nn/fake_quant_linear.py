@@ -1,4 +1,4 @@
-"""`FakeQuantLinear`: an `nn.Linear` on its integer grid, for training."""
+"""`FakeQuantLinear`: a linear layer on its integer grid, for training."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
+from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import choose_scale, fake_quantize_activation, grouped, quantize, store
 from llmqat.quant.fake_quant import (
     fake_quant_linear,
@@ -45,6 +46,7 @@ class FakeQuantLinear(nn.Module):
         enabled: False runs the plain float layer, without grid and compensation.
         act_scale: ``(1,)`` float32, of static int8 activations; None without, 0 as long as nothing was observed.
         observing: in training mode the range of static activations follows the inputs.
+        transposed: the layer it replaced keeps its weight as ``(in, out)``, and so does its packed file.
     """
 
     code_scale: Tensor | None
@@ -63,6 +65,7 @@ class FakeQuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.scheme, self.scale_dtype, self.clip_mask, self.enabled = scheme, scale_dtype, clip_mask, True
+        self.transposed = False
         self.weight, self.bias = weight, bias
         groups = self.in_features // scheme.group_length(self.in_features)
         shape = (self.out_features, groups)
@@ -117,17 +120,21 @@ class FakeQuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype, clip_mask: bool = False
+        cls, linear: nn.Module, scheme: QuantScheme, scale_dtype: torch.dtype, clip_mask: bool = False
     ) -> Self:
-        """Take over the Parameters of `linear` (the objects, made float32) with round-to-nearest scales."""
+        """Take over the Parameters of `linear` (the objects, made float32 and ``(out, in)``) with round-to-nearest
+        scales."""
         for parameter in linear.parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float64:
                 parameter.data = parameter.data.float()
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, nn.Parameter)
+        weight, bias = linear.get_parameter("weight"), linear.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        if is_transposed(linear):
+            weight.data = weight.data.T.contiguous()
         module = cls(weight, bias, scheme, scale_dtype, clip_mask)
-        if not linear.weight.is_meta:
-            module.set_grid(*choose_scale(linear.weight.detach(), scheme, scale_dtype))
+        module.transposed = is_transposed(linear)
+        if not weight.is_meta:
+            module.set_grid(*choose_scale(weight.detach(), scheme, scale_dtype))
         return module.train(linear.training)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`PackedLinear`: the layer that ships. Its state dict is the file format."""
+"""`PackedLinear`: the layer that ships. Its state dict is the file format (turned for `Conv1D`, formats/conv1d.py)."""
 
 from collections.abc import Callable
 from typing import Any, Self

@@ -52,7 +52,8 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
     if adapter is None:
         alpha = default_alpha(model, r) if alpha is None else alpha
         names = [name for name, _, _ in quantized_layers(model)]
-        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        task = "CAUSAL_LM" if model.can_generate() else None
+        config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type=task)  # type: ignore[arg-type]
     else:
         config = LoraConfig.from_pretrained(adapter)
     config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from llmqat.algorithms import calibration
 from llmqat.algorithms.calibration import BlockInputs, gptq_model, hessians_of, passes_of, stages_of
@@ -41,7 +42,7 @@ def logits(model, tokens):
 def test_stages_in_running_order(tiny_llama, tokens):
     model, _ = prepared(tiny_llama())
     block = model.model.layers[0]
-    inputs = BlockInputs.capture(model, block, tokens)
+    inputs = BlockInputs.capture(model, [block], tokens)
     assert len(inputs.hidden) == len(tokens)
     assert stages_of(block, inputs, layers_of(block)) == STAGES
 
@@ -49,7 +50,7 @@ def test_stages_in_running_order(tiny_llama, tokens):
 def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens):
     model, _ = prepared(tiny_llama(), overrides={"k_proj": {"act_bits": 8}})
     block = model.model.layers[0]
-    stages = stages_of(block, BlockInputs.capture(model, block, tokens), layers_of(block))
+    stages = stages_of(block, BlockInputs.capture(model, [block], tokens), layers_of(block))
     assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]
 
 
@@ -148,13 +149,33 @@ def test_runs_in_bfloat16_and_restores_the_mode(tiny_llama, tokens):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_each_block_keeps_its_own_arguments():
+    """Gemma's blocks differ: masks and rotary embeddings of sliding and of full attention."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**sizes, **heads, sliding_window=4, layer_types=kinds)
+    model = Gemma3ForCausalLM(config).eval()
+    batches = list(torch.randint(0, 128, (2, 2, 12)))
+    blocks = model.model.layers
+    inputs = BlockInputs.capture(model, list(blocks), batches)
+    with torch.no_grad():
+        for block in blocks:
+            inputs.advance(block)
+        expected = [model.model(input_ids=batch).last_hidden_state for batch in batches]
+        assert all(torch.equal(model.model.norm(h), e) for h, e in zip(inputs.hidden, expected, strict=True))
+    assert not inputs.arguments
+    assert not any("forward" in vars(block) for block in blocks), "the blocks run themselves again"
+
+
 def test_blocks_may_return_tuples():
     class Doubles(nn.Module):
         def forward(self, hidden, as_tuple):
             return (2 * hidden, "cache") if as_tuple else 2 * hidden
 
     for as_tuple in (False, True):
-        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], {"as_tuple": as_tuple})
+        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})])
         inputs.advance(Doubles())
         assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
         assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
@@ -191,7 +212,7 @@ def test_all_experts_share_a_pass_as_far_as_memory_allows(tiny_moe, tokens, monk
     prepare(model, QuantScheme(4, 16))
     block = model.model.layers[0]
     block.mlp.experts[1].up_proj.scheme = QuantScheme(4, 16, act_bits=8)
-    layers, inputs = layers_of(block), BlockInputs.capture(model, block, tokens)
+    layers, inputs = layers_of(block), BlockInputs.capture(model, [block], tokens)
     passes = passes_of(block, inputs, layers)
     expert = "mlp.experts.{}.{}_proj".format
     assert passes[:2] == [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]]]
@@ -206,7 +227,7 @@ def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
     model = tiny_moe("mixtral")
     prepare(model, QuantScheme(4, 16))
     block, seen = model.model.layers[0], []
-    inputs, layer = BlockInputs.capture(model, block, tokens), block.mlp.experts[2].down_proj
+    inputs, layer = BlockInputs.capture(model, [block], tokens), block.mlp.experts[2].down_proj
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     list(inputs.run(block))
     handle.remove()

@@ -185,5 +185,5 @@ def test_a_packed_embedding_of_an_untied_model_is_refused(head_trained, tmp_path
     config = json.loads((directory / "config.json").read_text())
     config["tie_word_embeddings"] = False
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LlmqatError, match=r"packs model\.embed_tokens, which is no Linear"):
+    with pytest.raises(LlmqatError, match=r"packs model\.embed_tokens, which is no linear layer"):
         load_packed(directory)

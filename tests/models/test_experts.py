@@ -15,7 +15,8 @@ from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.experts import file_name, module_name, routers
 from llmqat.models.float_view import FloatView
-from llmqat.models.patcher import plan, prepare, quantized_layers, smooth
+from llmqat.models.patcher import prepare, quantized_layers, smooth
+from llmqat.models.planning import plan
 from llmqat.nn.experts import SplitExperts, is_fused
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
@@ -294,7 +295,9 @@ def test_experts_that_no_row_describes_stay_float_and_are_reported(family):
         hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_experts=4, vocab_size=64
     )
     model = AutoModelForCausalLM.from_config(config)
-    report = prepare(model, QuantScheme(4, 16))
+    with pytest.raises(LlmqatError, match=r"only 39.* are model\.layers\.0\.mlp\.experts.*--min-coverage 0\.39"):
+        prepare(model, QuantScheme(4, 16))
+    report = prepare(model, QuantScheme(4, 16), min_coverage=0.39)
     skipped = {layer.name: layer.reason for layer in report.skipped}
     assert "'olmoe' has no router in architectures.py" in skipped["model.layers.0.mlp.experts.gate_up_proj"]
     assert report.parameters_quantized < 0.5

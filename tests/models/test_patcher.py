@@ -7,7 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmqat.errors import LlmqatError
-from llmqat.models.patcher import check_divisible, convert, plan, prepare, quantized_layers, round_float_parts, smooth
+from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
+from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -97,7 +98,7 @@ def test_plan_changes_nothing_and_runs_on_meta(tiny_llama):
         ({"down_proj": {"width": 8}}, r"override 'down_proj': write float, or any of .* got \{'width': 8\}"),
         ({"down_proj": "int8"}, "write float, or any of .* got 'int8'"),
         ({"down_proj": {"bits": 5}}, "bits must be one of 2, 3, 4, 8, got 5"),
-        ({"experts": "float"}, "override 'experts' matches no Linear layer; the first ones are model.layers.0.self"),
+        ({"experts": "float"}, "override 'experts' matches no linear layer; the first ones are model.layers.0.self"),
         ({"*down": "float"}, r"override '\*down' is not a regular expression"),
     ],
 )
@@ -143,10 +144,49 @@ def test_gptq_needs_calibration(tiny_llama, calibration):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    """GPT-2 is made of Conv1D: a report of nothing quantized would be a silent fallback."""
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16))
-    with pytest.raises(LlmqatError, match="no Linear layer"):
+    """A report of nothing quantized would be a silent fallback."""
+    config = GPT2Config(n_embd=32, n_layer=0, n_head=2, vocab_size=64, n_positions=16)
+    with pytest.raises(LlmqatError, match="no linear layer to quantize"):
+        prepare(GPT2LMHeadModel(config), SCHEME)
+
+
+def test_low_coverage_is_an_error_unless_allowed(tiny_llama):
+    """Weights that are no linear layer's, such as fused experts, must not stay float unnoticed."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.Parameter(torch.zeros(4, 64, 96))
+    uncovered = 2 * (4 * 64 * 96 + 2 * 64)
+    share = 1 - uncovered / (uncovered + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96))
+    message = (
+        rf"only {share:.1%} of the parameters of the blocks .* 90% are asked for; the largest others are "
+        r"model\.layers\.0\.mlp\.experts \(0\.0246 M\), model\.layers\.1\.mlp\.experts .*, model\..*norm\.weight .*"
+        r"allow it with --min-coverage 0\.55 \(Python: min_coverage=0\.55\)"
+    )
+    with pytest.raises(LlmqatError, match=message):
         prepare(model, SCHEME)
+    assert not list(quantized_layers(model)), "a refusal changes nothing"
+    report = prepare(model, SCHEME, min_coverage=0.55)
+    assert report.block_coverage == pytest.approx(share)
+    assert f"layers that can be are {share:.1%} of the blocks" in report.summary()
+
+
+def test_layers_left_float_on_purpose_are_covered(tiny_llama):
+    report = prepare(tiny_llama(), SCHEME, overrides={"mlp": "float"})
+    assert report.block_coverage > 0.99
+    assert set(report.uncovered) == {
+        f"model.layers.{i}.{norm}.weight" for i in range(2) for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_conv1d_layers_share_one_grid():
+    """transformers would read all layers by the first one's grid."""
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16)
+    message = "layers of GPT2LMHeadModel are Conv1D, .* one grid, not W4A16 g16 symmetric and W8A16 g16 symmetric; give"
+    with pytest.raises(LlmqatError, match=message):
+        plan(GPT2LMHeadModel(config), SCHEME, {"c_proj": {"bits": 8}})
+    report = plan(GPT2LMHeadModel(config), SCHEME, {"c_proj": "float"})
+    assert [layer.name.split(".")[-1] for layer in report.quantized] == ["c_attn", "c_fc"]
+    assert [layer.shape for layer in report.quantized] == [(96, 32), (128, 32)]
 
 
 def test_smooth_covers_every_block(tiny_llama, tokens):

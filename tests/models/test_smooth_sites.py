@@ -120,8 +120,6 @@ def test_smoothing_takes_outliers_out_of_every_family(case, alpha, tokens):
     if alpha == "auto":
         gains = [site.errors[0] / max(site.errors[1], 1e-9) for site in done.values()]
         assert min(gains) > 2, dict(zip(done, gains, strict=True))
-    if model_type == "gpt2":  # Conv1D is smoothed, and quantized once it is made Linear
-        return
     smoothed = error()
     model = build(model_type, config)
     for parameter, value in zip(model.parameters(), state, strict=True):

@@ -1,0 +1,88 @@
+"""Read a float model part by part from its safetensors, for models larger than memory."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.reader import local_directory, weight_files
+from llmqat.models.loading import load_empty, resolve_name
+
+
+class PartialModel:
+    """A float model on the meta device, whose parts are read on request.
+
+    Names and layouts are brought in line by transformers' own loading, with which whole models are loaded too.
+
+    Attributes:
+        model: the model, in evaluation mode; what was not read is on the meta device.
+        dtype: in which its weights are stored.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Open the model `name`: a Hub id, a directory or an alias.
+
+        Raises:
+            LlmqatError: see `load_config`; or if its weights are damaged, or are not safetensors.
+        """
+        self.name = name
+        self.model, self.dtype = load_empty(name)
+        self.model.eval()
+        directory = local_directory(resolve_name(name))
+        if not any(directory.glob("*.safetensors")):
+            raise LlmqatError(
+                f"model {name} has no safetensors, which can be read in parts; load it once with transformers and "
+                "write it again with save_pretrained"
+            )
+        if (directory / "generation_config.json").exists():
+            self.model.generation_config = GenerationConfig.from_pretrained(directory)
+        self.file_of: dict[str, Path] = {}
+        for path in weight_files(directory):
+            with ExitStack() as stack:
+                keys = _opened(path, stack).keys()
+                self.file_of |= dict.fromkeys(keys, path)
+        self.name_of = self._names()
+
+    def _names(self) -> dict[str, str]:
+        """Name in the file -> name in the model."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        state, prefix = self.model.state_dict(), self.model.base_model_prefix
+        return {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in self.file_of}
+
+    def read(self, prefix: str, outside: bool = False) -> None:
+        """Read every tensor whose name in the model starts with `prefix`, or with `outside` every other, in float32.
+
+        Raises:
+            LlmqatError: if one is damaged or missing.
+        """
+        keys = [key for key, name in self.name_of.items() if name.startswith(prefix) != outside]
+        mapping: Any = get_model_conversion_mapping(self.model)
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+        with ExitStack() as stack:
+            files = {path: _opened(path, stack) for path in {self.file_of[key] for key in keys}}
+            state = {key: files[self.file_of[key]].get_slice(key) for key in keys}
+            self.model._load_pretrained_model(self.model, state, None, config)
+        self.model.tie_weights()
+        wanted = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) != outside}
+        lost = [name for name, parameter in wanted.items() if parameter.is_meta]
+        if lost:
+            what = ", ".join(lost[:3])
+            raise LlmqatError(f"cannot load the weights of {self.name}: they lack {what}; copy or download it again")
+        for parameter in wanted.values():
+            parameter.data = parameter.data.clone()  # a float32 file would stay mapped otherwise
+
+
+def _opened(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except SafetensorError as error:
+        raise LlmqatError(f"{path} is damaged ({error}); copy or download the model again") from error

@@ -1,0 +1,192 @@
+"""Which layers of a model are quantized, how, and why not the rest: before anything is changed."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmqat.errors import LlmqatError
+from llmqat.models.architectures import ARCHITECTURES, blocks_path
+from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, by_expert, total_parameters
+from llmqat.models.experts import check_experts, expert_layers, fused_shapes, splits
+from llmqat.nn.embedding import embed_scale_of
+from llmqat.nn.experts import is_fused
+from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
+from llmqat.scheme import QuantScheme
+
+# Pattern -> changes to the scheme, or "float". Later patterns win.
+Overrides = Mapping[str, Mapping[str, Any] | str]
+
+
+def scheme_of(name: str, scheme: QuantScheme, overrides: Overrides) -> QuantScheme | None:
+    """The scheme of layer `name` after `overrides`; None for float.
+
+    Raises:
+        LlmqatError: if a change is neither "float" nor fields of a scheme.
+    """
+    result: QuantScheme | None = scheme
+    for pattern, change in overrides.items():
+        if not re.search(pattern, name):
+            continue
+        if change == "float":
+            result = None
+        elif isinstance(change, Mapping) and set(change) <= set(scheme.to_dict()):
+            result = replace(result or scheme, **change)
+        else:
+            fields = ", ".join(scheme.to_dict())
+            raise LlmqatError(f"override {pattern!r}: write float, or any of {fields} with a value; got {change!r}")
+    return result
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head and the input embedding are one matrix."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
+def plan(
+    model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None, lm_head_bits: int | None = None
+) -> CoverageReport:
+    """Which linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
+
+    Raises:
+        LlmqatError: if an override is malformed, matches no layer, or gives experts or `Conv1D` layers several schemes,
+            or `lm_head_bits` finds no head it can quantize.
+    """
+    overrides = overrides or {}
+    found = list(_candidates(model))
+    check_overrides(overrides, [name for name, _, _ in found])
+    check_head(model, lm_head_bits)
+    head, layers = model.get_output_embeddings(), []
+    for name, shape, module in found:
+        role = "" if module is not head else TIED_HEAD if is_tied(model) else HEAD
+        reason, grid = float_reason(model, name, module), scheme
+        if role and lm_head_bits is not None:
+            reason, grid = "", replace(scheme, bits=lm_head_bits)
+        own = None if reason else scheme_of(name, grid, overrides)
+        layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role=role))
+    check_experts(layers)
+    check_transposed(model, layers)
+    return CoverageReport(tuple(layers), total_parameters(model), *block_parameters(model))
+
+
+def block_parameters(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
+    """Parameters of the blocks, and the sizes of those of them that are no weight of a layer that can be quantized."""
+    in_blocks = {name: p.numel() for name, p in model.named_parameters() if not outside_blocks(model, name)}
+    covered = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LINEAR_LAYERS):
+            covered.add(f"{path}.weight")
+        elif is_fused(module) and splits(model):
+            covered.update(name for name, parameter in module.named_parameters(path) if parameter.ndim == 3)
+    return sum(in_blocks.values()), {name: size for name, size in in_blocks.items() if name not in covered}
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], nn.Module]]:
+    """Name, shape ``(out, in)`` and module of every linear layer in model order; the Linears of an expert have the
+    fused module that holds them."""
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR_LAYERS):
+            yield name, linear_shape(module), module
+        elif is_fused(module):
+            layers = expert_layers(name, module) if splits(model) else fused_shapes(name, module)
+            yield from ((layer, shape, module) for layer, shape in layers)
+
+
+def check_overrides(overrides: Overrides, names: list[str]) -> None:
+    """Every pattern must be a regular expression that matches one of the layers `names`.
+
+    Raises:
+        LlmqatError: if one is not, or does not.
+    """
+    for pattern in overrides:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise LlmqatError(f"override {pattern!r} is not a regular expression: {error}") from error
+        if not any(re.search(pattern, name) for name in names):
+            raise LlmqatError(
+                f"override {pattern!r} matches no linear layer; the first ones are {', '.join(names[:4])}"
+            )
+
+
+def check_head(model: PreTrainedModel, lm_head_bits: int | None) -> None:
+    """The output head must be one that can be quantized, if it is asked for.
+
+    Raises:
+        LlmqatError: if it is not.
+    """
+    if lm_head_bits is None:
+        return
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise LlmqatError(
+            f"lm_head_bits is {lm_head_bits}, but {type(model).__name__} has no Linear output head; leave it out"
+        )
+    if is_tied(model):
+        embed_scale_of(model.get_input_embeddings())
+
+
+def check_transposed(model: PreTrainedModel, layers: list[LayerCoverage]) -> None:
+    """Where weights lie as ``(in, out)``, transformers reads one grid for all layers, the one it finds first.
+
+    Raises:
+        LlmqatError: if there are several.
+    """
+    modules = dict(model.named_modules())
+    grids = {(layer.scheme, is_transposed(modules.get(layer.name))) for layer in layers if layer.scheme}
+    if len(grids) > 1 and any(transposed for _, transposed in grids):
+        named = [f"{scheme}{'' if transposed else ' of a Linear'}" for scheme, transposed in grids]
+        raise LlmqatError(
+            f"layers of {type(model).__name__} are Conv1D, for which a packed file has one grid, not "
+            f"{' and '.join(sorted(named))}; give all the same, or keep some float with an override"
+        )
+
+
+def float_reason(model: PreTrainedModel, name: str, module: nn.Module) -> str:
+    """Why layer `name` of `module` stays float whatever the overrides say; empty if it does not have to."""
+    embedding = model.get_input_embeddings()
+    if getattr(module, "weight", module) is getattr(embedding, "weight", None):
+        return TIED_HEAD
+    if module is model.get_output_embeddings():
+        return HEAD
+    if outside_blocks(model, name):
+        return "outside the blocks"
+    if is_fused(module) and not splits(model):
+        return f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
+    return ""
+
+
+def outside_blocks(model: PreTrainedModel, name: str) -> bool:
+    """Whether a layer or parameter lies outside the blocks; in an unknown family, in an embedding or output head."""
+    if model.config.model_type in ARCHITECTURES:
+        return not name.startswith(blocks_path(model, ARCHITECTURES[model.config.model_type]) + ".")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    return any(owner is end for end in ends if end is not None)
+
+
+def check_divisible(report: CoverageReport) -> None:
+    """Every group size must divide its rows.
+
+    Raises:
+        LlmqatError: naming all layers that do not, and the remedies.
+    """
+    bad = [layer for layer in report.quantized if layer.scheme and not layer.scheme.divides(layer.shape[1])]
+    if not bad:
+        return
+    named = ", ".join(f"{name} (in_features {layer.shape[1]})" for name, layer in by_expert(bad))
+    common = gcd(*(layer.shape[1] for layer in report.quantized))
+    leaves = sorted({layer.name.rsplit(".", 1)[-1] for layer in bad})
+    overrides = " ".join(f"--override '{leaf}$:group_size=-1'" for leaf in leaves)
+    assert bad[0].scheme is not None
+    raise LlmqatError(
+        f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per "
+        "row "
+        f"with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
+        f"'{leaves[0]}$:float', or choose a --group-size that divides {common}"
+    )
