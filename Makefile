@@ -25,7 +25,7 @@ test-asan: $(DEV)/.package  ## run the kernel tests under AddressSanitizer and U
 	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
 	cmake --install build/asan --prefix . && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(DEV_BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native.py
+	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/test_native.py
 
 native:  ## build the kernels into the source tree, where they take precedence over the installed ones
 	cmake -S llmqat/kernels/csrc -B build/native
