@@ -14,6 +14,7 @@ from llmqat import __version__
 from llmqat.cli_options import Parser, add_fields, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
 from llmqat.config import DataConfig
 from llmqat.errors import LlmqatError
+from llmqat.processes import is_first, process_index
 
 FINETUNE = """\
 Fine-tune a model through its own integer grid, pack it, and prove and measure the packed file.
@@ -39,6 +40,8 @@ Quantize without training: round to nearest or GPTQ, packed, verified and measur
   llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
   llmqat quantize --model ./large-model --bits 4 --low-memory --output out
       one block of the model in memory at a time; nothing is measured: llmqat eval and llmqat verify do that afterwards
+  llmqat quantize --output out --resume
+      go on after an interruption, from the blocks that are done
 """
 EVAL = """\
 Perplexity of a float or packed model, by the GPTQ protocol; against a float model also KL and top-1 agreement.
@@ -100,14 +103,13 @@ def build_parser() -> Parser:
         add_recipe_flags(sub, skip)
         if name != "inspect":
             sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
-        if name == "inspect":
+            sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
+        else:
             sub.add_argument("--machine", action="store_true", help="which kernels run here, and why not others")
         if name == "quantize":
             sub.add_argument(
                 "--low-memory", action="store_true", help="block by block, for a model larger than memory; not measured"
             )
-        if name == "finetune":
-            sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
 
     sub = command("eval", EVAL)
     sub.add_argument("model", help="directory, Hub id, or llama")
@@ -141,26 +143,27 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_finetune(args: argparse.Namespace) -> None:
+def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
     """`llmqat finetune`."""
     from llmqat.pipeline import RECIPE, run
 
     saved = Path(args.resolved.output) / RECIPE
-    if args.resume and saved.exists():
+    if args.resume and not args.recipe and saved.exists():
         args.recipe = str(saved)
         args.resolved = recipe_from(args)
-    run(args.resolved, resume=args.resume, overwrite=args.overwrite)
+    run(args.resolved, train=train, resume=args.resume, overwrite=args.overwrite)
 
 
 def run_quantize(args: argparse.Namespace) -> None:
     """`llmqat quantize`."""
-    from llmqat.pipeline import run
     from llmqat.streaming import quantize_by_block
 
-    if args.low_memory:
-        quantize_by_block(args.resolved, args.overwrite)
-    else:
-        run(args.resolved, train=False, overwrite=args.overwrite)
+    if not args.low_memory:
+        run_finetune(args, train=False)
+        return
+    if args.resume:
+        raise LlmqatError("--low-memory keeps nothing to go on from: leave it out, or --resume")
+    quantize_by_block(args.resolved, args.overwrite)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -320,15 +323,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             quiet_libraries()
         args.run(args)
     except KeyboardInterrupt:
-        print("llmqat: interrupted", file=sys.stderr)
+        advice = "; the same command with --resume goes on from there" if hasattr(args, "resume") else ""
+        print(f"llmqat: interrupted{advice}", file=sys.stderr)
         return 1
     except Exception as error:
         if args.debug:
             raise
         known = isinstance(error, LlmqatError)
         text = " ".join(str(error).split())
+        speaker = "" if is_first() else f"process {process_index()}: "
         advice = "" if known else f"unexpected {type(error).__name__}: "
-        print(f"llmqat: {advice}{text}{'' if known else '; --debug shows where'}", file=sys.stderr)
+        print(f"llmqat: {speaker}{advice}{text}{'' if known else '; --debug shows where'}", file=sys.stderr)
         return 1
     return 0
 

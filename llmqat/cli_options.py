@@ -147,8 +147,9 @@ def recipe_folder() -> Path:
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Bundled recipes by name."""
-    return {path.stem: path for path in sorted(recipe_folder().rglob("*.yaml"))}
+    """Bundled recipes by name; what lies in accelerate/ are launcher configurations."""
+    paths = sorted(recipe_folder().rglob("*.yaml"))
+    return {path.stem: path for path in paths if path.parent.name != "accelerate"}
 
 
 def find_recipe(name: str) -> Path:

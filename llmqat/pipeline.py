@@ -1,14 +1,12 @@
 """One run from the float model to the measured, verified packed file: `finetune` and `quantize` of the command line."""
 
 import copy
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,9 +16,10 @@ from llmqat.algorithms.activation_ranges import observe_activations, static_laye
 from llmqat.algorithms.smoothquant import describe
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
+from llmqat.files import replacing
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
-from llmqat.formats.writer import replacing, save_packed
+from llmqat.formats.writer import save_packed
 from llmqat.kernels.native import kernel_name
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
@@ -42,33 +41,31 @@ from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.page import details
 from llmqat.page.render import write_page
+from llmqat.processes import is_first
 from llmqat.progress import say
 from llmqat.report import Measured, model_card, show, write_json
 from llmqat.run_data import LEAST_TRAIN_TOKENS, calibration_batches, read, train_tokens, training_stream
+from llmqat.saved_run import (
+    ADAPTER,
+    CHECKPOINT,
+    RECIPE,
+    REPORT,
+    check_same_recipe,
+    check_same_step,
+    claimed,
+    read_measurements,
+    write_measurements,
+)
 from llmqat.train import checkpoint
+from llmqat.train.checkpoint import SavedBlocks
 from llmqat.train.data import blocks, encode, sequences
 from llmqat.train.layouts import Document
 from llmqat.train.loop import fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
+from llmqat.train.together import check_agreement, leave, meet
 from llmqat.train.tracking import check_tracker
 
-RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
-
-
-def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to damage a finished run or foreign files, and find out early whether the directory can be written.
-
-    Raises:
-        LlmqatError: if it holds a run or anything else and neither flag allows to go on, or cannot be written.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise LlmqatError(f"output {directory} is a file; choose a directory")
-    if directory.exists() and not (resume or overwrite) and any(directory.iterdir()):
-        raise LlmqatError(
-            f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite"
-        )
-    with replacing(directory):
-        pass
+GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
 
 
 def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: bool = False) -> Measured:
@@ -77,14 +74,17 @@ def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: 
     Args:
         recipe: what to do; open choices are resolved here.
         train: False stops after post-training quantization (`llmqat quantize`).
-        resume: continue a run of the same recipe from its checkpoint.
+        resume: continue a run of the same recipe from whatever it saved; where that is nothing, start.
         overwrite: the output directory may hold something.
 
     Raises:
         LlmqatError: whatever goes wrong and can be mended by the caller.
     """
-    check_output(Path(recipe.output), resume, overwrite)
-    return Run(recipe, train, resume).execute()
+    with claimed(Path(recipe.output), resume, overwrite):
+        try:
+            return Run(recipe, train, resume).execute()
+        finally:
+            leave()
 
 
 class Run:
@@ -101,7 +101,6 @@ class Run:
         self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
         self.tokenizer = load_tokenizer(recipe.model)
         self.recipe = recipe = config_module.resolve(recipe, sum(p.numel() for p in self.model.parameters()))
-        self.state = self.load_checkpoint() if resume else None
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None:
             self.recipe = recipe = fit_context(recipe, context)
@@ -115,11 +114,41 @@ class Run:
         if recipe.init.smooth is not None:
             smoothable(self.model)
         # From here on the run can start: only now may it touch what an earlier one left.
-        if self.state is None:
-            checkpoint.discard(self.directory / CHECKPOINT)
+        if is_first():
+            self.claim(resume)
+        meet()
+        self.state = checkpoint.load(self.checkpoint)
+        result = None if self.state is None else self.state["result"]
+        check_agreement(result and result["steps"], self.checkpoint)
+        if result is not None and not self.train:
+            raise LlmqatError(
+                f"{self.directory} holds a training run; go on with llmqat finetune --resume, or choose another "
+                "--output"
+            )
+        if result is not None:
+            check_same_step(result, recipe)
+            say(f"resuming after step {result['steps']}")
+        if is_first():
+            with replacing(self.directory) as scratch:
+                (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
+        self.rows, self.layer_errors = read_measurements(self.checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where everything lies that only `--resume` needs."""
+        return self.directory / CHECKPOINT
+
+    def claim(self, resume: bool) -> None:
+        """Make the directory this run's: go on with its recipe, or forget what an earlier run left."""
+        path = self.directory / RECIPE
+        if resume and path.exists():
+            check_same_recipe(path, self.recipe)
+        else:
+            if resume:
+                say("nothing to resume: starting from the beginning")
+            path.unlink(missing_ok=True)  # first: what is left is not resumed if this is cut short
+            checkpoint.discard(self.checkpoint)
             checkpoint.discard(self.directory / ADAPTER)
-        with replacing(self.directory) as scratch:
-            (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
 
     def execute(self) -> Measured:
         """All stages in order."""
@@ -128,9 +157,12 @@ class Run:
         self.prepare()
         if self.train:
             self.fit()
-        self.pack()
-        self.measure_packed()
-        self.finish()
+        if is_first():
+            if self.train:
+                self.settle()
+            self.pack()
+            self.measure_packed()
+            self.finish()
         return self.measured
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -154,9 +186,7 @@ class Run:
         recipe = self.recipe
         full = self.train and recipe.train.mode == "full"
         copied = FloatCopy(copy.deepcopy(self.model)) if full else None
-        earlier = self.earlier_measurements()
-        if not earlier:
-            results = {"float": evaluate(self.model, self.test, description="perplexity, float")}
+        self.measure("float", partial(evaluate, self.model, self.test, description="perplexity, float"))
         coverage = prepare(
             self.model,
             recipe.scheme(),
@@ -167,36 +197,40 @@ class Run:
             kv_bits=recipe.quant.kv_bits,
             min_coverage=recipe.quant.min_coverage,
         )
-        batches = self.calibration if static_layers(self.model) and not earlier else []
+        batches = self.calibration if static_layers(self.model) and self.state is None else []
         observe_activations(self.model, batches, recipe.quant.observer)
         say(coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
-        self.measured = Measured(recipe, coverage, self.test)
+        self.measured = Measured(recipe, coverage, self.test, self.rows)
+        self.reference = copied or FloatView(self.model)
+        self.measure("rtn", partial(self.evaluate, "round to nearest"))
         self.measured.tokens["calibration"] = 0
         if recipe.init.method == "gptq" or recipe.init.smooth is not None or static_layers(self.model):
             self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
-        if earlier:
-            self.measured.perplexity.update(earlier)
-        else:
-            self.reference = copied or FloatView(self.model)
-            results["rtn"] = self.evaluate("round to nearest")
-            if recipe.init.method == "gptq":
-                errors = run_gptq(self.model, self.calibration, recipe.init.damp, keep_float=not full)
-                coverage.errors.update(errors)
-                say(coverage.error_summary())
+        if recipe.init.method == "gptq":
+            if self.state is None:  # else the grid comes with the training state
+                saved = SavedBlocks(self.checkpoint / GPTQ)
+                self.layer_errors = run_gptq(self.model, self.calibration, recipe.init.damp, not full, saved)
+            coverage.errors.update(self.layer_errors)
+            say(coverage.error_summary())
         if self.train:
             self.select_trainable()
         self.reference = copied or FloatView(self.model)
-        if not earlier:
-            if recipe.init.method == "gptq":
-                results["gptq"] = self.evaluate("GPTQ")
-            self.measured.perplexity.update(results)
-            self.write_measurements()
+        if recipe.init.method == "gptq":
+            self.measure("gptq", partial(self.evaluate, "GPTQ"))
+
+    def measure(self, row: str, evaluation: Callable[[], Perplexity]) -> None:
+        """Fill in a row of the scoreboard, unless the interrupted run has it."""
+        if row not in self.rows:
+            self.rows[row] = evaluation()
+            if is_first():
+                write_measurements(self.checkpoint, self.rows, self.layer_errors)
 
     def select_trainable(self) -> None:
         """Mark what trains; LoRA wraps the model."""
         config, mode = self.recipe.train, self.recipe.train.mode
         assert mode is not None
+        torch.manual_seed(self.recipe.seed)  # whatever was measured or skipped before
         if mode == "lora":
             self.model = add_lora(self.model, config.lora_r, self.lora_alpha)
         select_trainable(self.model, mode, config.lr_scale > 0)
@@ -214,33 +248,39 @@ class Run:
             teacher=self.reference if config.loss == "kd" else None,
             seed=recipe.seed,
         )
-        if recipe.eval.control and "float_finetuned" not in self.measured.perplexity:
-            self.fit_control(train)
+        if recipe.eval.control:
+            self.measure("float_finetuned", partial(self.fit_control, train))
+        torch.manual_seed(recipe.seed)
         with peak_memory() as peak:
-            self.measured.training = train(self.model, directory=self.directory / CHECKPOINT, resume=self.state)
+            self.measured.training = train(self.model, directory=self.checkpoint, resume=self.state)
         self.measured.peak_memory_bytes = peak.bytes
         self.measured.tokens["train"] = self.measured.training.tokens
+
+    def settle(self) -> None:
+        """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
+        for model in (self.model, self.reference.model):
+            model.to("cpu")  # where the packed file is loaded and measured
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.evaluate("trained")
-        if config.mode == "lora":
-            self.model.save_pretrained(str(self.directory / ADAPTER), save_embedding_layers=False)
+        if self.recipe.train.mode == "lora":
+            with replacing(self.directory / ADAPTER) as scratch:
+                self.model.save_pretrained(str(scratch), save_embedding_layers=False)
 
-    def fit_control(self, train: Callable[..., Any]) -> None:
+    def fit_control(self, train: Callable[..., Any]) -> Perplexity:
         """The same training with quantizers off: what the text alone gives."""
         say("training the float control")
-        control = copy.deepcopy(self.model)
+        control, directory = copy.deepcopy(self.model), self.checkpoint / CONTROL
         with disable_quantizers(control, adapters=False):
-            train(control)
-            self.measured.perplexity["float_finetuned"] = evaluate(
-                control, self.test, self.reference, "perplexity, control"
-            )
-        self.write_measurements()
+            train(control, directory=directory, resume=checkpoint.load(directory))
+            return evaluate(control, self.test, self.reference, "perplexity, control")
 
     def pack(self) -> None:
         """Write the packed model, and count its bytes."""
         say(f"packing to {self.directory}")
         save_packed(self.model, self.directory, self.tokenizer)
         self.measured.size = layer_sizes(self.model)
+        for finished in (GPTQ, CONTROL):
+            checkpoint.discard(self.checkpoint / finished)
 
     def measure_packed(self) -> None:
         """Perplexity through the kernel op, throughput, and the proof."""
@@ -306,49 +346,6 @@ class Run:
         """Perplexity of the current state, compared with the float model."""
         layers = [layer for layer, _, _ in quantized_layers(self.model)]
         return evaluate(self.model, self.test, self.reference, f"perplexity, {name}", layers)
-
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint to resume from; the recipe must be the one it was made with."""
-        path = self.directory / RECIPE
-        state = checkpoint.load(self.directory / CHECKPOINT)
-        if state is None or not path.exists():
-            say("nothing to resume: starting from the beginning")
-            return None
-        saved = flat(config_module.from_yaml(path).to_dict())
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        asked = flat(fit_context(self.recipe, context).to_dict())
-        different = [key for key in asked if asked[key] != saved.get(key) and key != "output"]
-        if different:
-            raise LlmqatError(
-                f"--resume continues the recipe in {path}, but {different[0]} is {asked[different[0]]!r} now and was "
-                f"{saved.get(different[0])!r}; give the same options, or start again with --overwrite"
-            )
-        return state
-
-    def earlier_measurements(self) -> dict[str, Perplexity]:
-        """What a resumed run had measured before training."""
-        path = self.directory / CHECKPOINT / MEASURED
-        if self.state is None or not path.exists():
-            return {}
-        rows: dict[str, Any] = json.loads(path.read_text())
-        return {row: Perplexity(np.array(v.pop("losses")), **v) for row, v in rows.items()}
-
-    def write_measurements(self) -> None:
-        """Remember them for a resume."""
-        with replacing(self.directory / CHECKPOINT) as scratch:
-            rows = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in self.measured.perplexity.items()}
-            (scratch / MEASURED).write_text(json.dumps(rows))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested recipe values by dotted key."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and key != "overrides":
-            result.update(flat(value, f"{prefix}{key}."))
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def fit_context(recipe: Recipe, context: int | None) -> Recipe:

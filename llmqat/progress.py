@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from llmqat.processes import is_first
+
 T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
@@ -14,8 +16,9 @@ NOTEBOOK_EVERY_SECONDS = 0.25
 
 
 def say(message: str) -> None:
-    """One plain line to standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One plain line to standard error; of several processes, only the first speaks."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def in_notebook() -> bool:
@@ -114,7 +117,9 @@ class Meter:
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.total, self.first, self.started = total, done, time.monotonic()
         self.face: Face
-        if in_notebook():
+        if not is_first():
+            self.face = Lines(description, total)  # whose `say` is silent
+        elif in_notebook():
             self.face = Cell(description, total)
         elif sys.stderr.isatty():
             self.face = Bar(description, total, done)

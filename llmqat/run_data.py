@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmqat.config import DataConfig, Recipe
+from llmqat.processes import process_count
 from llmqat.train.corpus import Corpus, load_corpus
 from llmqat.train.data import blocks, encode
 from llmqat.train.layouts import Document
@@ -26,7 +27,8 @@ def read(data: DataConfig, dataset: str) -> Corpus:
 def train_tokens(recipe: Recipe) -> int:
     """How much of the training text is tokenized: enough for the run, and at least `LEAST_TRAIN_TOKENS`."""
     config = recipe.train
-    return max(config.max_steps * config.batch_size * config.accumulation * config.length, LEAST_TRAIN_TOKENS)
+    rows = config.max_steps * config.batch_size * config.accumulation * process_count()
+    return max(rows * config.length, LEAST_TRAIN_TOKENS)
 
 
 def training_stream(tokenizer: Any, documents: Sequence[Document], recipe: Recipe) -> Tensor:

@@ -14,18 +14,20 @@ from llmqat import config as config_module
 from llmqat.algorithms.calibration import BlockInputs, gptq_block
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
+from llmqat.files import replacing
 from llmqat.formats import fingerprint
 from llmqat.formats.partial import PartialModel
-from llmqat.formats.writer import packed_state, replacing, save_shard, write_companions, write_index
+from llmqat.formats.writer import packed_state, save_shard, write_companions, write_index
 from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import CoverageReport, check_coverage
 from llmqat.models.experts import splits
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.patcher import put_on_grid
 from llmqat.models.planning import check_divisible, plan
-from llmqat.pipeline import RECIPE, check_output, fit_context
+from llmqat.pipeline import fit_context
 from llmqat.progress import say, track
 from llmqat.run_data import calibration_batches, read, training_stream
+from llmqat.saved_run import RECIPE, check_output
 
 
 def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport:

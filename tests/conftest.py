@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import multiprocessing
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ TINY = {
     "attn_implementation": "sdpa",
 }
 
+
+# Processes of their own for a second's price: forked from a server that has the libraries loaded.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["llmqat.pipeline", "datasets", "pytest"])
 
 COMMON = {
     "vocab_size": 128,
@@ -87,10 +91,6 @@ FAMILIES = {
         AutoModelForSequenceClassification,
     ),
 }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-support", action="store_true", help="write the support table of the README")
 
 
 @pytest.fixture(autouse=True)
@@ -273,3 +273,16 @@ def small_flags() -> list[str]:
     run = "--calibration-samples 8 --max-steps 4 --length 32 --batch-size 4 --eval-every 2 --save-every 2"
     measure = "--window 32 --eval-tokens 512 --validation-tokens 256 --repeats 0"
     return [*run.split(), *measure.split()]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the tests themselves."""
+    parser.addoption("--write-support", action="store_true", help="write the support table of the README")
+    parser.addoption("--kill-points", default="0:4", metavar="FIRST:END", help="random points of test_kill_points.py")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test per random kill point."""
+    if "kill_point" in metafunc.fixturenames:
+        first, end = map(int, metafunc.config.getoption("--kill-points").split(":"))
+        metafunc.parametrize("kill_point", range(first, end))

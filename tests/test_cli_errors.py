@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from llmqat.cli import COMMANDS, main
-from llmqat.pipeline import check_output
+from llmqat.saved_run import check_output
 
 
 def listing(directory):
@@ -141,10 +141,20 @@ def test_unexpected_errors(monkeypatch, capsys, call):
         main(["verify", "x", "--debug"])
 
 
-def test_interrupted(monkeypatch, capsys, call):
+def test_errors_of_another_process_say_so(monkeypatch, capsys, call):
+    monkeypatch.setenv("RANK", "3")
+    assert call(["verify", "./none"]) == 1
+    assert capsys.readouterr().err.startswith("llmqat: process 3: model ./none is neither a local directory")
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [(["verify", "x"], ""), (["finetune"], "; the same command with --resume goes on from there")],
+)
+def test_interrupted(argv, advice, monkeypatch, capsys, call):
     def stop(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "verify", stop)
-    assert call(["verify", "x"]) == 1
-    assert capsys.readouterr().err == "llmqat: interrupted\n"
+    monkeypatch.setitem(COMMANDS, argv[0], stop)
+    assert call(argv) == 1
+    assert capsys.readouterr().err == f"llmqat: interrupted{advice}\n"

@@ -1,12 +1,12 @@
 import re
-from pathlib import Path
 
 import pytest
 
+from llmqat.cli_options import bundled_recipes
 from llmqat.config import DEFAULT_LR, Recipe, from_dict, from_yaml, resolve, to_yaml
 from llmqat.errors import LlmqatError
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted(bundled_recipes().values())
 
 
 @pytest.mark.parametrize(

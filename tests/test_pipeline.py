@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.pipeline import check_output, fit_context, run
+from llmqat.pipeline import fit_context, run
+from llmqat.saved_run import check_output
 from llmqat.train.loop import Trainer
 
 
@@ -41,6 +43,7 @@ def go(small_recipe, tmp_path):
 
 def comparable(report):
     """What does not depend on the clock, the machine or the place."""
+    report = copy.deepcopy(report)
     for key in ("seconds", "peak_memory_bytes"):
         report["training"].pop(key)
     report["recipe"].pop("output")
@@ -150,8 +153,9 @@ def patched_control(patch):
     original = Run.fit_control
 
     def fit_control(self, train):
-        original(self, train)
+        row = original(self, train)
         crash_after(patch, 3)
+        return row
 
     return fit_control
 
@@ -163,6 +167,17 @@ def test_resume_continues_the_recipe_it_has(go, finished, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "but quant.bits is 8 now and was 4; give the same options, or start again with --overwrite" in error
     assert listing(directory) == before
+
+
+def test_a_step_may_be_cut_otherwise_but_not_grow(finished, tmp_path, capsys):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    assert main(["finetune", "--output", str(directory), "--resume", "--batch-size", "8"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "a step took 4 sequences, and would take 8 now; the product of processes, --batch-size" in error
+    assert listing(directory) == before
+    assert main(["finetune", "--output", str(directory), "--resume", "--batch-size", "2", "--accumulation", "2"]) == 0
+    assert (directory / "model.safetensors").read_bytes() == before["model.safetensors"]
 
 
 def test_resume_of_a_finished_run_repeats_its_numbers(go, finished, tmp_path):
@@ -191,6 +206,38 @@ def test_quantize(go, method):
     assert done.report["tokens"]["calibration"] == (0 if method == "rtn" else 8 * 32)
     assert verify(done.directory).ok
     assert not (done.directory / "checkpoint" / "checkpoint.pt").exists()
+
+
+def test_quantize_resumes_gptq(go, tmp_path, monkeypatch):
+    import llmqat.algorithms.calibration as calibration
+
+    whole = go({"train.mode": "full"}, "whole", train=False)
+    original = calibration.gptq_block
+
+    def quantize_block(*args):
+        if args[-1] == "block 1":
+            raise RuntimeError("power cut")
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "gptq_block", quantize_block)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go({"train.mode": "full"}, "cut", train=False)
+    blocks = []
+    monkeypatch.setattr(calibration, "gptq_block", lambda *args: blocks.append(args[-1]) or original(*args))
+    assert main(["quantize", "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    assert blocks == ["block 1"]
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (whole.directory / "model.safetensors").read_bytes()
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert comparable(report) == comparable(whole.report)
+
+
+def test_quantize_does_not_resume_a_training_run(finished, tmp_path, capsys):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    assert main(["quantize", "--output", str(directory), "--resume"]) == 1
+    assert "holds a training run; go on with llmqat finetune --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert listing(directory) == before
 
 
 def test_asymmetric_with_integer_activations(go):

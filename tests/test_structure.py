@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Place under llmqat/ -> its row in the layer table of CONTRIBUTING.md. Whatever is not named here is the top row.
 ROWS = {
     "errors": 0,
+    "files": 0,
+    "processes": 0,
     "progress": 0,
     "scheme": 0,
     "config": 0,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,18 @@ class LayerError(NamedTuple):
     layer: str
     rtn: float
     gptq: float | None
+
+
+class Saved(Protocol):
+    """Finished blocks by index, e.g. `llmqat.train.checkpoint.SavedBlocks`: an interrupted run goes on from them."""
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """What was put for a block, or None."""
+        ...
+
+    def put(self, index: int, state: dict[str, Any]) -> None:
+        """Keep the state of a finished block."""
+        ...
 
 
 def check_batches(batches: list[Tensor]) -> None:
@@ -299,7 +311,12 @@ def gptq_head(
 
 
 def gptq_model(
-    model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor], damp: float, keep_float: bool
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: list[Tensor],
+    damp: float,
+    keep_float: bool,
+    saved: Saved | None = None,
 ) -> list[LayerError]:
     """GPTQ for every `FakeQuantLinear` inside `blocks`, in place; see `gptq_block`.
 
@@ -309,6 +326,7 @@ def gptq_model(
         batches: token ids ``(batch, length)``, all of one shape.
         damp: damping of the Hessian.
         keep_float: keep GPTQ's change apart from the weight.
+        saved: blocks finished by an earlier run of the same arguments; those of this run are added.
 
     Raises:
         LlmqatError: if there are no batches, or a Hessian cannot be used.
@@ -317,5 +335,27 @@ def gptq_model(
     with evaluating(model):
         inputs = BlockInputs.capture(model, list(blocks), batches)
         for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
-            errors += gptq_block(block, inputs, damp, keep_float, f"block {index}")
+            finished = None if saved is None else saved.get(index)
+            if finished is not None and finished["keep_float"] == keep_float:
+                block.load_state_dict(finished["state"], strict=False)
+                errors += [LayerError(*error) for error in finished["errors"]]
+                inputs.advance(block)
+                continue
+            before = _marks(block)
+            own = gptq_block(block, inputs, damp, keep_float, f"block {index}")
+            errors += own
+            if saved is not None:
+                state, rows = _changed(block, before), [tuple(error) for error in own]
+                saved.put(index, {"state": state, "errors": rows, "keep_float": keep_float})
     return errors
+
+
+def _marks(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Where each tensor of `block` lies, and how often it was written to."""
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in block.state_dict().items()}
+
+
+def _changed(block: nn.Module, before: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The tensors of `block` that are not what they were at `_marks`."""
+    after = _marks(block)
+    return {name: tensor for name, tensor in block.state_dict().items() if after[name] != before.get(name)}

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
+from llmqat.files import replacing
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
 from llmqat.formats.conv1d import turn
@@ -28,48 +25,6 @@ from llmqat.nn.packed_linear import PackedLinear
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A scratch directory whose files replace those of the same name in `directory` once the ``with`` ends well.
-
-    Each file appears whole under its final name or not at all; what fails inside leaves `directory` as it was.
-    Shards of an earlier, larger model are removed.
-
-    Raises:
-        LlmqatError: if `directory` cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
-    except OSError as error:
-        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
-    try:
-        yield scratch
-        written = sorted(scratch.iterdir(), key=lambda path: (path.name == "config.json", path.name))
-        for file in written:
-            file.chmod(_file_mode())  # safetensors makes its files private
-            os.replace(file, directory / file.name)
-        if any(file.suffix == ".safetensors" for file in written):
-            names = {file.name for file in written}
-            stale = [*directory.glob("model*.safetensors"), directory / INDEX]
-            for path in stale:
-                if path.name not in names:
-                    path.unlink(missing_ok=True)
-    except OSError as error:
-        raise LlmqatError(
-            f"cannot write to {directory}: {error.strerror or error}; free some space, or choose another --output"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _file_mode() -> int:
-    """Permissions of a new file under this process's umask."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def storage_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -152,7 +107,7 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
     directory = Path(directory)
     state = packed_state(model)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
-    with replacing(directory) as scratch:
+    with replacing(directory, seal="config.json", owned=("model*.safetensors", INDEX)) as scratch:
         for filename, names in shards.filename_to_tensors.items():
             save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.models.patcher import float_parameters
+from llmqat.nn.dtensor import local, split_like
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -40,24 +41,27 @@ class FloatView:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.originals: list[tuple[nn.Parameter, Tensor]] = [
-            (p, p.detach().clone()) for p in float_parameters(model) if p.requires_grad
-        ]
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.originals: dict[str, Tensor] = {
+            names[id(p)]: p.detach().clone() for p in float_parameters(model) if p.requires_grad
+        }
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The float model, in evaluation mode, without gradients."""
         training = self.model.training
-        current = [p.data for p, _ in self.originals]
+        current = {}
         self.model.eval()
         try:
-            for p, original in self.originals:
-                p.data = original
+            for name, original in self.originals.items():
+                parameter = self.model.get_parameter(name)
+                current[name] = local(parameter).clone()
+                local(parameter).copy_(local(split_like(original, parameter)))
             with disable_quantizers(self.model), torch.no_grad():
                 yield self.model
         finally:
-            for (p, _), data in zip(self.originals, current, strict=True):
-                p.data = data
+            for name, value in current.items():
+                local(self.model.get_parameter(name)).copy_(value)
             self.model.train(training)
 
 

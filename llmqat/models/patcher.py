@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.algorithms.activation_ranges import observe_activations
-from llmqat.algorithms.calibration import check_batches, gptq_head, gptq_model
+from llmqat.algorithms.calibration import Saved, check_batches, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
@@ -162,9 +162,13 @@ def put_on_grid(
 
 
 def run_gptq(
-    model: PreTrainedModel, batches: list[Tensor], damp: float = 0.01, keep_float: bool = False
+    model: PreTrainedModel,
+    batches: list[Tensor],
+    damp: float = 0.01,
+    keep_float: bool = False,
+    saved: Saved | None = None,
 ) -> dict[str, tuple[float, float | None]]:
-    """GPTQ on a model prepared with round-to-nearest, in place.
+    """GPTQ on a model prepared with round-to-nearest, in place; blocks in `saved` are taken from there.
 
     Returns:
         layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.
@@ -173,7 +177,7 @@ def run_gptq(
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
     """
     architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
-    errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float)
+    errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float, saved)
     head = model.get_output_embeddings()
     if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS:
         errors.append(gptq_head(model, head, batches, damp, keep_float))

@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.writer import replacing
+from llmqat.files import replacing
 from llmqat.page.details import NAME as DETAILS
 from llmqat.page.sections import SECTIONS
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,13 +17,15 @@ from llmqat.algorithms.activation_ranges import follow_activations
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.nn.dtensor import whole
 from llmqat.progress import Meter
 from llmqat.train import checkpoint
 from llmqat.train.chat import positions, token_count, unstack
 from llmqat.train.data import EndlessSampler
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
-from llmqat.train.optimizers import make_optimizer
+from llmqat.train.sharding import load_whole_state, prepare_model, whole_state
+from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
 from llmqat.train.tracking import check_tracker
 
 Teacher = FloatCopy | FloatView
@@ -46,6 +46,7 @@ class TrainResult:
         clip_rate: share of weights beyond the ends of the grid at the end.
         flipped: share of codes that differed from the first ones, by step of a held-out loss.
         layers_changed: `codes_changed` of each layer.
+        sequences: blocks or conversations seen.
     """
 
     steps: int = 0
@@ -58,6 +59,7 @@ class TrainResult:
     clip_rate: float = 0.0
     flipped: dict[int, float] = field(default_factory=dict)
     layers_changed: dict[str, float] = field(default_factory=dict)
+    sequences: int = 0
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
@@ -81,30 +83,28 @@ class Trainer:
         teacher: Teacher | None,
         seed: int,
         directory: Path | None,
+        resume: dict[str, Any] | None,
     ) -> None:
         self.config, self.teacher, self.directory, self.blocks, self.seed = config, teacher, directory, blocks, seed
         check_tracker(config.tracker, directory)
-        precision = "bf16" if config.precision == "bf16" else "no"
-        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-            AcceleratorState._reset_state()  # an earlier run of this process computed in another precision
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            gradient_accumulation_steps=config.accumulation,
-            log_with=config.tracker,
-            project_dir=None if directory is None else str(directory),
-        )
+        self.accelerator = accelerator_for(config, directory)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        groups = parameter_groups(model, mode, config)
-        optimizer = make_optimizer(config.optimizer, groups)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
-        self.plain_model = model
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.scheduler = scheduler  # stepped here, once per optimizer step, whatever the number of processes
         self.held_out = held_out.split(config.batch_size)
         self.result = TrainResult()
         self.best: dict[str, Tensor] = {}
-        self.first_codes: dict[str, Tensor] = {}
+        self.plain_model = model
+        if resume is None:
+            self.first_codes, _ = code_statistics(model)
+        else:  # while every process has all of the model
+            model.load_state_dict(resume["model"])
+        groups = parameter_groups(model, mode, config)
+        self.model, optimizer, self.sharded = prepare_model(self.accelerator, model, groups, teacher, config.optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = scheduler  # stepped here, once per optimizer step, whatever the number of processes
+        if resume is not None:
+            self.restore(resume)
 
     def loss(self, batch: Tensor) -> Tensor:
         """Loss of one batch of rows, see `fit`: cross-entropy, or distance from the teacher."""
@@ -124,12 +124,17 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss over the held-out blocks."""
+        """Mean loss over the held-out blocks, of which each process takes its share."""
         self.model.eval()
+        index, count, total = self.accelerator.process_index, self.accelerator.num_processes, 0.0
         with self.accelerator.autocast():
-            total = sum(float(self.loss(batch)) * positions(batch) for batch in self.held_out)
+            for first in range(0, len(self.held_out), count):
+                # Every process runs the model as often as the others do: past the end, for nothing.
+                batch = self.held_out[min(first + index, len(self.held_out) - 1)]
+                loss = float(self.loss(batch)) * positions(batch)
+                total += loss if first + index < len(self.held_out) else 0.0
         self.model.train()
-        return total / sum(map(positions, self.held_out))
+        return mean(self.accelerator, total * count) / sum(map(positions, self.held_out))
 
     def trainable(self) -> dict[str, Tensor]:
         """What training moves, by name: parameters, and the scales of static activations."""
@@ -144,14 +149,16 @@ class Trainer:
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
-            self.best = {name: value.to("cpu", copy=True) for name, value in self.trainable().items()}
-        self.count_codes()
-        result.flipped[result.steps] = result.codes_changed
-        counted = {"codes_changed": result.codes_changed, "clip_rate": result.clip_rate}
+            self.best = {name: whole(value).to("cpu", copy=True) for name, value in self.trainable().items()}
+        counted = {}
+        if not self.sharded:
+            self.count_codes()
+            result.flipped[result.steps] = result.codes_changed
+            counted = {"codes_changed": result.codes_changed, "clip_rate": result.clip_rate}
         self.accelerator.log({"held_out_loss": loss, **counted}, step=result.steps)
 
     def count_codes(self) -> None:
-        """How far codes are from the first ones, and how many weights from the grid."""
+        """How far codes are from the first ones, and how many weights from the grid; of a model that is not split."""
         codes, self.result.clip_rate = code_statistics(self.plain_model)
         counted = share_changed(self.first_codes, codes, self.plain_model)
         self.result.codes_changed, self.result.layers_changed = counted
@@ -168,12 +175,13 @@ class Trainer:
     def step(self, batches: Iterator[Tensor]) -> float:
         """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
         total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
-        average = sum(map(positions, parts)) / len(parts)
-        follow_activations(self.plain_model, self.result.steps < self.config.freeze_observers)
+        average = mean(self.accelerator, float(sum(map(positions, parts)))) / len(parts)
+        following = self.result.steps < self.config.freeze_observers
+        follow_activations(self.plain_model, following)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(batch) * (positions(batch) / average)
-                total += loss.item() / self.config.accumulation
+                total += mean(self.accelerator, loss) / self.config.accumulation
                 self.check_finite(total, "training", self.result.steps + 1)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.max_grad_norm:
@@ -181,29 +189,33 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.scheduler.step()
+        if following:
+            same_ranges(self.accelerator, self.plain_model)
+        count = self.accelerator.num_processes
         self.result.steps += 1
-        self.result.tokens += self.accelerator.num_processes * sum(map(token_count, parts))
+        self.result.sequences += count * sum(map(len, parts))
+        self.result.tokens += round(count * mean(self.accelerator, float(sum(map(token_count, parts)))))
         return total
 
     def save(self) -> None:
         """Write the checkpoint, if there is a place for it."""
-        if self.directory is None or not self.accelerator.is_main_process:
+        if self.directory is None:
             return
         state = {
-            "model": self.plain_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": {name: whole(value) for name, value in self.plain_model.state_dict().items()},
+            "optimizer": whole_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "best": self.best,
             "first_codes": self.first_codes,
             "result": vars(self.result),
             "rng": torch.get_rng_state(),
         }
-        checkpoint.save(self.directory, state)
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.directory, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from a checkpoint, whose model is in place already."""
+        load_whole_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.best, self.first_codes = state["best"], state["first_codes"]
         self.result = TrainResult(**state["result"])
@@ -213,10 +225,13 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Put the best state back, take accelerate's autocast off the model, and count what changed."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for sharded in self.sharded:
+            sharded.gather(self.best if sharded.model is self.plain_model else None)
         for name, tensor in self.trainable().items():
             tensor.copy_(self.best[name])
         self.count_codes()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.result
 
 
@@ -265,13 +280,10 @@ def fit(
     Raises:
         LlmqatError: if a loss is not finite, or the run was interrupted (after its checkpoint was written).
     """
-    trainer = Trainer(model, blocks, held_out, config, mode, teacher, seed, directory)
+    trainer = Trainer(model, blocks, held_out, config, mode, teacher, seed, directory, resume)
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
-    if resume is not None:
-        trainer.restore(resume)
-    else:
-        trainer.first_codes, _ = code_statistics(trainer.plain_model)
+    if resume is None:
         trainer.evaluate()
         trainer.save()
     _run(trainer, config)
@@ -280,14 +292,16 @@ def fit(
 
 def _run(trainer: Trainer, config: TrainConfig) -> None:
     result = trainer.result
-    sampler = EndlessSampler(len(trainer.blocks), config.batch_size, trainer.seed, result.steps * config.accumulation)
+    done = result.steps * config.accumulation * trainer.accelerator.num_processes
+    sampler = EndlessSampler(len(trainer.blocks), config.batch_size, trainer.seed, done)
     loader: DataLoader[Tensor] = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
     batches = iter(trainer.accelerator.prepare(loader))
     trainer.model.train()
     clock = Clock(result, "KL" if trainer.teacher else "loss")
-    with interruptible() as interrupted, Meter("training", config.max_steps, result.steps) as meter:
+    with interruptible() as caught, Meter("training", config.max_steps, result.steps) as meter:
         while result.steps < config.max_steps:
             loss = trainer.step(batches)
+            interrupted = any_of(trainer.accelerator, caught())  # all stop after the same step
             result.losses[result.steps] = loss
             clock.update()
             logged = {"loss": loss, "lr": trainer.scheduler.get_last_lr()[0], "tokens_per_second": clock.speed()}
@@ -296,10 +310,10 @@ def _run(trainer: Trainer, config: TrainConfig) -> None:
             if last or result.steps % config.eval_every == 0:
                 trainer.evaluate()
             meter.update(result.steps, clock.figures())
-            if last or interrupted() or result.steps % config.save_every == 0:
+            if last or interrupted or result.steps % config.save_every == 0:
                 clock.update()
                 trainer.save()
-            if interrupted() and not last:
+            if interrupted and not last:
                 raise LlmqatError(
                     f"interrupted after step {result.steps}; the same command with --resume goes on from there"
                 )

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmqat.errors import LlmqatError
+from llmqat.files import replacing
 from llmqat.formats import writer
 from llmqat.formats.reader import load_packed
-from llmqat.formats.writer import replacing, save_packed, storage_dtype
+from llmqat.formats.writer import save_packed, storage_dtype
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme

@@ -1,0 +1,149 @@
+"""Files that appear whole or not at all: written beside, synced, renamed."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmqat.errors import LlmqatError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial-"
+
+
+@contextmanager
+def replacing(directory: Path, seal: str = "", owned: Sequence[str] = ()) -> Iterator[Path]:
+    """A scratch directory whose files replace those of the same name in `directory` once the ``with`` ends well.
+
+    Each file appears whole under its final name or not at all; what fails inside leaves `directory` as it was. A
+    process that is killed inside leaves the scratch directory behind; `discard_partial` removes it.
+
+    Args:
+        directory: made where it is missing.
+        seal: name of the file without which the others do not count: it goes first and comes last, so that a directory
+            that has one is whole.
+        owned: patterns of files that belong to what is written: those of an earlier write go.
+
+    Raises:
+        LlmqatError: if `directory` cannot be written, or the disk is full.
+    """
+    make_directory(directory)
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory))
+    except OSError as error:
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+    try:
+        yield scratch
+        _publish(scratch, directory, seal, owned)
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        raise LlmqatError(
+            f"cannot write to {directory}: {problem}; free some space, or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def make_directory(directory: Path) -> None:
+    """Make `directory`, and what it lies in.
+
+    Raises:
+        LlmqatError: if that is not possible.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise LlmqatError(f"output {directory} is a file; choose a directory")
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+
+
+def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str]) -> None:
+    """Rename what is in `scratch` into `directory`; only once all of it is on the disk."""
+    names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+    for name in names:
+        (scratch / name).chmod(_file_mode())  # safetensors makes its files private
+        sync(scratch / name)
+    if seal:
+        (directory / seal).unlink(missing_ok=True)
+    for path in [path for pattern in owned for path in directory.glob(pattern)]:
+        if path.relative_to(directory) not in names:
+            path.unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == Path(seal)):
+        (directory / name).parent.mkdir(exist_ok=True)
+        os.replace(scratch / name, directory / name)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_mode() -> int:
+    """Permissions of a new file under this process's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What the disk said, if it is the cause of `error`: safetensors and torch wrap it in exceptions of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    wrapped = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    if wrapped:
+        return os.strerror(int(wrapped[1]))
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save
+        return storage_problem(error.__context__)
+    return None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes out of an existing `directory`; ends with the process, however it ends.
+
+    Raises:
+        LlmqatError: if another one is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise LlmqatError(f"cannot read {directory}: {error.strerror}; choose another --output") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LlmqatError(
+                f"another process is writing to {directory}; wait until it is done, or choose another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def discard_partial(directory: Path) -> None:
+    """Remove what processes that were killed while they wrote left in `directory`, and two folders below it."""
+    for below in ("", "*/", "*/*/"):
+        for scratch in list(directory.glob(f"{below}{PARTIAL}*")):
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""Several processes as one, on accelerate: meeting, agreeing, averaging. Alone, all of it does nothing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_object
+from torch import nn
+
+from llmqat.algorithms.activation_ranges import static_layers
+from llmqat.config import TrainConfig
+from llmqat.errors import LlmqatError
+from llmqat.processes import process_count
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    if process_count() > 1:
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def leave() -> None:
+    """End what `meet` began; the last thing a process does."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
+
+
+def check_agreement(value: Any, directory: Path) -> None:
+    """Every process must have read the same from `directory`.
+
+    Raises:
+        LlmqatError: if one did not.
+    """
+    if process_count() == 1:
+        return
+    values = gather_object([value])
+    others = [index for index, other in enumerate(values) if other != values[0]]
+    if others:
+        raise LlmqatError(
+            f"process {others[0]} does not find in {directory} what process 0 finds; --resume on several machines "
+            "needs an --output on a file system that all of them share"
+        )
+
+
+def accelerator_for(config: TrainConfig, directory: Path | None) -> Accelerator:
+    """The accelerator of a training run: devices and processes are accelerate's choice, precision is the recipe's.
+
+    Raises:
+        LlmqatError: under DeepSpeed, whose engine keeps optimizer and masters to itself.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise LlmqatError(
+            "llmqat's training loop does not run under DeepSpeed; launch with recipes/accelerate/fsdp2.yaml, or train "
+            "the prepared model by transformers.Trainer (docs/distributed.md)"
+        )
+    precision = "bf16" if config.precision == "bf16" else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # an earlier run of this process computed in another precision
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),
+        # The plugin, because an environment variable would win over the plain argument.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation),
+        log_with=config.tracker,
+        project_dir=None if directory is None else str(directory),
+        # Buffers are the grid that all processes start with; sending them again in each forward would cost as much as
+        # the weights.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def mean(accelerator: Accelerator, value: float | torch.Tensor) -> float:
+    """Mean over processes, the same number in each."""
+    if accelerator.num_processes == 1:
+        return torch.as_tensor(value).item()
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).detach()
+    return float(accelerator.reduce(tensor, "mean"))  # type: ignore[arg-type]
+
+
+def same_ranges(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the ranges of static activations that the first one followed: one grid for all."""
+    if accelerator.num_processes > 1:
+        for layer in static_layers(model):
+            broadcast([layer.act_state, layer.act_scale])
+
+
+def any_of(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return mean(accelerator, float(flag)) > 0

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from llmqat.config import TrainConfig
+from llmqat.errors import LlmqatError
+from llmqat.nn.dtensor import local, split_like, whole
+from llmqat.train import together
+from llmqat.train.sharding import sharding_requested
+from llmqat.train.together import accelerator_for, any_of, check_agreement, leave, mean, meet
+
+
+def test_alone_nothing_happens(tmp_path):
+    meet()
+    check_agreement(3, tmp_path)
+    accelerator = accelerator_for(TrainConfig(precision="fp32"), None)
+    assert mean(accelerator, torch.tensor(0.1, requires_grad=True)) == torch.tensor(0.1).item()
+    assert [any_of(accelerator, flag) for flag in (True, False)] == [True, False]
+    leave()
+
+
+def test_the_launcher_does_not_change_the_recipe(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    accelerator = accelerator_for(TrainConfig(precision="fp32", accumulation=3), None)
+    assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (3, "no")
+
+
+def test_a_checkpoint_that_not_all_see(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(together, "gather_object", lambda value: [4, 4, None])
+    message = "process 2 does not find in .* what process 0 finds; --resume on several machines needs an --output on a"
+    with pytest.raises(LlmqatError, match=message):
+        check_agreement(4, tmp_path)
+    monkeypatch.setattr(together, "gather_object", lambda value: [4, 4, 4])
+    check_agreement(4, tmp_path)
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    message = r"training loop does not run under DeepSpeed; launch with recipes/accelerate/fsdp2\.yaml"
+    with pytest.raises(LlmqatError, match=message):
+        accelerator_for(TrainConfig(), None)
+
+
+def test_fsdp_has_to_be_its_second_version(monkeypatch):
+    assert not sharding_requested()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not sharding_requested(), "one process has nothing to split"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert sharding_requested()
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(LlmqatError, match="FSDP 1 flattens parameters, and scales with weights; set fsdp_version: 2"):
+        sharding_requested()
+
+
+def test_what_is_not_split_is_whole():
+    tensor = nn.Parameter(torch.arange(3.0))
+    assert whole(tensor) is tensor
+    assert whole(7) == 7
+    assert split_like(tensor, tensor) is tensor
+    local(tensor).add_(1)
+    assert tensor.tolist() == [1, 2, 3]
