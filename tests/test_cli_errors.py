@@ -158,3 +158,9 @@ def test_interrupted(argv, advice, monkeypatch, capsys, call):
     monkeypatch.setitem(COMMANDS, argv[0], stop)
     assert call(argv) == 1
     assert capsys.readouterr().err == f"llmqat: interrupted{advice}\n"
+
+
+def test_low_memory_does_not_resume(model_dir, text_file, tmp_path, call, capsys):
+    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out"]
+    assert call([*argv, "--low-memory", "--resume"]) == 1
+    assert "--low-memory keeps nothing to go on from" in capsys.readouterr().err

@@ -95,7 +95,12 @@ def prepare_model(
 
     Returns:
         what to call, the optimizer, and what was split.
+
+    Raises:
+        LlmqatError: for an 8-bit optimizer under FSDP2: its blocks of state do not follow the split.
     """
+    if sharding_requested() and optimizer != "adamw":
+        raise LlmqatError(f"--optimizer {optimizer} does not run under FSDP2; use adamw, or DDP (recipes/accelerate)")
     copied = teacher.model if isinstance(teacher, FloatCopy) else None
     if not sharding_requested():
         if copied is not None:
