@@ -20,7 +20,7 @@ def test_which_process_this_is(launcher, monkeypatch):
 
 def test_only_the_first_speaks(monkeypatch, capsys):
     monkeypatch.setattr("llmqat.progress.LINE_EVERY_SECONDS", 0.0)
-    for rank, expected in (("1", ""), ("0", "hello\nwork: 1/2, 0 s\nwork: 2/2, 0 s\n")):
+    for rank, expected in (("1", ""), ("0", "hello\nwork: 1/2, 0 s, 0 s left\nwork: 2/2, 0 s\n")):
         monkeypatch.setenv("RANK", rank)
         say("hello")
         assert list(track("ab", "work", 2)) == ["a", "b"]
