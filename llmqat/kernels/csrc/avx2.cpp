@@ -1,25 +1,3 @@
 // AVX2 and FMA: the plain loops, vectorized by the compiler.
-#include <algorithm>
-#include <cmath>
-
-#include "matrix.h"
-
-namespace llmqat {
-namespace {
-
-#include "rows.inc"
-#include "steps.inc"
-
-bool no_tiles(const Matrix&, Path, int64_t) { return false; }
-
-void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    (in.path == Path::INTEGER ? integer_rows : float_rows)(w, in, out, n0, n1);
-}
-
-constexpr Variant VARIANT = {"avx2", false, no_tiles, quantize_row, pack_row, rows, &STEPS};
-
-}  // namespace
-
-const Variant* avx2_variant() { return &VARIANT; }
-
-}  // namespace llmqat
+#define LLMQAT_PLAIN avx2_variant
+#include "plain.inc"

@@ -263,22 +263,20 @@ void pack_integer(const Matrix& w, const Input& in, int64_t m, const float* row)
     float* sums = in.lane_sum + m * (in.k_pad / 4);
     in.q_scale[m] = quantize_lanes(row, in.k_pad, q);
     const __m512i ones = _mm512_set1_epi8(1);
+    auto lane_sum = [&](__m512i codes) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, codes); };
     alignas(64) uint8_t even_bytes[64];
     for (int i = 0; i < 64; ++i) even_bytes[i] = uint8_t(2 * i);
     const __m512i even = _mm512_load_si512(even_bytes), odd = _mm512_add_epi8(even, ones);
     for (int64_t k = 0; k < in.k_pad; k += 128) {
         __m512i a = _mm512_load_si512(q + k), b = _mm512_load_si512(q + k + 64);
-        __m512i first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, a);
-        __m512i second = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, b);
         if (w.bits == 4) {
             __m512i low = _mm512_permutex2var_epi8(a, even, b), high = _mm512_permutex2var_epi8(a, odd, b);
             _mm512_store_si512(q + k, low);
             _mm512_store_si512(q + k + 64, high);
-            __m512i both = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, low), ones, high);
-            _mm512_store_ps(sums + k / 8, _mm512_cvtepi32_ps(both));
+            _mm512_store_ps(sums + k / 8, _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(lane_sum(low), ones, high)));
         } else {
-            _mm512_store_ps(sums + k / 4, _mm512_cvtepi32_ps(first));
-            _mm512_store_ps(sums + k / 4 + 16, _mm512_cvtepi32_ps(second));
+            _mm512_store_ps(sums + k / 4, _mm512_cvtepi32_ps(lane_sum(a)));
+            _mm512_store_ps(sums + k / 4 + 16, _mm512_cvtepi32_ps(lane_sum(b)));
         }
     }
 }
@@ -316,7 +314,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
     });
 }
 
-constexpr Variant VARIANT = {"avx512", true, no_tiles, quantize_lanes, pack, rows, &STEPS};
+constexpr Variant VARIANT = {true, no_tiles, quantize_lanes, pack, rows, &STEPS};
 
 }  // namespace
 

@@ -57,8 +57,6 @@ bool request_amx() {
 #endif
 }
 
-const Variant* variant_of(int32_t isa) { return find(isa); }
-
 const Variant& variant() {
     const Variant* now = in_use.load(std::memory_order_relaxed);
     if (!now) in_use.store(now = find(llmqat_best_isa()));

@@ -1,11 +1,11 @@
-// Which instruction sets this machine runs, and the one in use.
+// Which instruction sets this machine runs: see llmqat.h.
 #pragma once
 
 #include "matrix.h"
 
 namespace llmqat {
 
-const Variant& variant();       // in use
-const Variant* variant_of(int32_t isa);  // null if it was not compiled in or cannot run here
+// The instruction set in use.
+const Variant& variant();
 
 }  // namespace llmqat

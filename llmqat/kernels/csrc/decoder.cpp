@@ -37,24 +37,17 @@ struct Pass {
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
 
-    // One token is little work: no parallel region for it.
-    template <class Body>
-    void each_token(Body&& body) const {
-        if (m == 1) body(0);
-        else parallel_for(m, body);
-    }
-
     void norm(const void* weight, void* y) const {
-        each_token([&](int64_t t) { steps.norm(hidden, weight, y, t, d.hidden, d.eps, d.dtype); });
+        parallel_for(m, [&](int64_t t) { steps.norm(hidden, weight, y, t, d.hidden, d.eps, d.dtype); });
     }
 
     void add() const {
-        each_token([&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype); });
+        parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype); });
     }
 
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t dim = d.head_dim;
-        each_token([&](int64_t t) {
+        parallel_for(m, [&](int64_t t) {
             Rope r = {b.q, block.q_norm, cosine, sine, b.q, 0, 0, t, dim, d.eps, d.dtype};
             for (int64_t h = 0; h < d.heads; ++h) {
                 r.from_start = r.to_start = (t * d.heads + h) * dim;
@@ -94,7 +87,7 @@ struct Pass {
         norm(block.post_norm, b.normed);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
         linear(gated, 2, b.normed, m, d.dtype);
-        each_token([&](int64_t t) { steps.swiglu(b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype); });
+        parallel_for(m, [&](int64_t t) { steps.swiglu(b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype); });
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
         add();

@@ -19,18 +19,12 @@ Path path_of(const Matrix& w, const Variant& v, int32_t dtype) {
 
 int planes_of(int32_t dtype) { return dtype == LLMQAT_BFLOAT16 ? 1 : dtype == LLMQAT_FLOAT16 ? 2 : 3; }
 
-void load_row(const void* x, int64_t start, int64_t k, int32_t dtype, float* row) {
-    if (dtype == LLMQAT_FLOAT32) std::memcpy(row, static_cast<const float*>(x) + start, size_t(k) * sizeof(float));
-    else
-        for (int64_t i = 0; i < k; ++i) row[i] = load(x, start + i, dtype);
-}
-
 // Token m as float32, quantized and back if the layer was trained so and the path does not do it, in the variant's form.
 void prepare_token(const Variant& v, const Matrix& w, const Input& in, const void* x, int32_t dtype, int64_t m) {
     thread_local Scratch row_scratch, code_scratch;
     float* row = in.path == Path::FLOAT ? in.x + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
     int64_t known = m < in.m ? in.k : 0;
-    load_row(x, m * in.k, known, dtype, row);
+    v.steps->load(x, m * in.k, known, dtype, row);
     std::fill(row + known, row + in.k_pad, 0.0f);
     if (w.act_bits == 8 && in.path != Path::INTEGER) {
         int8_t* codes = code_scratch.get<int8_t>(size_t(in.k));
@@ -78,8 +72,6 @@ bool share_input(const Matrix& a, const Matrix& b) {
 
 }  // namespace
 
-bool supports(const Matrix& w) { return w.groups == 1 || (w.in % w.groups == 0 && group_size(w) % 16 == 0); }
-
 void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype) {
     constexpr int MAX_JOBS = 8;
     if (m == 0 || count == 0) return;
@@ -108,8 +100,6 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
 extern "C" {
 
 void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }
-
-int32_t llmqat_supports(const llmqat_matrix* matrix) { return llmqat::supports(*matrix); }
 
 void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype) {
     llmqat::Job job = {matrix, {y, matrix->out, dtype}};

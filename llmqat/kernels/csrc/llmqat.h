@@ -31,9 +31,8 @@ int32_t llmqat_has_isa(int32_t isa);
 int32_t llmqat_use_isa(int32_t isa);
 // Number of threads of the next calls, the calling one included.
 void llmqat_set_threads(int32_t threads);
-// Whether llmqat_linear takes this layer: groups of a multiple of 16 weights, or one group a row.
-int32_t llmqat_supports(const llmqat_matrix* matrix);
-// y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`.
+// y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Groups are of a multiple of 16 weights, or one a
+// row.
 void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
 // Bytes per second of reading `bytes` from `data` once with the threads of the pool.
 double llmqat_read_bandwidth(const void* data, int64_t bytes);

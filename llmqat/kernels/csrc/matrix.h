@@ -67,7 +67,6 @@ struct Output {
 
 // One instruction set.
 struct Variant {
-    const char* name;
     bool bfloat;                                    // whether it knows Path::BFLOAT
     bool (*tiles)(const Matrix&, Path, int64_t m);  // whether it wants tiled input for this call
     float (*quantize)(const float* x, int64_t k, int8_t* q);  // int8 codes of a token, and its scale

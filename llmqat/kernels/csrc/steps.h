@@ -25,6 +25,7 @@ struct Attention {
 };
 
 struct Steps {
+    void (*load)(const void* from, int64_t start, int64_t count, int32_t dtype, float* to);
     void (*norm)(const void* x, const void* weight, void* y, int64_t token, int64_t count, float eps, int32_t dtype);
     void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
     void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
