@@ -1,7 +1,7 @@
 """Which layers of a model are quantized, how, and why not the rest: before anything is changed."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import gcd
 from typing import Any
@@ -62,10 +62,10 @@ def plan(
     found = list(_candidates(model))
     check_overrides(overrides, [name for name, _, _ in found])
     check_head(model, lm_head_bits)
-    head, layers = model.get_output_embeddings(), []
+    head, layers, outside = model.get_output_embeddings(), [], outside_blocks(model)
     for name, shape, module in found:
         role = "" if module is not head else TIED_HEAD if is_tied(model) else HEAD
-        reason, grid = float_reason(model, name, module), scheme
+        reason, grid = float_reason(model, name, module, outside), scheme
         if role and lm_head_bits is not None:
             reason, grid = "", replace(scheme, bits=lm_head_bits)
         own = None if reason else scheme_of(name, grid, overrides)
@@ -77,7 +77,8 @@ def plan(
 
 def block_parameters(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
     """Parameters of the blocks, and the sizes of those of them that are no weight of a layer that can be quantized."""
-    in_blocks = {name: p.numel() for name, p in model.named_parameters() if not outside_blocks(model, name)}
+    outside = outside_blocks(model)
+    in_blocks = {name: p.numel() for name, p in model.named_parameters() if not outside(name)}
     covered = set()
     for path, module in model.named_modules():
         if isinstance(module, LINEAR_LAYERS):
@@ -147,27 +148,30 @@ def check_transposed(model: PreTrainedModel, layers: list[LayerCoverage]) -> Non
         )
 
 
-def float_reason(model: PreTrainedModel, name: str, module: nn.Module) -> str:
-    """Why layer `name` of `module` stays float whatever the overrides say; empty if it does not have to."""
+def float_reason(model: PreTrainedModel, name: str, module: nn.Module, outside: Callable[[str], bool]) -> str:
+    """Why layer `name` of `module` stays float whatever the overrides say; empty if it does not have to. `outside` is
+    `outside_blocks` of the model."""
     embedding = model.get_input_embeddings()
     if getattr(module, "weight", module) is getattr(embedding, "weight", None):
         return TIED_HEAD
     if module is model.get_output_embeddings():
         return HEAD
-    if outside_blocks(model, name):
+    if outside(name):
         return "outside the blocks"
     if is_fused(module) and not splits(model):
         return f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
     return ""
 
 
-def outside_blocks(model: PreTrainedModel, name: str) -> bool:
-    """Whether a layer or parameter lies outside the blocks; in an unknown family, in an embedding or output head."""
+def outside_blocks(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a layer or parameter, by name, lies outside the blocks; in an unknown family, in an embedding or output
+    head."""
     if model.config.model_type in ARCHITECTURES:
-        return not name.startswith(blocks_path(model, ARCHITECTURES[model.config.model_type]) + ".")
+        inside = blocks_path(model, ARCHITECTURES[model.config.model_type]) + "."
+        return lambda name: not name.startswith(inside)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
-    return any(owner is end for end in ends if end is not None)
+    paths = {path for path, module in model.named_modules() if any(module is end for end in ends)}
+    return lambda name: name.rpartition(".")[0] in paths
 
 
 def check_divisible(report: CoverageReport) -> None:
@@ -186,7 +190,6 @@ def check_divisible(report: CoverageReport) -> None:
     assert bad[0].scheme is not None
     raise LlmqatError(
         f"group_size {bad[0].scheme.group_size} does not divide {len(bad)} layers: {named}; give those one group per "
-        "row "
-        f"with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
+        f"row with {overrides} (Python: overrides={{'{leaves[0]}$': {{'group_size': -1}}}}), or keep them float with "
         f"'{leaves[0]}$:float', or choose a --group-size that divides {common}"
     )

@@ -168,8 +168,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise LlmqatError(
                 f"the {kind} loss became {loss} at step {step}; lower --lr, or use --precision fp32; "
-                "the last "
-                "checkpoint is untouched"
+                "the last checkpoint is untouched"
             )
 
     def step(self, batches: Iterator[Tensor]) -> float:

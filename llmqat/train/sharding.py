@@ -99,13 +99,13 @@ def prepare_model(
     Raises:
         LlmqatError: for an 8-bit optimizer under FSDP2: its blocks of state do not follow the split.
     """
-    if sharding_requested() and optimizer != "adamw":
-        raise LlmqatError(f"--optimizer {optimizer} does not run under FSDP2; use adamw, or DDP (recipes/accelerate)")
     copied = teacher.model if isinstance(teacher, FloatCopy) else None
     if not sharding_requested():
         if copied is not None:
             copied.to(accelerator.device)
         return accelerator.prepare_model(model), make_optimizer(optimizer, groups), []
+    if optimizer != "adamw":
+        raise LlmqatError(f"--optimizer {optimizer} does not run under FSDP2; use adamw, or DDP (recipes/accelerate)")
     names = {id(p): name for name, p in model.named_parameters()}
     named = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
     sharded = [ShardedModel(m, accelerator.device) for m in (model, copied) if m is not None]
