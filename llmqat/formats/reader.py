@@ -20,6 +20,7 @@ from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.native_forward import accelerate_forward
+from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
@@ -156,8 +157,8 @@ def load_packed(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             use_huge_pages(module.weight_packed)
-    if kv_bits is None:
-        accelerate_forward(model)
+    if kv_bits is None and accelerate_forward(model):
+        accelerate_generate(model)
     return model
 
 

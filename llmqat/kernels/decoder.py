@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from llmqat.kernels import native
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
 NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
 
 
@@ -60,6 +61,7 @@ class NativeDecoder:
 
     def __init__(self, blocks: Sequence[Block], norm: Tensor, shape: Shape) -> None:
         self.shape, self.dtype, self._kept = shape, norm.dtype, (blocks, norm)
+        self.blocks = len(blocks)
         self._blocks = (_Block * len(blocks))()
         for target, block in zip(self._blocks, blocks, strict=True):
             for name, arguments in zip(LINEARS, block.linears, strict=True):
@@ -70,16 +72,12 @@ class NativeDecoder:
         numbers = (len(blocks), *sizes, shape.eps, shape.attention_scale, native.DTYPES[norm.dtype], 0)
         self._model = _Decoder(self._blocks, norm.data_ptr(), *numbers)
 
-    def __call__(
-        self, hidden: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], past: int, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
+    def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, cosine: Tensor, sine: Tensor) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
 
         Args:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
-            keys: a buffer ``(kv_heads, capacity, head_dim)`` for each block, of which `past` tokens are filled; the
-                new ones are written behind them.
-            values: likewise.
+            cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are written behind.
             past: tokens in the cache.
             cosine: rotary tables ``(m, head_dim)`` of the new positions, in the same dtype.
             sine: likewise.
@@ -88,12 +86,11 @@ class NativeDecoder:
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         cosine, sine = cosine.contiguous(), sine.contiguous()
-        cache = (_Cache * len(keys))(*(_Cache(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)))
-        library.llmqat_set_threads(torch.get_num_threads())
+        library.llmqat_set_threads(native.threads())
         library.llmqat_decode(
             ctypes.byref(self._model),
-            cache,
-            ctypes.c_int64(keys[0].shape[1]),
+            cache.pointers,
+            ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
             ctypes.c_void_p(cosine.data_ptr()),
@@ -101,3 +98,31 @@ class NativeDecoder:
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
+
+
+@dataclass
+class CacheBuffers:
+    """Keys and values of every block, ``(kv_heads, capacity, head_dim)``, and how many tokens they hold."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    pointers: Any = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for."""
+        return self.keys[0].shape[1] if self.keys else 0
+
+    def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
+        """Have room for `needed` tokens; what is filled moves along."""
+        if self.capacity >= needed:
+            return
+        capacity = max(needed + CAPACITY_STEP, 2 * self.capacity)
+        for kept in (self.keys, self.values):
+            new = [torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(blocks)]
+            for old, buffer in zip(kept, new, strict=False):
+                buffer[:, : self.length] = old[:, : self.length]
+            kept[:] = new
+        pairs = zip(self.keys, self.values, strict=True)
+        self.pointers = (_Cache * blocks)(*(_Cache(k.data_ptr(), v.data_ptr()) for k, v in pairs))

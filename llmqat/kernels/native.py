@@ -6,6 +6,9 @@
 import ctypes
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -64,6 +67,30 @@ def library() -> ctypes.CDLL | None:
     if not wanted:
         loaded.llmqat_use_isa(loaded.llmqat_best_isa())
     return loaded
+
+
+_threads = threading.local()
+
+
+def threads() -> int:
+    """Threads of the next kernel called from this thread: torch's number, unless `own_threads` keeps torch to one."""
+    return getattr(_threads, "own", None) or torch.get_num_threads()
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Leave torch's threads to the kernels; operators of torch run on one meanwhile.
+
+    Workers of torch's OpenMP pool spin for milliseconds after each parallel operator, on the cores of the kernels.
+    """
+    before, total = getattr(_threads, "own", None), torch.get_num_threads()
+    _threads.own = before or total
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _threads.own = before
+        torch.set_num_threads(total)
 
 
 def available() -> list[str]:
@@ -144,7 +171,7 @@ def linear(
     bias = None if bias is None else (bias if bias.dtype in DTYPES else bias.float()).contiguous()
     weights = (weight_packed.contiguous(), weight_scale.contiguous(), zero_point, bias)
     layer = matrix(*weights, bits, in_features, act_bits)
-    kernels.llmqat_set_threads(torch.get_num_threads())
+    kernels.llmqat_set_threads(threads())
     tokens = x.numel() // in_features
     kernels.llmqat_linear(ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
     return y
@@ -175,5 +202,5 @@ def read_bandwidth(data: Tensor) -> float:
     kernels = library()
     if kernels is None:
         raise LlmqatError(f"no compiled kernels: {explain()}")
-    kernels.llmqat_set_threads(torch.get_num_threads())
+    kernels.llmqat_set_threads(threads())
     return float(kernels.llmqat_read_bandwidth(data.data_ptr(), data.numel() * data.element_size()))

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -77,25 +78,41 @@ def _stored_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(model.parameters(), packed))
 
 
+class _Clock:
+    """A streamer of `generate` that notes when each token came."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize = synchronize
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        """The prompt first, then token by token."""
+        self.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+
 @torch.inference_mode()
 def _once(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of generating `new_tokens` greedily after it."""
+    """Seconds of a prefill, and of `new_tokens` greedy steps of `generate` after its first token."""
     synchronize = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
     synchronize()
     started = time.perf_counter()
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
+    model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
     synchronize()
-    prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    synchronize()
-    return prefilled - started, time.perf_counter() - prefilled
+    prefill = time.perf_counter() - started
+    clock = _Clock(synchronize)
+    endless = {"eos_token_id": -1, "pad_token_id": 0}
+    model.generate(prompt, do_sample=False, use_cache=True, max_new_tokens=new_tokens + 1, streamer=clock, **endless)
+    return prefill, clock.times[-1] - clock.times[1]
 
 
 def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: int = 5) -> Throughput:
-    """Time `repeats` prefills of `prompt` random tokens, and `new_tokens` greedy steps after each; one warm-up before.
+    """Time `repeats` prefills of `prompt` random tokens, and as often `new_tokens` greedy steps after them.
+
+    Prefill is a call of the model, decoding is `generate`; both are warmed up first.
 
     Raises:
         LlmqatError: if prompt and new tokens do not fit the model's context.

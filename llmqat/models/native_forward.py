@@ -5,7 +5,6 @@ attention weights, caches of another kind - goes through the transformers code a
 same cache: the cache layers of transformers hold views of the buffers that the native code writes.
 """
 
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,14 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmqat.kernels import native
-from llmqat.kernels.decoder import Block, NativeDecoder, Shape
+from llmqat.kernels.decoder import Block, CacheBuffers, NativeDecoder, Shape
 from llmqat.nn.packed_linear import PackedLinear
 
 # Families whose block is: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
 MAX_HEAD_DIM = 256
 
 
@@ -73,52 +71,42 @@ def _pointers(stack: Any) -> tuple[int, ...]:
     return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in _linears(last))
 
 
-@dataclass
-class _Buffers:
-    """Keys and values of every block, ``(kv_heads, capacity, head_dim)``, and how many tokens they hold."""
+def _holds(buffers: CacheBuffers, cache: Any, length: int) -> bool:
+    """Whether the views that we gave to `cache` are still what it holds."""
+    if buffers.length != length or len(cache.layers) != len(buffers.keys):
+        return False
+    return all(
+        layer.keys.data_ptr() == k.data_ptr() and layer.values.data_ptr() == v.data_ptr()
+        for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=True)
+    )
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    length: int = 0
 
-    def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
-        if self.keys and self.keys[0].shape[1] >= needed:
-            return
-        capacity = max(needed + CAPACITY_STEP, 2 * self.keys[0].shape[1] if self.keys else 0)
-        for kept in (self.keys, self.values):
-            new = [torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(blocks)]
-            for old, buffer in zip(kept, new, strict=False):
-                buffer[:, : self.length] = old[:, : self.length]
-            kept[:] = new
+def _read(buffers: CacheBuffers, cache: Any, length: int) -> None:
+    """Copy the tokens that `cache` holds."""
+    for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=False):
+        k[:, :length], v[:, :length] = layer.keys[0], layer.values[0]
+    buffers.length = length
 
-    def holds(self, cache: Any, length: int) -> bool:
-        """Whether the views that we gave to `cache` are still what it holds."""
-        if self.length != length or len(cache.layers) != len(self.keys):
-            return False
-        return all(
-            layer.keys.data_ptr() == k.data_ptr() and layer.values.data_ptr() == v.data_ptr()
-            for layer, k, v in zip(cache.layers, self.keys, self.values, strict=True)
-        )
 
-    def read(self, cache: Any, length: int) -> None:
-        for layer, k, v in zip(cache.layers, self.keys, self.values, strict=False):
-            k[:, :length], v[:, :length] = layer.keys[0], layer.values[0]
-        self.length = length
+def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
+    """Have room for `tokens` tokens of `decoder`."""
+    buffers.grow(decoder.blocks, decoder.shape.kv_heads, decoder.shape.head_dim, decoder.dtype, tokens)
 
-    def show(self, cache: Any) -> None:
-        """Give `cache` views of what is filled."""
-        for index, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            keys, values = k[None, :, : self.length], v[None, :, : self.length]
-            if index >= len(cache.layers) or not cache.layers[index].is_initialized:
-                cache.update(keys[:, :, :0], values[:, :, :0], index)
-            cache.layers[index].keys, cache.layers[index].values = keys, values
+
+def show(buffers: CacheBuffers, cache: Any) -> None:
+    """Give `cache` views of what is filled."""
+    for index, (k, v) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
+        keys, values = k[None, :, : buffers.length], v[None, :, : buffers.length]
+        if index >= len(cache.layers) or not cache.layers[index].is_initialized:
+            cache.update(keys[:, :, :0], values[:, :, :0], index)
+        cache.layers[index].keys, cache.layers[index].values = keys, values
 
 
 # Decoders and the pointers that they borrow. Not an attribute of the model: a copy of it must get its own.
 _decoders: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], NativeDecoder]] = WeakKeyDictionary()
 
 
-def _decoder(stack: Any) -> NativeDecoder:
+def decoder_of(stack: Any) -> NativeDecoder:
     """The native decoder of `stack`, built when it first runs and again when tensors have been replaced."""
     borrowed = _pointers(stack)
     known = _decoders.get(stack)
@@ -141,18 +129,18 @@ def _decoder(stack: Any) -> NativeDecoder:
 
 def _run(stack: Any, embeds: Tensor, position_ids: Tensor, cache: Any, past: int) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
-    decoder = _decoder(stack)
-    shape, tokens = decoder.shape, embeds.shape[1]
-    buffers = getattr(cache, "llmqat_buffers", None) or _Buffers()
-    ours = cache is None or buffers.holds(cache, past)
-    buffers.grow(len(stack.layers), shape.kv_heads, shape.head_dim, decoder.dtype, past + tokens)
+    decoder = decoder_of(stack)
+    tokens = embeds.shape[1]
+    buffers = getattr(cache, "llmqat_buffers", None) or CacheBuffers()
+    ours = cache is None or _holds(buffers, cache, past)
+    reserve(buffers, decoder, past + tokens)
     if cache is not None and not ours and past:
-        buffers.read(cache, past)
+        _read(buffers, cache, past)
     cosine, sine = stack.rotary_emb(embeds, position_ids=position_ids)
-    hidden = decoder(embeds[0], buffers.keys, buffers.values, past, cosine[0], sine[0])
+    hidden = decoder(embeds[0], buffers, past, cosine[0], sine[0])
     if cache is not None:
         buffers.length = past + tokens
-        buffers.show(cache)
+        show(buffers, cache)
         cache.llmqat_buffers = buffers
     return hidden[None]
 
@@ -167,7 +155,7 @@ def _forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    if not _takes(self, input_ids, attention_mask, past_key_values, inputs_embeds, kwargs):
+    if not takes(self, input_ids, attention_mask, past_key_values, inputs_embeds, kwargs):
         return type(self).forward(
             self,
             input_ids=input_ids,
@@ -187,7 +175,7 @@ def _forward(
     return BaseModelOutputWithPast(_run(self, embeds, position_ids, cache, past), past_key_values=cache)
 
 
-def _takes(
+def takes(
     stack: Any, input_ids: Tensor | None, mask: Tensor | None, cache: Any, embeds: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
     """One sequence without padding, no gradients, and nothing asked for but the hidden states."""

@@ -16,7 +16,7 @@ def test_a_value_per_repetition(tiny_llama):
 
 
 def test_what_is_timed(tiny_llama, monkeypatch):
-    """One prefill of the prompt, then one token at a time on its cache."""
+    """One prefill of the prompt; again for `generate`, then one token at a time on its cache."""
     model, lengths = tiny_llama(), []
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(
@@ -28,7 +28,7 @@ def test_what_is_timed(tiny_llama, monkeypatch):
         with_kwargs=True,
     )
     throughput(model, prompt=8, new_tokens=3, repeats=1)
-    once = [(8, 0), (1, 8), (1, 9), (1, 10)]
+    once = [(8, 0), (8, 0), (1, 8), (1, 9), (1, 10)]
     assert lengths == once + once  # warm-up, measurement
 
 

@@ -15,11 +15,27 @@ namespace {
 // Software prefetch runs this far ahead of the codes and of the scales: the streams are many and short for the hardware's.
 constexpr int64_t BYTES_AHEAD = 2048, SCALES_AHEAD = 8;
 
-// R rows at a time, each from a run of memory of its own; their scales are interleaved, so that one pointer finds them.
+// R rows at a time, each from a run of memory of its own.
 template <int R>
-struct Streams {
+struct Rows {
     const uint8_t* row[R];
-    int64_t n[R];
+    int64_t n[R], safe[R];  // `safe` is the row that is read: the last one in place of those beyond the end
+
+    // Row i of each run of [n0, n1).
+    void seek(const Matrix& w, int64_t n0, int64_t n1, int64_t i) {
+        int64_t span = (n1 - n0 + R - 1) / R, scale_bytes = w.scale_dtype == LLMQAT_FLOAT32 ? 4 : 2;
+        for (int r = 0; r < R; ++r) {
+            n[r] = n0 + r * span + i;
+            safe[r] = n[r] < n1 ? n[r] : n1 - 1;
+            row[r] = w.codes + safe[r] * w.row_bytes;
+            __builtin_prefetch(static_cast<const char*>(w.scale) + (safe[r] + SCALES_AHEAD) * w.groups * scale_bytes);
+        }
+    }
+};
+
+// The same with the scales of the rows, interleaved so that one pointer finds them.
+template <int R>
+struct Streams : Rows<R> {
     RowScales scales[R];
 
     Streams(const Matrix& w, int64_t unit) {
@@ -36,28 +52,21 @@ struct Streams {
                               : RowScales{unit, R, scale + r, zero + r};
     }
 
-    // Row i of each stream; a row beyond n1 is read as the last one, and not stored.
     void seek(const Matrix& w, int64_t n0, int64_t n1, int64_t i) {
-        int64_t span = (n1 - n0 + R - 1) / R, scale_bytes = w.scale_dtype == LLMQAT_FLOAT32 ? 4 : 2, safe[R];
-        for (int r = 0; r < R; ++r) {
-            n[r] = n0 + r * span + i;
-            safe[r] = n[r] < n1 ? n[r] : n1 - 1;
-            row[r] = w.codes + safe[r] * w.row_bytes;
-            __builtin_prefetch(static_cast<const char*>(w.scale) + (safe[r] + SCALES_AHEAD) * w.groups * scale_bytes);
-        }
-        if (R == 4 && scales[0].stride == 4) return interleave(w, safe);
+        Rows<R>::seek(w, n0, n1, i);
+        if (R == 4 && scales[0].stride == 4) return interleave(w);
         for (int r = 0; r < R; ++r)
-            if (scales[r].stride == 1) expand_scales(w, safe[r], scales[r]);
-            else fill_row_scales(w, safe[r], scales[r]);
+            if (scales[r].stride == 1) expand_scales(w, this->safe[r], scales[r]);
+            else fill_row_scales(w, this->safe[r], scales[r]);
     }
 
-    void interleave(const Matrix& w, const int64_t* rows) {
+    void interleave(const Matrix& w) {
         for (int64_t g = 0; g < w.groups; g += 16) {
             __mmask16 mask = low_lanes(w.groups - g);
             __m512 scale[4], zero[4];
             for (int r = 0; r < 4; ++r) {
-                scale[r] = load_scales(w, rows[r] * w.groups + g, mask);
-                zero[r] = load_zeros(w, rows[r], g, mask);
+                scale[r] = load_scales(w, this->safe[r] * w.groups + g, mask);
+                zero[r] = load_zeros(w, this->safe[r], g, mask);
             }
             store_interleaved(scale, scales[0].scale + 4 * g);
             store_interleaved(zero, scales[0].zero + 4 * g);
@@ -67,7 +76,7 @@ struct Streams {
 
 // The totals of R rows for one token: y[n] = sum * factor + bias.
 template <int R>
-void store_rows(const Matrix& w, const Output& out, const Streams<R>& streams, int64_t n1, int64_t m, const __m512* sum,
+void store_rows(const Matrix& w, const Output& out, const Rows<R>& streams, int64_t n1, int64_t m, const __m512* sum,
                 float factor) {
     alignas(16) float total[4];
     _mm_store_ps(total, sum_lanes(sum[0], sum[1], sum[R > 2 ? 2 : 0], sum[R > 2 ? 3 : 0]));
@@ -252,8 +261,77 @@ void integer_streams(const Matrix& w, const Input& in, const Output& out, int64_
     }
 }
 
+// Four bits in groups of a multiple of 128. Scales of sixteen groups of a row stay in a register; a permutation spreads one.
+template <int R, int M, bool ZEROS>
+void integer_wide_block(const Matrix& w, const Input& in, const Output& out, const Rows<R>& rows, int64_t n1, int64_t m0) {
+    const int64_t row_bytes = (w.in + 1) / 2, whole = w.groups == 1 ? row_bytes / 64 : group_size(w) / 128;
+    const int64_t sum_stride = in.k_pad / 4;
+    const int8_t* x = in.q + m0 * in.k_pad;
+    const float* x_sum = in.lane_sum + m0 * sum_stride;
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 sum[M][R], zero[R];
+    for (auto& line : sum)
+        for (auto& s : line) s = _mm512_setzero_ps();
+    for (auto& z : zero) z = _mm512_set1_ps(float(code_offset(w)));
+    const uint8_t* row[R];
+    std::copy(rows.row, rows.row + R, row);
+    int64_t offset = 0;
+    __m512 scale[R];
+    auto block = [&](auto tail) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* p = row[r] + offset;
+            __m512i bytes = tail.value ? _mm512_maskz_loadu_epi8(low_bytes(row_bytes - offset), p) : _mm512_loadu_si512(p);
+            if (!tail.value) __builtin_prefetch(p + BYTES_AHEAD);
+            __m512i even = _mm512_and_si512(bytes, low), odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                __m512i total = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_load_si512(x + m * in.k_pad));
+                total = _mm512_dpbusd_epi32(total, odd, _mm512_load_si512(x + m * in.k_pad + 64));
+                __m512 excess = _mm512_load_ps(x_sum + m * sum_stride);
+                __m512 exact = _mm512_fnmadd_ps(zero[r], excess, _mm512_cvtepi32_ps(total));
+                sum[m][r] = _mm512_fmadd_ps(exact, scale[r], sum[m][r]);
+            }
+        }
+        offset += 64, x += 128, x_sum += 16;
+    };
+    for (int64_t g0 = 0; g0 < w.groups; g0 += 16) {
+        __m512 scales[R], zeros[R];
+        const __mmask16 mask = low_lanes(w.groups - g0);
+        for (int r = 0; r < R; ++r) scales[r] = load_scales(w, rows.safe[r] * w.groups + g0, mask);
+        if (ZEROS)
+            for (int r = 0; r < R; ++r) zeros[r] = load_zeros(w, rows.safe[r], g0, mask);
+        const int64_t groups = w.groups - g0 < 16 ? w.groups - g0 : 16;
+        for (int64_t i = 0, g = 0, left = 0; i < groups * whole; ++i, --left) {
+            if (left == 0) {
+                const __m512i lane = _mm512_set1_epi32(int(g++));
+                for (int r = 0; r < R; ++r) scale[r] = _mm512_permutexvar_ps(lane, scales[r]);
+                if (ZEROS)
+                    for (int r = 0; r < R; ++r) zero[r] = _mm512_permutexvar_ps(lane, zeros[r]);
+                left = whole;
+            }
+            block(std::false_type());
+        }
+    }
+    if (offset < row_bytes) block(std::true_type());
+    for (int m = 0; m < M; ++m) store_rows<R>(w, out, rows, n1, m0 + m, sum[m], in.q_scale[m0 + m]);
+}
+
+template <bool ZEROS>
+void integer_wide(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
+    Rows<4> rows;
+    for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
+        rows.seek(w, n0, n1, i);
+        int64_t m = 0;
+        for (; m + 4 <= in.m; m += 4) integer_wide_block<4, 4, ZEROS>(w, in, out, rows, n1, m);
+        if (m + 2 <= in.m) integer_wide_block<4, 2, ZEROS>(w, in, out, rows, n1, m), m += 2;
+        if (m < in.m) integer_wide_block<4, 1, ZEROS>(w, in, out, rows, n1, m);
+    }
+}
+
 template <int BITS>
 void integer_rows_vnni(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
+    if (BITS == 4 && wide(w)) return (w.zero_point ? integer_wide<true> : integer_wide<false>)(w, in, out, n0, n1);
     bool small = w.groups > 1 && integer_unit<BITS>(w) < IntegerStep<BITS>::CODES;
     (small ? integer_streams<BITS, true> : integer_streams<BITS, false>)(w, in, out, n0, n1);
 }

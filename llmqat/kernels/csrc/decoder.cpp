@@ -67,7 +67,14 @@ struct Pass {
     void attend(const llmqat_cache& cache) const {
         Attention a = {b.q, cache.keys, cache.values, b.attended, m, past, capacity, d.heads, d.kv_heads,
                        d.head_dim, d.attention_scale, d.dtype};
-        if (m == 1) return parallel_for(d.heads, [&](int64_t head) { steps.attend_one(a, head); });
+        if (m == 1) {
+            // Heads that share keys go together.
+            const int64_t group = d.heads / d.kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
+            return parallel_for(d.kv_heads * parts, [&](int64_t i) {
+                int64_t head = i / parts * group + i % parts * ATTEND_HEADS, end = (i / parts + 1) * group;
+                steps.attend_one(a, head, std::min(ATTEND_HEADS, end - head));
+            });
+        }
         int64_t blocks = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
         // The last blocks see the most keys: start with them, so that the threads end together.
         parallel_for(blocks * d.heads, [&](int64_t i) {

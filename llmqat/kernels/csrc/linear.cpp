@@ -58,7 +58,7 @@ Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32
 // Rows a thread takes at a time: enough bytes to amortize the claim and to keep streams long, and at least some chunks
 // for every thread. Tiles come in 32 rows.
 int64_t chunk_rows(const Matrix& w, const Input& in, int64_t total_rows) {
-    constexpr int64_t BYTES = 128 << 10, CHUNKS_PER_THREAD = 8;
+    constexpr int64_t BYTES = 512 << 10, CHUNKS_PER_THREAD = 4;
     if (in.tiled) return in.m >= 128 && total_rows >= 128 * 4 * threads() ? 128 : 32;
     int64_t by_size = BYTES / std::max<int64_t>(w.row_bytes, 1), by_share = total_rows / (threads() * CHUNKS_PER_THREAD);
     return round_up(std::max<int64_t>(std::min(by_size, by_share), 4), 4);

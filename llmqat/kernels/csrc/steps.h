@@ -5,7 +5,7 @@
 
 namespace llmqat {
 
-constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32;
+constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32, ATTEND_HEADS = 4;
 
 struct Rope {
     const void *from, *norm, *cosine, *sine;
@@ -30,7 +30,7 @@ struct Steps {
     void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
     void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
     void (*rope)(const Rope&);
-    void (*attend_one)(const Attention&, int64_t head);
+    void (*attend_one)(const Attention&, int64_t head, int64_t count);  // heads of one group, m == 1
     void (*attend_block)(const Attention&, int64_t head, int64_t first);
 };
 

@@ -1,0 +1,166 @@
+"""`generate` on the native decoder: the tokens of transformers' own loop, by the same processors and criteria."""
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+import llmqat
+from llmqat.kernels import native
+from llmqat.models.native_forward import FAMILIES, accelerate_forward
+from llmqat.models.native_generate import Step, accelerate_generate
+from llmqat.scheme import QuantScheme
+from tests.models.test_native_forward import packed_model
+
+PROMPT = torch.arange(7)[None] * 11 % 128
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many tokens were made by the native loop."""
+    seen, plain = [], Step.__call__
+
+    def counted(self, token):
+        seen.append(int(token))
+        return plain(self, token)
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    return seen
+
+
+def pair(family="llama", **config):
+    """A model whose blocks are native, and the function that makes its sampling native too."""
+    model = packed_model(family, **config)
+    assert accelerate_forward(model)
+    return model
+
+
+def generate(model, prompt=PROMPT, **options):
+    torch.manual_seed(3)
+    return model.generate(prompt, **{"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1} | options)
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    "penalized": {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+    "shortest": {"min_new_tokens": 9, "eos_token_id": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_tokens_of_transformers(options, steps):
+    model = pair()
+    expected = generate(model, **options)
+    assert steps == []
+    accelerate_generate(model)
+    tokens = generate(model, **options)
+    assert torch.equal(tokens, expected)
+    assert steps == tokens[0, PROMPT.shape[1] : -1].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_over_grown_buffers(family, steps):
+    model = pair(family, scheme=QuantScheme(4, 32, act_bits=8))
+    expected = generate(model, max_new_tokens=400)
+    accelerate_generate(model)
+    assert torch.equal(generate(model, max_new_tokens=400), expected)
+    assert len(steps) == 399
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn"])
+def test_rotary_embeddings(rope_type, steps):
+    """A dynamic one changes while the sequence outgrows the length that the model was trained for."""
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
+    if rope_type != "default":
+        parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
+    model = pair(rope_parameters=parameters, max_position_embeddings=16 if rope_type == "dynamic" else 64)
+    expected = generate(model, max_new_tokens=40)
+    accelerate_generate(model)
+    assert torch.equal(generate(model, max_new_tokens=40), expected)
+    assert len(steps) == 39
+
+
+def test_an_end_token_stops(steps):
+    model = pair()
+    accelerate_generate(model)
+    free = generate(model)[0, PROMPT.shape[1] :].tolist()
+    stopped = generate(model, eos_token_id=free[4])[0, PROMPT.shape[1] :].tolist()
+    assert stopped == free[: free.index(free[4]) + 1]
+
+
+def test_a_criterion_of_ones_own(steps):
+    class AtTwelve(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 12)
+
+    model = pair()
+    accelerate_generate(model)
+    assert generate(model, stopping_criteria=StoppingCriteriaList([AtTwelve()])).shape == (1, 12)
+
+
+def test_a_streamer_gets_every_token():
+    class Streamer:
+        def __init__(self):
+            self.seen, self.ended = [], False
+
+        def put(self, tokens):
+            self.seen.extend(tokens.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    model, streamer = pair(), Streamer()
+    accelerate_generate(model)
+    tokens = generate(model, streamer=streamer)
+    assert streamer.seen == tokens[0].tolist()
+    assert streamer.ended
+
+
+def test_the_cache_goes_on(steps):
+    """The caller's cache holds what was generated: a second call goes on where the first ended."""
+    model = pair()
+    expected = generate(model, max_new_tokens=20)
+    accelerate_generate(model)
+    cache = DynamicCache(config=model.config)
+    first = generate(model, max_new_tokens=8, past_key_values=cache)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    assert torch.equal(generate(model, first, max_new_tokens=12, past_key_values=cache), expected)
+    assert len(steps) == 7, "a filled cache goes through transformers"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"return_dict_in_generate": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt": PROMPT.repeat(2, 1)},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1]])},
+        {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=20, eos_token_id=-1)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_transformers_keeps(options, steps):
+    model = pair()
+    accelerate_generate(model)
+    generate(model, **options)
+    assert steps == []
+
+
+def test_a_packed_directory_generates_so(tiny_llama, tmp_path, steps):
+    model = tiny_llama()
+    llmqat.prepare(model, QuantScheme(4, 32), lm_head_bits=8)
+    llmqat.pack(model, tmp_path / "out")
+    packed = llmqat.load(tmp_path / "out")
+    tokens = generate(packed)
+    assert len(steps) == 19
+    assert tokens.shape == (1, 27)
+
+
+def test_threads_come_back():
+    total = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), native.own_threads():
+        assert (torch.get_num_threads(), native.threads()) == (1, total)
+        raise ZeroDivisionError
+    assert (torch.get_num_threads(), native.threads()) == (total, total)
