@@ -17,7 +17,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
-from llmqat.kernels.native import use_huge_pages
+from llmqat.kernels.native import onto_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.native_forward import accelerate_forward
 from llmqat.models.native_generate import accelerate_generate
@@ -156,7 +156,7 @@ def load_packed(
     model.eval()
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            use_huge_pages(module.weight_packed)
+            module.weight_packed = onto_huge_pages(module.weight_packed)
     if kv_bits is None and accelerate_forward(model):
         accelerate_generate(model)
     return model

@@ -5,12 +5,13 @@
 
 import ctypes
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from mmap import PAGESIZE
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ LIBRARY = "_kernels.so"
 # Names by the number of `llmqat_isa` in csrc/llmqat.h.
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 REFERENCE = "reference"
+MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -59,7 +61,8 @@ def library() -> ctypes.CDLL | None:
         raise LlmqatError(f"LLMQAT_KERNELS={wanted}, but llmqat was installed without a C++ compiler; install it again")
     loaded = ctypes.CDLL(str(path))
     loaded.llmqat_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
-    loaded.llmqat_linear.restype = loaded.llmqat_decode.restype = None
+    loaded.llmqat_linear.restype = loaded.llmqat_decode.restype = loaded.llmqat_rows.restype = None
+    loaded.llmqat_rows.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
     loaded.llmqat_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.llmqat_read_bandwidth.restype = ctypes.c_double
     if wanted and loaded.llmqat_use_isa(ISAS.index(wanted)):
@@ -177,20 +180,46 @@ def linear(
     return y
 
 
-def use_huge_pages(tensor: Tensor) -> bool:
-    """Move a large CPU tensor to pages of 2 MiB where Linux can: reading it then misses the page tables less.
+def rows(index: Tensor, *arguments: Any) -> Tensor:
+    """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of its scales; `arguments` are those of `matrix`."""
+    kernels = library()
+    assert kernels is not None
+    layer, dtype = matrix(*arguments), arguments[1].dtype
+    y = torch.empty(index.numel(), getattr(layer, "in"), dtype=dtype)
+    index = index.contiguous()
+    kernels.llmqat_set_threads(threads())
+    kernels.llmqat_rows(ctypes.addressof(layer), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[dtype])
+    return y
 
-    Returns:
-        whether it was done; nothing changes but the speed.
+
+def onto_huge_pages(tensor: Tensor) -> Tensor:
+    """The same values on pages of 2 MiB, where Linux gives them: what is read once then misses the page tables less.
+
+    `tensor` is not to be used afterwards: its pages are given back, so that a model is not in memory twice.
     """
-    page, advise, collapse = 2 << 20, 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, Linux 6.1 and newer
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // page * page
-    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or length <= 0:
-        return False
-    libc = ctypes.CDLL(None)
+    page, size = 2 << 20, tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < page or not tensor.is_contiguous() or not _gives_huge_pages():
+        return tensor
+    libc, want_huge, forget = ctypes.CDLL(None), 14, 4  # MADV_HUGEPAGE, MADV_DONTNEED
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return bool(libc.madvise(start, length, advise) == 0 and libc.madvise(start, length, collapse) == 0)
+    buffer = torch.empty(size + 2 * page, dtype=torch.uint8)
+    start = -buffer.data_ptr() % page
+    libc.madvise(buffer.data_ptr() + start, size // page * page + page, want_huge)
+    moved, old = buffer[start : start + size], tensor.view(-1).view(torch.uint8)
+    kept = -(-old.data_ptr() // PAGESIZE) * PAGESIZE
+    for first in range(0, size, MOVED_BYTES):
+        part = slice(first, min(first + MOVED_BYTES, size))
+        moved[part] = old[part]
+        end = (old.data_ptr() + part.stop) // PAGESIZE * PAGESIZE
+        libc.madvise(kept, end - kept, forget)
+        kept = end
+    return moved.view(tensor.dtype).view(tensor.shape)
+
+
+@cache
+def _gives_huge_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
 
 
 def read_bandwidth(data: Tensor) -> float:

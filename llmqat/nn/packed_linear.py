@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llmqat.kernels import ops
+from llmqat.kernels import native, ops
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
@@ -85,6 +85,8 @@ class PackedLinear(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of the scale: the lookup of a tied embedding."""
+        if native.supports(self.weight_scale, self.weight_scale, self.in_features):
+            return native.rows(index, *self.arguments())
         zero_point = self.weight_zero_point
         if zero_point is not None:
             zero_point = unpack_at(zero_point.T, self.scheme.bits, index).T

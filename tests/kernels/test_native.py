@@ -171,11 +171,17 @@ def test_a_forked_process_gets_its_own_threads():
 
 
 def test_huge_pages_leave_the_values_alone():
-    assert not native.use_huge_pages(torch.ones(8))
-    assert not native.use_huge_pages(torch.empty(1 << 22, device="meta"))
+    small, meta = torch.ones(8), torch.empty(1 << 22, device="meta")
+    assert native.onto_huge_pages(small) is small
+    assert native.onto_huge_pages(meta) is meta
+    large = native.onto_huge_pages(torch.arange(1 << 22).view(1 << 11, 1 << 11))
+    assert torch.equal(large, torch.arange(1 << 22).view(1 << 11, 1 << 11))
+
+
+def test_no_huge_pages_no_copy(monkeypatch):
+    monkeypatch.setattr(native, "_gives_huge_pages", lambda: False)
     large = torch.arange(1 << 22)
-    native.use_huge_pages(large)
-    assert torch.equal(large, torch.arange(1 << 22))
+    assert native.onto_huge_pages(large) is large
 
 
 NAME = "from llmqat.kernels import native; print(native.kernel_name())"

@@ -160,7 +160,9 @@ def test_a_packed_directory_generates_so(tiny_llama, tmp_path, steps):
 
 def test_threads_come_back():
     total = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), native.own_threads():
+    with native.own_threads():
         assert (torch.get_num_threads(), native.threads()) == (1, total)
-        raise ZeroDivisionError
     assert (torch.get_num_threads(), native.threads()) == (total, total)
+    with pytest.raises(RuntimeError, match="interrupted"), native.own_threads():
+        raise RuntimeError("interrupted")
+    assert torch.get_num_threads() == total

@@ -106,6 +106,11 @@ void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t 
     llmqat::linear(&job, 1, x, m, dtype);
 }
 
+void llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype) {
+    const llmqat::Steps& steps = *llmqat::variant().steps;
+    llmqat::parallel_for(count, [&](int64_t i) { steps.row(*matrix, index[i], y, i * matrix->in, dtype); });
+}
+
 double llmqat_read_bandwidth(const void* data, int64_t bytes) {
     constexpr int64_t CHUNK = 1 << 20;
     const auto* words = static_cast<const uint64_t*>(data);

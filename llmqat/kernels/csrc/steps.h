@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "llmqat.h"
+
 namespace llmqat {
 
 constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32, ATTEND_HEADS = 4;
@@ -26,6 +28,7 @@ struct Attention {
 
 struct Steps {
     void (*load)(const void* from, int64_t start, int64_t count, int32_t dtype, float* to);
+    void (*row)(const llmqat_matrix&, int64_t n, void* y, int64_t start, int32_t dtype);
     void (*norm)(const void* x, const void* weight, void* y, int64_t token, int64_t count, float eps, int32_t dtype);
     void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
     void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
