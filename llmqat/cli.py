@@ -120,6 +120,7 @@ def build_parser() -> Parser:
     sub.add_argument("--eval-tokens", type=int, default=65536, metavar="N", help="tokens at most (default: 65536)")
     sub.add_argument("--bos", choices=("stream", "window", "none"), default="stream", help="BOS rule (default: stream)")
     sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
+    add_activations_flag(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
 
     sub = command("verify", VERIFY)
@@ -137,10 +138,20 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
+    add_activations_flag(sub)
 
     sub = command("recipes", RECIPES)
     sub.add_argument("name", nargs="?", help="recipe to print")
     return parser
+
+
+def add_activations_flag(parser: argparse.ArgumentParser) -> None:
+    """`--activations int8`."""
+    parser.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="of a model packed without --act-bits: faster, but not what was trained; eval says how far from it",
+    )
 
 
 def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
@@ -185,13 +196,18 @@ def print_machine() -> None:
     print(f"{'kernels':>13}: {explain()}")
 
 
-def load_any(name: str, dtype: Any = None) -> tuple[Any, Any]:
+def load_any(name: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:
     """A float or packed model, and its tokenizer."""
     from llmqat.formats.reader import is_packed, load_packed, local_directory
     from llmqat.models.loading import load_float, load_tokenizer, resolve_name
 
     directory = local_directory(resolve_name(name))
-    model = load_packed(directory, dtype) if is_packed(directory) else load_float(str(directory), dtype)[0]
+    if is_packed(directory):
+        model: Any = load_packed(directory, dtype, activations=activations)
+    elif activations:
+        raise LlmqatError(f"--activations {activations} is for packed models; {name} is a float model")
+    else:
+        model = load_float(str(directory), dtype)[0]
     return model, load_tokenizer(str(directory))
 
 
@@ -204,11 +220,12 @@ def run_eval(args: argparse.Namespace) -> None:
     from llmqat.metrics.perplexity import evaluate, windows
     from llmqat.metrics.throughput import throughput
     from llmqat.models.float_view import FloatCopy
+    from llmqat.models.int8_activations import AsTrained
     from llmqat.train.corpus import load_corpus
 
     if args.window < 2 or args.eval_tokens < 2:
         raise LlmqatError("--window and --eval-tokens must be at least 2")
-    model, tokenizer = load_any(args.model, torch.float32)
+    model, tokenizer = load_any(args.model, torch.float32, args.activations)
     corpus = load_corpus(args.dataset, args.text_field, args.rows, args.streaming, args.max_rows)
     data = windows(tokenizer, corpus.test, args.window, args.eval_tokens, args.bos)
     reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
@@ -226,10 +243,14 @@ def run_eval(args: argparse.Namespace) -> None:
         "sha256": data.sha256,
         "kernel": kernel_name(),
     }
+    if args.activations:
+        trained = evaluate(model, data, AsTrained(model))
+        numbers |= {"activations": f"{args.activations}, not as trained", "kl_to_trained": trained.kl_to_float}
+        numbers |= {"top1_to_trained": trained.top1_agreement}
     if args.throughput:
         context = getattr(model.config, "max_position_embeddings", None) or 320
         new_tokens = min(64, context // 2)
-        speed = throughput(load_any(args.model)[0], min(256, context - new_tokens), new_tokens)
+        speed = throughput(load_any(args.model, None, args.activations)[0], min(256, context - new_tokens), new_tokens)
         numbers |= {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
     for key, value in numbers.items():
         if value is not None:
@@ -266,7 +287,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from llmqat.train.chat import as_question
 
-    model, tokenizer = load_any(args.model)
+    model, tokenizer = load_any(args.model, None, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
     encoded = tokenizer(text, add_special_tokens=not args.chat)
     ids = torch.tensor([encoded["input_ids"]], device=model.device)

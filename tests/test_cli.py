@@ -94,6 +94,12 @@ def test_eval(finished, model_dir, text_file, tmp_path, capsys, call):
     float_shown = table(capsys.readouterr().out)
     assert float(float_shown["perplexity"]) == pytest.approx(report["perplexity"]["float"], rel=1e-5)
     assert "kl_to_float" not in float_shown
+    assert call([*argv, "--activations", "int8"]) == 0
+    chosen = table(capsys.readouterr().out)
+    assert chosen["activations"] == "int8, not as trained"
+    assert 0 < float(chosen["kl_to_trained"]) < 0.1
+    assert call(["eval", model_dir, *argv[2:], "--activations", "int8"]) == 1
+    assert "--activations int8 is for packed models" in capsys.readouterr().err
     assert call([*argv[:-1], "1"]) == 1
     assert "--window and --eval-tokens must be at least 2" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.kernels.native import onto_huge_pages
 from llmqat.models.experts import module_name, split_experts
+from llmqat.models.int8_activations import serve_int8_activations
 from llmqat.models.native_forward import accelerate_forward
 from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
@@ -107,7 +108,10 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_packed(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    activations: Literal["int8"] | None = None,
 ) -> PreTrainedModel:
     """A packed model, ready to run.
 
@@ -115,6 +119,7 @@ def load_packed(
         name: directory or Hub repository.
         dtype: of the float parts and the activations; by default the stored one. Scales keep the dtype of the file.
         device: where to put it.
+        activations: "int8" quantizes those of a model that was trained without, for speed: no longer what was trained.
 
     Raises:
         LlmqatError: if the directory is incomplete or damaged, or of a format llmqat does not run.
@@ -157,6 +162,8 @@ def load_packed(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.weight_packed = onto_huge_pages(module.weight_packed)
+    if activations is not None:
+        serve_int8_activations(model)
     if kv_bits is None and accelerate_forward(model):
         accelerate_generate(model)
     return model

@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
         weight_shape: int64, ``[out, in]``.
         bias: ``(out,)`` or None.
         input_scale: ``(1,)``, of static int8 activations, or None.
+        trained_scheme: what it was trained with, where it runs another one (llmqat/models/int8_activations.py).
     """
 
     weight_packed: Tensor
@@ -32,6 +33,7 @@ class PackedLinear(nn.Module):
     weight_shape: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
+    trained_scheme: QuantScheme | None = None
 
     def __init__(
         self,

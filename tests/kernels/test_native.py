@@ -15,7 +15,7 @@ from tests.kernels.test_ops import packed_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (out, in, group_size): groups of whole and of odd sizes, tails in both directions.
-SHAPES = [(70, 256, 128), (64, 160, 32), (53, 96, 48), (66, 192, 64), (33, 80, 16), (90, 172, -1), (130, 640, 320)]
+SHAPES = [(70, 256, 128), (22, 2304, 128), (19, 768, 256), (64, 160, 32), (53, 96, 48), (66, 192, 64), (33, 80, 16), (90, 172, -1), (130, 640, 320)]
 
 
 @pytest.fixture(params=native.available())
@@ -66,6 +66,14 @@ def test_error_is_that_of_plain_torch(isa, bits, symmetric, shape, act_bits):
             for tokens in (1, 3, 7, 18, 40):
                 ratio = error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens)
                 assert ratio <= 2, (stored, dtype, tokens)
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_rows_are_those_of_w_hat(isa, bits, symmetric, stored):
+    for shape in SHAPES:
+        packed, *_, w_hat = packed_layer(*shape[:2], QuantScheme(bits, shape[2], symmetric), stored)
+        index = torch.tensor([shape[0] - 1, 0, 3, 3])
+        assert torch.equal(native.rows(index, *packed, None, bits, shape[1], None), w_hat[index].to(stored))
 
 
 def test_fuzzed_shapes(isa):

@@ -107,14 +107,15 @@ inline __m512i second_unit(__m512i indices) {
     return _mm512_ternarylogic_epi32(indices, _mm512_set1_epi16(15), half, 0xea);  // (indices & 15) | half
 }
 
-// 32 weights of 8 bits: the first 16 belong to unit a, the others to unit b.
-inline __m512i weights_int8(__m256i codes, float scale_a, float zero_a, float scale_b, float zero_b) {
-    auto half = [](__m128i part, float scale, float zero) {
+// 32 weights of 8 bits: the first 16 belong to unit a, the others to unit b. `shift` is zero * scale: like the result, it
+// has 16 bits, so that code * scale - shift is exact.
+inline __m512i weights_int8(__m256i codes, float scale_a, float shift_a, float scale_b, float shift_b) {
+    auto half = [](__m128i part, float scale, float shift) {
         __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
-        return _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+        return _mm512_fmsub_ps(code, _mm512_set1_ps(scale), _mm512_set1_ps(shift));
     };
-    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(codes, 1), scale_b, zero_b),
-                                        half(_mm256_castsi256_si128(codes), scale_a, zero_a));
+    return (__m512i)_mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(codes, 1), scale_b, shift_b),
+                                        half(_mm256_castsi256_si128(codes), scale_a, shift_a));
 }
 
 // The step of `RowScales` that the bfloat16 kernels need: whole groups if 32 divides them, else 16 weights.
@@ -131,9 +132,15 @@ struct UnitWeights {
     const RowScales* scales;
     int64_t a, b;  // entries of the lower and the upper 16 weights
     __m512i table[R];
+    float shift_a[R], shift_b[R];
 
     void start(int64_t unit_a, int64_t unit_b) {
         a = unit_a * scales[0].stride, b = unit_b * scales[0].stride;
+        if constexpr (BITS == 8)
+            for (int r = 0; r < R; ++r) {
+                shift_a[r] = scales[r].zero[a] * scales[r].scale[a];
+                shift_b[r] = scales[r].zero[b] * scales[r].scale[b];
+            }
         if constexpr (BITS < 8)
             for (int r = 0; r < R; ++r)
                 table[r] = value_table<BITS>(scales[r].scale[a], scales[r].zero[a], scales[r].scale[b], scales[r].zero[b]);
@@ -146,7 +153,7 @@ struct UnitWeights {
             __m256i codes = TAIL ? _mm256_maskz_loadu_epi8(__mmask32(low_bytes(left < 32 ? left : 32)), p)
                                  : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
             const RowScales& s = scales[r];
-            return weights_int8(codes, s.scale[a], s.zero[a], s.scale[b], s.zero[b]);
+            return weights_int8(codes, s.scale[a], shift_a[r], s.scale[b], shift_b[r]);
         } else {
             __m512i index = TAIL ? lanes.indices(p, left) : lanes.indices(p);
             return _mm512_permutexvar_epi16(SMALL ? second_unit(index) : index, table[r]);
@@ -183,10 +190,10 @@ inline void each_bfloat(const Matrix& w, const uint8_t* const* row, const RowSca
                         Use&& use) {
     const Lanes32<BITS == 8 ? 4 : BITS> lanes;
     if (scales[0].unit == 16 && w.groups > 1) {
-        UnitWeights<BITS, R, true> weights{lanes, row, scales, 0, 0, {}};
+        UnitWeights<BITS, R, true> weights{lanes, row, scales, 0, 0, {}, {}, {}};
         each_bfloat_unit(w, weights, k0, k1, use);
     } else {
-        UnitWeights<BITS, R, false> weights{lanes, row, scales, 0, 0, {}};
+        UnitWeights<BITS, R, false> weights{lanes, row, scales, 0, 0, {}, {}, {}};
         each_bfloat_unit(w, weights, k0, k1, use);
     }
 }
