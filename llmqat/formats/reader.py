@@ -159,14 +159,21 @@ def load_packed(
         serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.weight_packed = onto_huge_pages(module.weight_packed)
+    _use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
     if activations is not None:
         serve_int8_activations(model)
     if kv_bits is None and accelerate_forward(model):
         accelerate_generate(model)
     return model
+
+
+def _use_huge_pages(layers: list[PackedLinear]) -> None:
+    """Move what the kernels read."""
+    names = ("weight_packed", "weight_scale", "weight_zero_point")
+    places = [(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
+    moved = onto_huge_pages([getattr(layer, name) for layer, name in places])
+    for (layer, name), tensor in zip(places, moved, strict=True):
+        setattr(layer, name, tensor)
 
 
 def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> None:

@@ -6,9 +6,10 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ LIBRARY = "_kernels.so"
 # Names by the number of `llmqat_isa` in csrc/llmqat.h.
 ISAS = ("portable", "neon", "avx2", "avx512", "amx")
 REFERENCE = "reference"
+HUGE_PAGE, ALIGNMENT = 2 << 20, 64
 MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -192,28 +194,42 @@ def rows(index: Tensor, *arguments: Any) -> Tensor:
     return y
 
 
-def onto_huge_pages(tensor: Tensor) -> Tensor:
-    """The same values on pages of 2 MiB, where Linux gives them: what is read once then misses the page tables less.
+def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values side by side on pages of 2 MiB, where Linux gives them: reading them misses the page tables less.
 
-    `tensor` is not to be used afterwards: its pages are given back, so that a model is not in memory twice.
+    `tensors` are not to be used afterwards: their pages are given back, so that a model is not in memory twice.
     """
-    page, size = 2 << 20, tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < page or not tensor.is_contiguous() or not _gives_huge_pages():
-        return tensor
-    libc, want_huge, forget = ctypes.CDLL(None), 14, 4  # MADV_HUGEPAGE, MADV_DONTNEED
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    buffer = torch.empty(size + 2 * page, dtype=torch.uint8)
-    start = -buffer.data_ptr() % page
-    libc.madvise(buffer.data_ptr() + start, size // page * page + page, want_huge)
-    moved, old = buffer[start : start + size], tensor.view(-1).view(torch.uint8)
+    sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    fit = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    if sum(sizes) < HUGE_PAGE or not fit or not _gives_huge_pages():
+        return list(tensors)
+    buffer = torch.empty(sum(sizes) + 2 * HUGE_PAGE, dtype=torch.uint8)
+    buffer = buffer[-buffer.data_ptr() % HUGE_PAGE :]
+    _madvise(buffer.data_ptr(), len(buffer) // HUGE_PAGE * HUGE_PAGE, 14)  # MADV_HUGEPAGE
+    return [
+        _move(tensor, buffer[end - size : end])
+        for tensor, size, end in zip(tensors, sizes, accumulate(sizes), strict=True)
+    ]
+
+
+def _move(tensor: Tensor, place: Tensor) -> Tensor:
+    """Copy to `place`, and give back whole pages of the source as soon as they are copied."""
+    old = tensor.view(-1).view(torch.uint8)
     kept = -(-old.data_ptr() // PAGESIZE) * PAGESIZE
-    for first in range(0, size, MOVED_BYTES):
-        part = slice(first, min(first + MOVED_BYTES, size))
-        moved[part] = old[part]
+    for first in range(0, len(old), MOVED_BYTES):
+        part = slice(first, min(first + MOVED_BYTES, len(old)))
+        place[part] = old[part]
         end = (old.data_ptr() + part.stop) // PAGESIZE * PAGESIZE
-        libc.madvise(kept, end - kept, forget)
-        kept = end
-    return moved.view(tensor.dtype).view(tensor.shape)
+        if end > kept:
+            _madvise(kept, end - kept, 4)  # MADV_DONTNEED
+            kept = end
+    return place[: len(old)].view(tensor.dtype).view(tensor.shape)
+
+
+def _madvise(start: int, length: int, advice: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise(start, length, advice)
 
 
 @cache

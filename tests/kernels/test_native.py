@@ -15,7 +15,17 @@ from tests.kernels.test_ops import packed_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (out, in, group_size): groups of whole and of odd sizes, tails in both directions.
-SHAPES = [(70, 256, 128), (22, 2304, 128), (19, 768, 256), (64, 160, 32), (53, 96, 48), (66, 192, 64), (33, 80, 16), (90, 172, -1), (130, 640, 320)]
+SHAPES = [
+    (70, 256, 128),
+    (22, 2304, 128),
+    (19, 768, 256),
+    (64, 160, 32),
+    (53, 96, 48),
+    (66, 192, 64),
+    (33, 80, 16),
+    (90, 172, -1),
+    (130, 640, 320),
+]
 
 
 @pytest.fixture(params=native.available())
@@ -179,17 +189,22 @@ def test_a_forked_process_gets_its_own_threads():
 
 
 def test_huge_pages_leave_the_values_alone():
-    small, meta = torch.ones(8), torch.empty(1 << 22, device="meta")
-    assert native.onto_huge_pages(small) is small
-    assert native.onto_huge_pages(meta) is meta
-    large = native.onto_huge_pages(torch.arange(1 << 22).view(1 << 11, 1 << 11))
-    assert torch.equal(large, torch.arange(1 << 22).view(1 << 11, 1 << 11))
+    values = [
+        torch.arange(n).to(dtype) for n, dtype in ((5, torch.float32), (5 << 20, torch.int32), (7, torch.bfloat16))
+    ]
+    moved = native.onto_huge_pages([value.clone()[:, None] for value in values])
+    assert all(
+        torch.equal(new, old[:, None]) and new.dtype == old.dtype for new, old in zip(moved, values, strict=True)
+    )
+    assert all(new.data_ptr() % 64 == 0 for new in moved)
 
 
 def test_no_huge_pages_no_copy(monkeypatch):
+    small, large, meta = torch.ones(8), torch.arange(1 << 22), torch.empty(1 << 22, device="meta")
+    assert native.onto_huge_pages([small])[0] is small
+    assert native.onto_huge_pages([meta])[0] is meta
     monkeypatch.setattr(native, "_gives_huge_pages", lambda: False)
-    large = torch.arange(1 << 22)
-    assert native.onto_huge_pages(large) is large
+    assert native.onto_huge_pages([large])[0] is large
 
 
 NAME = "from llmqat.kernels import native; print(native.kernel_name())"
