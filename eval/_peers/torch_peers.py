@@ -28,7 +28,7 @@ def random_weight(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def dense(out: int, inner: int, dtype: torch.dtype) -> nn.Module:
     """`nn.Linear`."""
     linear = nn.Linear(inner, out, bias=False, device="meta")
-    linear.weight = nn.Parameter(random_weight((out, inner), dtype), requires_grad=False)
+    linear.weight = nn.Parameter(random_weight((out, inner), dtype))
     return linear
 
 
@@ -115,7 +115,8 @@ def dense_model(shape: ModelShape, dtype: torch.dtype, linear: Callable[[int, in
             if parameter is not None and parameter.is_meta:
                 ones = parameter.dim() == 1
                 value = torch.ones_like(parameter, device="cpu") if ones else random_weight(parameter.shape, dtype)
-                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+                # As `from_pretrained` leaves it: torch copies a matrix without gradients before a product of one row.
+                module._parameters[key] = nn.Parameter(value)
     model.tie_weights()
     return model.eval()
 
