@@ -190,6 +190,7 @@ def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes:
         tensors[names[id(head)] + key.removeprefix(name)] = tensors.pop(key)
     scale = embed_scale_of(embedding)
     model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings, model.dtype, embedding.padding_idx, scale))
+    model._tied_weights_keys = {}  # no weight is left for `tie_weights`, which other libraries call, to tie
 
 
 def _empty_packed(old: nn.Module, layer: str, scheme: QuantScheme, tensors: dict[str, Tensor]) -> PackedLinear:
@@ -219,8 +220,7 @@ def _fill(
         raise LlmqatError(
             f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}"
         ) from error
-    if isinstance(model.get_output_embeddings(), nn.Linear):
-        model.tie_weights()
+    model.tie_weights()
     lost = [key for key in missing if model.state_dict()[key].is_meta]
     if lost or unexpected:
         what = f"lacks {', '.join(lost[:3])}" if lost else f"holds unknown tensors {', '.join(unexpected[:3])}"
