@@ -20,6 +20,7 @@ from llmqat.inspection import inspect as inspect_recipe
 from llmqat.machine import environment
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Windows, evaluate, windows
+from llmqat.metrics.published import scored_windows
 from llmqat.metrics.throughput import Throughput, throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
@@ -60,6 +61,7 @@ __all__ = [
     "perplexity",
     "prepare",
     "scoreboard",
+    "scored_windows",
     "sequences",
     "smooth",
     "throughput",

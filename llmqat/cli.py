@@ -12,7 +12,7 @@ from typing import Any
 
 from llmqat import __version__
 from llmqat.cli_options import Parser, add_fields, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
-from llmqat.config import DataConfig
+from llmqat.config import BOS_RULES, DataConfig
 from llmqat.errors import LlmqatError
 from llmqat.processes import is_first, process_index
 
@@ -48,7 +48,9 @@ Perplexity of a float or packed model, by the GPTQ protocol; against a float mod
 
   llmqat eval runs/llmqat
   llmqat eval runs/llmqat --against llama --throughput
-  llmqat eval ./my-model --dataset wikitext:wikitext-2-raw-v1 --window 2048 --eval-tokens 400000
+  llmqat eval ./my-model --dataset wikitext2
+      as papers report it: windows of 2048; so are c4, c4-new, ptb and ptb-new, under the names of GPTQ's code
+  llmqat eval ./my-model --dataset my-org/my-texts --window 2048 --eval-tokens 400000
 """
 VERIFY = """\
 Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
@@ -80,6 +82,8 @@ List the bundled recipes, or print one.
   llmqat recipes w4a8
   llmqat finetune --recipe w4a8
 """
+
+EVAL_DATA_FIELDS = ("text_field", "rows", "streaming", "max_rows")
 
 
 def build_parser() -> Parser:
@@ -114,11 +118,7 @@ def build_parser() -> Parser:
     sub = command("eval", EVAL)
     sub.add_argument("model", help="directory, Hub id, or llama")
     sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
-    sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
-    add_fields(sub, DataConfig, ("text_field", "rows", "streaming", "max_rows"))
-    sub.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
-    sub.add_argument("--eval-tokens", type=int, default=65536, metavar="N", help="tokens at most (default: 65536)")
-    sub.add_argument("--bos", choices=("stream", "window", "none"), default="stream", help="BOS rule (default: stream)")
+    add_scored_flags(sub)
     sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
     add_activations_flag(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
@@ -143,6 +143,15 @@ def build_parser() -> Parser:
     sub = command("recipes", RECIPES)
     sub.add_argument("name", nargs="?", help="recipe to print")
     return parser
+
+
+def add_scored_flags(sub: Parser) -> None:
+    """Flags of what `llmqat eval` scores."""
+    sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
+    add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
+    sub.add_argument("--window", type=int, metavar="N", help="tokens per window (default: 512; named sets: 2048)")
+    sub.add_argument("--eval-tokens", type=int, metavar="N", help="tokens at most (default: 65536; named sets: all)")
+    sub.add_argument("--bos", choices=BOS_RULES, help="BOS rule (default: stream; named sets: tokenizer)")
 
 
 def add_activations_flag(parser: argparse.ArgumentParser) -> None:
@@ -217,17 +226,18 @@ def run_eval(args: argparse.Namespace) -> None:
 
     from llmqat.kernels.native import kernel_name
     from llmqat.machine import environment
-    from llmqat.metrics.perplexity import evaluate, windows
+    from llmqat.metrics.perplexity import evaluate
     from llmqat.metrics.throughput import throughput
     from llmqat.models.float_view import FloatCopy
     from llmqat.models.int8_activations import AsTrained
-    from llmqat.train.corpus import load_corpus
+    from llmqat.run_data import eval_windows
 
-    if args.window < 2 or args.eval_tokens < 2:
+    if any(given is not None and given < 2 for given in (args.window, args.eval_tokens)):
         raise LlmqatError("--window and --eval-tokens must be at least 2")
     model, tokenizer = load_any(args.model, torch.float32, args.activations)
-    corpus = load_corpus(args.dataset, args.text_field, args.rows, args.streaming, args.max_rows)
-    data = windows(tokenizer, corpus.test, args.window, args.eval_tokens, args.bos)
+    context = getattr(model.config, "max_position_embeddings", None)
+    source = DataConfig(args.dataset, **{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
+    data = eval_windows(source, tokenizer, context, args.window, args.eval_tokens, args.bos)
     reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
     result = evaluate(model, data, reference)
     numbers = {
@@ -236,7 +246,8 @@ def run_eval(args: argparse.Namespace) -> None:
         "perplexity": result.perplexity,
         "kl_to_float": result.kl_to_float,
         "top1_agreement": result.top1_agreement,
-        "window": args.window,
+        "protocol": data.protocol,
+        "window": args.window or data.ids.shape[-1],
         "scored": "answers of conversations" if data.is_chat else None,
         "bos": data.bos,
         "tokens": data.tokens,
@@ -248,7 +259,7 @@ def run_eval(args: argparse.Namespace) -> None:
         numbers |= {"activations": f"{args.activations}, not as trained", "kl_to_trained": trained.kl_to_float}
         numbers |= {"top1_to_trained": trained.top1_agreement}
     if args.throughput:
-        context = getattr(model.config, "max_position_embeddings", None) or 320
+        context = context or 320
         new_tokens = min(64, context // 2)
         speed = throughput(load_any(args.model, None, args.activations)[0], min(256, context - new_tokens), new_tokens)
         numbers |= {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}

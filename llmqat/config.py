@@ -21,7 +21,7 @@ OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ROWS = ("auto", "text", "chat")
-BOS_RULES = ("stream", "window", "none")
+BOS_RULES = ("stream", "window", "tokenizer", "none")
 
 
 def meta(
@@ -166,8 +166,8 @@ class DataConfig:
 
     dataset: str = option(
         "stdlib",
-        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet/.csv file, directory of them, or stdlib: the source "
-        "text of this Python's standard library",
+        "Hub id (name or name:config), .txt/.jsonl/.json/.parquet/.csv file, directory of them, wikitext2, c4, c4-new, "
+        "ptb or ptb-new (scored as papers do), or stdlib: the source text of this Python's standard library",
         "--dataset",
     )
     text_field: str = option("text", "column that holds the text", "--text-field")
@@ -194,7 +194,12 @@ class EvalConfig:
     window: int = option(512, "tokens per perplexity window; windows do not overlap", "--window", least=2)
     tokens: int = option(65536, "test tokens at most", "--eval-tokens", least=2)
     validation_tokens: int = option(16384, "held-out tokens that choose the best state", "--validation-tokens", least=2)
-    bos: str = option("stream", "BOS once before the stream, before every window, or none", "--bos", choices=BOS_RULES)
+    bos: str = option(
+        "stream",
+        "BOS once before the stream, before every window, as the tokenizer has it, or none",
+        "--bos",
+        choices=BOS_RULES,
+    )
     prompt: int = option(256, "tokens of the prompt in the throughput measurement", "--prompt-tokens", least=1)
     new_tokens: int = option(64, "tokens generated in it", "--new-tokens", least=1)
     control: bool = option(

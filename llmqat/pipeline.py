@@ -22,7 +22,8 @@ from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.kernels.native import kernel_name
 from llmqat.metrics.memory import peak_memory
-from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
+from llmqat.metrics.perplexity import Perplexity, evaluate, windows
+from llmqat.metrics.published import scored_windows
 from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
 from llmqat.models.coverage import check_coverage
@@ -59,7 +60,6 @@ from llmqat.saved_run import (
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import SavedBlocks
 from llmqat.train.data import blocks, encode, sequences
-from llmqat.train.layouts import Document
 from llmqat.train.loop import fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
 from llmqat.train.together import check_agreement, leave, meet
@@ -104,7 +104,8 @@ class Run:
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None:
             self.recipe = recipe = fit_context(recipe, context)
-        self.test = self.windows_of(self.corpus.test, recipe.eval.tokens)
+        limits = recipe.eval.window, recipe.eval.tokens, recipe.eval.bos
+        self.test = scored_windows(recipe.data.dataset, self.tokenizer, *limits, self.corpus.test)
         planned = plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
         check_coverage(planned, recipe.quant.min_coverage)
         check_divisible(planned)
@@ -238,11 +239,12 @@ class Run:
     def fit(self) -> None:
         """Train through the grid, and the float control if it was asked for."""
         recipe, config = self.recipe, self.recipe.train
-        held_out = self.windows_of(self.corpus.validation, recipe.eval.validation_tokens, config.length).ids
+        tokens, what = recipe.eval.validation_tokens, f"{recipe.data.dataset} evaluation"
+        validation = windows(self.tokenizer, self.corpus.validation, config.length, tokens, recipe.eval.bos, what)
         train = partial(
             fit,
             blocks=self.train_rows(),
-            held_out=held_out,
+            held_out=validation.ids,
             config=config,
             mode=config.mode or "full",
             teacher=self.reference if config.loss == "kd" else None,
@@ -315,11 +317,6 @@ class Run:
             )
 
     # -- data and measurements --------------------------------------------------------------------------------------
-
-    def windows_of(self, documents: list[Document], tokens: int, length: int | None = None) -> Windows:
-        """Evaluation windows of some documents."""
-        config, what = self.recipe.eval, f"{self.recipe.data.dataset} evaluation"
-        return windows(self.tokenizer, documents, length or config.window, tokens, config.bos, what)
 
     def train_rows(self) -> Tensor:
         """What the loop trains on: blocks of the stream, or conversations."""

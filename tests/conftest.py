@@ -222,6 +222,43 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def papers_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """A Hub that holds the sets of `llmqat.train.named_sets`, in small: the texts of each split by ``"c4 train"`` (set
+    and split), the names papers use for what they score. ``"asked"`` lists what was loaded."""
+    import datasets
+
+    draw = random.Random(3)
+
+    def texts(count: int, longest: int) -> list[str]:
+        return ["", *("".join(draw.choices("abcdef gh\n", k=draw.randint(1, longest))) for _ in range(count - 1))]
+
+    texts_of = {f"wikitext2 {split}": texts(30, 60) for split in ("train", "validation", "test")}
+    texts_of |= {f"ptb {split}": texts(30, 60) for split in ("train", "validation", "test")}
+    texts_of |= {"c4 train": texts(40, 90), "c4 validation": texts(1200, 60), "asked": []}
+    sources = {
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", None): ("wikitext2", "text"),
+        ("ptb-text-only/ptb_text_only", None, "refs/convert/parquet"): ("ptb", "sentence"),
+        ("allenai/c4", None, None): ("c4", "text"),
+    }
+    files = {
+        "ptb": "penn_treebank/{split}/*.parquet",
+        "c4": {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    }
+
+    def load_dataset(hub: str, config: Any, *, data_files: Any, revision: Any, split: str, streaming: bool) -> Any:
+        name, column = sources[hub, config, revision]
+        if name in files:
+            expected = files[name] if isinstance(files[name], str) else files[name][split]
+            assert data_files == {split: expected.format(split=split)}
+        texts_of["asked"].append(f"{name} {split}")
+        loaded = datasets.Dataset.from_dict({column: texts_of[f"{name} {split}"]})
+        return loaded.to_iterable_dataset() if streaming else loaded
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return texts_of
+
+
 @pytest.fixture(scope="session")
 def small_recipe(model_dir: Path, text_file: Path) -> Callable[..., Recipe]:
     """``small_recipe(output, {"train.mode": "lora"})``: a run of a second on the tiny model, with changes."""

@@ -31,7 +31,7 @@ RECIPES = sorted(bundled_recipes().values())
         ({"quant": {"bits": 5}}, "quant.bits must be one of 2, 3, 4, 8; got 5"),
         ({"quant": {"act_bits": 4}}, "quant.act_bits must be one of 8; got 4"),
         ({"train": {"mode": "qlora"}}, "train.mode must be one of full, lora, scales; got 'qlora'"),
-        ({"eval": {"bos": "both"}}, "eval.bos must be one of stream, window, none; got 'both'"),
+        ({"eval": {"bos": "both"}}, "eval.bos must be one of stream, window, tokenizer, none; got 'both'"),
         # ranges
         ({"train": {"max_steps": -1}}, "train.max_steps must be at least 1, got -1"),
         ({"train": {"lr": -0.1}}, "train.lr must be at least 0, got -0.1"),

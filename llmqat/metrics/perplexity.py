@@ -45,6 +45,7 @@ class Windows:
 
     ids: Tensor
     bos: str
+    name: str | None = None  # of a published protocol
 
     @property
     def tokens(self) -> int:
@@ -61,6 +62,8 @@ class Windows:
         """How they are scored, in words."""
         if self.is_chat:
             return f"{len(self.ids)} conversations, {positions(self.ids)} answer tokens scored"
+        if self.name is not None:
+            return f"{self.name}, {len(self.ids)} windows of {self.ids.shape[1]}, BOS {self.bos}"
         return f"windows of {self.ids.shape[1]} without overlap, BOS {self.bos}"
 
     @property
@@ -73,20 +76,23 @@ def windows(
     tokenizer: Any,
     documents: Sequence[Document],
     window: int,
-    max_tokens: int,
+    max_tokens: int | None,
     bos: str = "stream",
     what: str = "evaluation",
+    joiner: str = "\n\n",
 ) -> Windows:
     """Join, tokenize once, cut; conversations stay apart, and are opened by the chat template.
 
     Args:
         tokenizer: of the model.
-        documents: texts, joined with blank lines; or conversations.
+        documents: texts to join; or conversations.
         window: tokens per window.
-        max_tokens: upper limit of tokens scored; at least one window.
+        max_tokens: upper limit of tokens scored; at least one window. None: all.
         bos: "stream": one BOS before everything, if the tokenizer has one; "window": one as the first token of each
-            window; "none". Conversations have that of the template.
+            window; "tokenizer": whatever the tokenizer opens a text with, before everything; "none". Conversations have
+            that of the template.
         what: names the documents in an error.
+        joiner: stands between texts.
 
     Raises:
         LlmqatError: if the text is shorter than one window, no answer fits one, or a BOS is asked for and the tokenizer
@@ -94,22 +100,36 @@ def windows(
     """
     if is_chat(documents):
         return Windows(chat_rows(tokenizer, documents, window, max_tokens, what), "template")
-    ids = tokenizer("\n\n".join(map(str, documents)), add_special_tokens=False, verbose=False)["input_ids"]
-    if bos == "window" and tokenizer.bos_token_id is None:
-        raise LlmqatError("--bos window needs a tokenizer with a BOS token; use --bos stream or none")
-    if bos == "stream" and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    stride = window - 1 if bos == "window" else window
-    count = min(len(ids) // stride, max(1, max_tokens // window))
+    ids = encode_opened(tokenizer, joiner.join(map(str, documents)), bos)
+    stride = window - (bos == "window")
+    count = len(ids) // stride
+    if max_tokens is not None:
+        count = min(count, max(1, max_tokens // window))
     if count == 0:
         raise LlmqatError(
             f"the {what} text has {len(ids)} tokens, fewer than one window of {window}; give more text or a "
             "smaller --window"
         )
-    rows = torch.tensor(ids[: count * stride]).view(count, stride)
-    if bos == "window":
-        rows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), rows], 1)
-    return Windows(rows, bos)
+    return Windows(with_bos(tokenizer, torch.tensor(ids[: count * stride]).view(count, stride), bos), bos)
+
+
+def encode_opened(tokenizer: Any, text: str, bos: str) -> list[int]:
+    """Ids of a text, opened by the BOS rule of the stream (`windows`)."""
+    ids: list[int] = tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False)["input_ids"]
+    return [tokenizer.bos_token_id, *ids] if bos == "stream" and tokenizer.bos_token_id is not None else ids
+
+
+def with_bos(tokenizer: Any, rows: Tensor, bos: str) -> Tensor:
+    """Rows of ids, each opened by a BOS where the rule is "window".
+
+    Raises:
+        LlmqatError: if the tokenizer has none.
+    """
+    if bos != "window":
+        return rows
+    if tokenizer.bos_token_id is None:
+        raise LlmqatError("--bos window needs a tokenizer with a BOS token; use --bos stream or none")
+    return torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], 1)
 
 
 @dataclass(frozen=True)

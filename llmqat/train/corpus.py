@@ -17,6 +17,7 @@ from llmqat.errors import LlmqatError
 from llmqat.progress import say
 from llmqat.train.chat import is_chat
 from llmqat.train.layouts import Document, Layout, documents_of
+from llmqat.train.named_sets import NamedSet, check_options, named_set
 from llmqat.train.sources import READERS, SUFFIXES, BadRows, Row, hub_splits, is_saved, saved_splits
 from llmqat.train.stdlib_corpus import SPLITS, stdlib_texts
 
@@ -47,7 +48,7 @@ class Corpus:
 def load_corpus(
     dataset: str, text_field: str = "text", rows: str = "auto", streaming: bool = False, max_rows: int | None = None
 ) -> Corpus:
-    """Read a dataset: ``stdlib``, a local file (`SUFFIXES`), a directory of them, or a Hub id.
+    """Read a dataset: ``stdlib``, a local file (`SUFFIXES`), a directory of them, a name of `NAMED_SETS`, or a Hub id.
 
     Rows that cannot be used are left out; how many, and why the first one was, is printed.
 
@@ -68,7 +69,11 @@ def load_corpus(
     path = Path(dataset)
     if streaming and (dataset == "stdlib" or path.exists()):
         raise LlmqatError(f"--streaming is for datasets of the Hub; {dataset} is local: use --max-rows to read less")
-    if dataset == "stdlib":
+    known = named_set(dataset)
+    if known is not None:
+        check_options(dataset, streaming, rows)
+        corpus = _named(known, max_rows)
+    elif dataset == "stdlib":
         corpus = Corpus(*(list[Document](stdlib_texts(split)) for split in SPLITS))
     elif is_saved(path):
         corpus = _assembled({split: reader.rows(of, split) for split, of in saved_splits(path).items()})
@@ -84,6 +89,15 @@ def load_corpus(
         corpus = _assembled({split: reader.rows(of, split) for split, of in hub_splits(dataset, streaming).items()})
     reader.report(corpus)
     return corpus
+
+
+def _named(known: NamedSet, max_rows: int | None) -> Corpus:
+    """Training text of a named set, and as its test split the one that papers score, whole."""
+    limits = [rows for rows in (max_rows, known.train_rows) if rows is not None]
+    parts = {known.train: list[Document](known.texts(known.train, min(limits, default=None)))}
+    if known.validation is not None:
+        parts["validation"] = list[Document](known.texts(known.validation))
+    return _assembled({**parts, "test": list[Document](known.texts(known.scored))})
 
 
 class _Reader:

@@ -128,7 +128,7 @@ def hub_splits(dataset: str, streaming: bool) -> dict[str, Iterable[Row]]:
     try:
         loaded = datasets.load_dataset(name, config or None, streaming=streaming)
     except Exception as error:  # missing, gated, offline: each library layer has exceptions of its own
-        raise _unreachable(dataset, error) from error
+        raise unreachable(dataset, error) from error
     return {split: _hub_rows(dataset, split, rows, streaming and split == "train") for split, rows in loaded.items()}
 
 
@@ -163,10 +163,11 @@ def _hub_rows(dataset: str, split: str, rows: Any, shuffled: bool) -> Iterator[R
                 number += 1
                 yield f"{split} row {number}", dict(zip(batch, values, strict=True))
     except OSError as error:  # the network, in the middle of a stream
-        raise _unreachable(dataset, error) from error
+        raise unreachable(dataset, error) from error
 
 
-def _unreachable(dataset: str, error: Exception) -> LlmqatError:
+def unreachable(dataset: str, error: Exception) -> LlmqatError:
+    """What to raise where the Hub does not give a dataset."""
     return LlmqatError(
         f"cannot load dataset {dataset} from the Hub: {first_line(error)}; without a network, give a local file or "
         "stdlib"
