@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.algorithms.calibration import evaluating
+from llmqat.errors import LlmqatError
+from llmqat.nn.experts import PROJECTIONS, SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.progress import track
+from llmqat.progress import say, track
+
+NAMED = 5  # layers in a message
 
 
 def static_layers(model: nn.Module) -> list[FakeQuantLinear]:
@@ -46,6 +50,59 @@ def observe_activations(model: nn.Module, batches: list[Tensor], observer: str |
             layer.train()
         for batch in track(batches, "activation ranges", len(batches)):
             model(input_ids=batch.to(device), use_cache=False)
+    lent = lend_ranges(model)
+    if lent:
+        say(
+            f"no calibration token reached {_named(lent)}: their activations take the widest range of "
+            "the experts beside them until tokens come; more calibration data would give them their own"
+        )
+
+
+@torch.no_grad()
+def lend_ranges(model: nn.Module) -> list[str]:
+    """Give experts that no token reached the widest range among the experts beside them, projection by projection.
+
+    The state of the observer comes with it: what reaches them in training moves the range on from there.
+
+    Returns:
+        the names of these experts.
+    """
+    lent: dict[str, None] = {}
+    for name, experts in model.named_modules():
+        if not isinstance(experts, SplitExperts):
+            continue
+        for projection in PROJECTIONS:
+            found = [getattr(expert, projection) for expert in experts]
+            layers = [getattr(layer, "base_layer", layer) for layer in found]  # adapters may be around it
+            if not all(isinstance(layer, FakeQuantLinear) and layer.scheme.act_static for layer in layers):
+                continue
+            widest = max(layers, key=lambda layer: float(layer.act_scale))
+            for index, layer in enumerate(layers):
+                if not layer.act_scale.any() and widest.act_scale.any():
+                    layer.act_state.copy_(widest.act_state)
+                    layer.act_scale.copy_(widest.act_scale)
+                    lent[f"{name}.{index}"] = None
+    return list(lent)
+
+
+def check_ranges(model: nn.Module) -> None:
+    """Every layer with static activations must have a range.
+
+    Raises:
+        LlmqatError: if one has none, naming it.
+    """
+    static = set(static_layers(model))
+    bare = [name for name, module in model.named_modules() if module in static and not module.act_scale.any()]
+    if bare:
+        raise LlmqatError(
+            f"static activations of {_named(bare)} have no range yet: no token reached them; call "
+            "llmqat.observe_activations(model, batches) first"
+        )
+
+
+def _named(names: list[str]) -> str:
+    """The first names, and how many more."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def follow_activations(model: nn.Module, on: bool) -> None:

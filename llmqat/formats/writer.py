@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmqat.algorithms.activation_ranges import check_ranges
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
@@ -102,9 +103,10 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
     """Write `model` (prepared, possibly with adapters) to `directory`; the model itself is left alone.
 
     Raises:
-        LlmqatError: if no layer is quantized, or the directory cannot be written.
+        LlmqatError: if no layer is quantized, static activations have no range, or the directory cannot be written.
     """
     directory = Path(directory)
+    check_ranges(model)
     state = packed_state(model)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     with replacing(directory, seal="config.json", owned=("model*.safetensors", INDEX)) as scratch:

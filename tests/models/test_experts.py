@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
@@ -17,7 +18,7 @@ from llmqat.models.experts import file_name, module_name, routers
 from llmqat.models.float_view import FloatView
 from llmqat.models.patcher import prepare, quantized_layers, smooth
 from llmqat.models.planning import plan
-from llmqat.nn.experts import SplitExperts, is_fused
+from llmqat.nn.experts import PROJECTIONS, SplitExperts, is_fused
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
@@ -271,6 +272,40 @@ def fixed(index):
     """Expert 0 first for every token; of the others never expert 4."""
     rest = torch.where((index[:, 1] == 4) | (index[:, 1] == 0), 1, index[:, 1])
     return torch.stack([torch.zeros_like(rest), rest], 1)
+
+
+def test_static_activations_of_experts_that_no_token_reached(family, tiny_moe, tokens, tmp_path, capsys):
+    """They take the widest range beside them, run when a token comes after all, and follow what comes."""
+    model = tiny_moe(family)
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(lambda _, __, out: (out[0], out[1], fixed(out[2])))
+    prepare(model, QuantScheme(8, 16, act_bits=8, act_static=True), calibration=tokens, observer="minmax")
+    handle.remove()
+    experts = model.model.layers[0].mlp.experts
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no calibration token reached model.layers.0.mlp.experts.4: their activations take the widest range" in said
+    for projection in PROJECTIONS:
+        scales = [float(getattr(expert, projection).act_scale) for expert in experts]
+        assert scales[4] == max(scales)
+        assert len(set(scales)) > 1
+    before = experts[4].up_proj.act_scale.clone()
+    experts[4].train()
+    experts[4](torch.randn(3, 64))
+    assert torch.equal(experts[4].up_proj.act_scale, before)
+    experts[4](100 * torch.randn(3, 64))
+    assert experts[4].up_proj.act_scale > before
+    save_packed(model.eval(), tmp_path)
+    assert verify(tmp_path, against=model).ok
+
+
+def test_without_any_range_nothing_is_packed(family, tiny_moe, tokens, tmp_path):
+    model = tiny_moe(family)
+    prepare(model, QuantScheme(8, 16, act_bits=8, act_static=True))
+    message = r"self_attn\.q_proj, .* and \d+ more have no range yet: no token reached them; call llmqat\.observe_act"
+    with pytest.raises(LlmqatError, match=message):
+        save_packed(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    observe_activations(model, tokens)
+    save_packed(model, tmp_path)
 
 
 def test_smoothing_reaches_router_and_experts_before_they_are_split(family, tiny_moe, tokens):
