@@ -16,6 +16,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from llmqat.cli import build_parser
 from llmqat.config import to_yaml
@@ -34,15 +35,20 @@ def member(environment, rank, log, arguments, stop):
     descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from llmqat.algorithms.activation_ranges import static_layers
     from llmqat.cli import main
     from llmqat.train.loop import Trainer
 
-    original = Trainer.step
+    original, ranges = Trainer.step, []
 
     def step(self, batches):
         loss = original(self, batches)
         if rank == 1 and stop is not None and self.result.steps == stop[0]:
             os.kill(os.getpid(), stop[1])
+        layers = static_layers(self.plain_model)
+        ranges.append([(layer.act_state.clone(), layer.act_scale.clone()) for layer in layers])
+        if layers:
+            torch.save(ranges, f"{log}.{rank}.ranges")
         return loss
 
     Trainer.step = step
@@ -104,6 +110,15 @@ def alone(launch):
     return get
 
 
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """60 conversations of very different lengths: the processes of a step have different numbers of answer tokens."""
+    rows = [{"prompt": f"add {i}", "completion": "x" * (1 + 7 * i % 23)} for i in range(60)]
+    path = tmp_path_factory.mktemp("chat") / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def changes_of(mode):
     return {"train.mode": mode, "train.precision": "fp32", "train.max_steps": 6}
 
@@ -135,7 +150,7 @@ def check_same_run(one, other):
     assert codes_differ(one, other) < 1e-2
     reports = [json.loads((directory / "report.json").read_text()) for directory in (one, other)]
     for row in ("float", "rtn", "gptq"):
-        assert reports[0]["perplexity"][row] == reports[1]["perplexity"][row]
+        assert reports[0]["perplexity"].get(row) == reports[1]["perplexity"].get(row)
     assert reports[1]["perplexity"]["packed"] == pytest.approx(reports[0]["perplexity"]["packed"], rel=1e-4)
     assert verify(other).ok
 
@@ -154,6 +169,47 @@ def test_two_processes_train_what_one_does(launch, alone, mode, environment):
     assert second == "", "only the first process speaks"
     assert {path.name for path in directory.iterdir()} == {path.name for path in alone(mode).iterdir()}
     assert {path.name for path in (directory / "checkpoint").iterdir()} == {"checkpoint.pt", "measured.json"}
+
+
+@pytest.mark.parametrize("environment", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_static_ranges_are_one_grid(launch, environment):
+    """While they follow the inputs, and those differ from process to process; and once they are frozen."""
+    changes = changes_of("full") | {"quant.act_bits": 8, "quant.act_static": True, "init.method": "rtn"}
+    changes |= {"quant.observer": "moving_average", "train.freeze_observers": 4}
+    directory = launch(f"static-{'fsdp' if environment is FSDP2 else 'ddp'}", changes, environment)
+    first, second = (torch.load(f"{directory}.log.{rank}.ranges") for rank in (0, 1))
+    assert len(first) == len(second) == 6
+    for ours, theirs in zip(first, second, strict=True):
+        assert len(ours) == 2 * 7
+        assert all(torch.equal(a, b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=True))
+    states = [[float(state) for state, _ in layers] for layers in first]
+    assert states[0] != states[1] != states[2] != states[3] == states[4] == states[5]
+    assert verify(directory).ok
+    packed = load_file(directory / "model.safetensors")
+    scales = [float(packed[name]) for name in packed if name.endswith("input_scale")]
+    at_best = first[max(result_of(directory)["best_step"], 1) - 1]
+    assert sorted(scales) == sorted(float(scale.bfloat16()) for _, scale in at_best)
+
+
+def test_frozen_static_ranges_train_what_one_process_does(launch):
+    changes = changes_of("full") | {"quant.act_bits": 8, "quant.act_static": True, "train.freeze_observers": 0}
+    check_same_run(launch("static-alone", changes, ALONE), launch("static-frozen", changes, DDP))
+
+
+@pytest.mark.parametrize("environment", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_conversations(launch, talks, environment):
+    """The loss is the mean over all answer tokens of a step, however they fall on the processes."""
+    changes = changes_of("full") | {"data.dataset": talks, "train.length": 64, "eval.window": 64, "init.method": "rtn"}
+    if not (one := launch.folder / "chat-alone").exists():
+        launch("chat-alone", changes, ALONE)
+    check_same_run(one, launch(f"chat-{'fsdp' if environment is FSDP2 else 'ddp'}", changes, environment))
+
+
+def test_8_bit_optimizer(launch):
+    changes = changes_of("full") | {"train.optimizer": "adamw8bit", "init.method": "rtn"}
+    check_same_run(launch("8bit-alone", changes, ALONE), launch("8bit-ddp", changes, DDP))
+    state = torch.load(launch.folder / "8bit-ddp" / "checkpoint" / "checkpoint.pt")["optimizer"]["state"]
+    assert torch.uint8 in {leaf.dtype for leaf in tree_leaves(state) if torch.is_tensor(leaf)}
 
 
 @pytest.mark.parametrize("environment", [DDP, FSDP2], ids=["ddp", "fsdp2"])
