@@ -15,12 +15,14 @@ import os
 import subprocess
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _peers.environments import from_requirements
+from _results import begun, write
 from safetensors.torch import save_file
 
 import llmqat
@@ -157,14 +159,14 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compare, print tables, write the JSON after every scheme."""
+    """Compare, print tables, write the JSON after every scheme; schemes that it holds are not run again."""
     args = arguments()
     torch.set_num_threads(args.threads)
     python = from_requirements(args.peer_env, HERE / "llmcompressor_env.txt")
     with tempfile.TemporaryDirectory() as scratch:
         run = Comparison(args, Path(scratch))
         ids = llmqat.Windows(run.calibration.flatten(0, 1), "none")
-        result: dict[str, Any] = {
+        header = {
             "model": args.model,
             "dataset": args.dataset,
             "seed": args.seed,
@@ -172,19 +174,18 @@ def main() -> None:
             "calibration": {"tokens": ids.tokens, "shape": list(run.calibration.shape), "sha256": ids.sha256},
             "eval": {"tokens": run.test.tokens, "window": args.window, "bos": run.test.bos, "sha256": run.test.sha256},
             "float_perplexity": float(np.exp(run.float_losses.mean())),
-            "schemes": {},
         }
-        print(f"float perplexity {result['float_perplexity']:.4f}", flush=True)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        for grid in args.grid:
-            for group_size in args.group_size:
-                scheme = QuantScheme(bits=4, group_size=group_size, symmetric=GRIDS[grid])
+        print(f"float perplexity {header['float_perplexity']:.4f}", flush=True)
+        result = begun(args.output, header, "schemes", {})
+        for symmetric, group_size in product([GRIDS[grid] for grid in args.grid], args.group_size):
+            scheme = QuantScheme(bits=4, group_size=group_size, symmetric=symmetric)
+            if str(scheme) not in result["schemes"]:
                 rows = compare(run, scheme, python)
                 for name in PEER:
                     result["peer_environment"] = rows[name].pop("environment")
                 result["schemes"][str(scheme)] = rows
-                show(scheme, rows)
-                args.output.write_text(json.dumps(result, indent=2) + "\n")
+                write(args.output, result)
+            show(scheme, result["schemes"][str(scheme)])
 
 
 if __name__ == "__main__":
