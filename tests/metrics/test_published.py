@@ -88,6 +88,12 @@ def test_other_rules(papers_hub, tokenizer, name):
         assert torch.equal(stream.ids.flatten()[1:], none.ids.flatten()[: stream.ids.numel() - 1])
 
 
+def test_c4_new_ends_with_its_1100th_document(papers_hub, tokenizer):
+    """A letter is a token here, and this window is too long for 256 of them."""
+    joined = " ".join(papers_hub["c4 validation"][:1100])
+    assert len(scored_windows("c4-new", tokenizer, 256, bos="none").ids) == len(joined) // 256
+
+
 def test_errors(papers_hub, tokenizer):
     with pytest.raises(LlmqatError, match="no c4 evaluation text has more than 2048 tokens; give a smaller --window"):
         scored_windows("c4", tokenizer)
