@@ -166,26 +166,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = Comparison(args, Path(scratch))
         ids = llmqat.Windows(run.calibration.flatten(0, 1), "none")
-        header = {
+        header = {  # rows are compared within a scheme, so schemes may be of several machines
             "model": args.model,
             "dataset": args.dataset,
             "seed": args.seed,
-            "environment": {"llmqat": llmqat.__version__, **llmqat.environment()},
             "calibration": {"tokens": ids.tokens, "shape": list(run.calibration.shape), "sha256": ids.sha256},
             "eval": {"tokens": run.test.tokens, "window": args.window, "bos": run.test.bos, "sha256": run.test.sha256},
+        }
+        measured_with = {
+            "environment": {"llmqat": llmqat.__version__, **llmqat.environment()},
             "float_perplexity": float(np.exp(run.float_losses.mean())),
         }
-        print(f"float perplexity {header['float_perplexity']:.4f}", flush=True)
+        print(f"float perplexity {measured_with['float_perplexity']:.4f}", flush=True)
         result = begun(args.output, header, "schemes", {})
         for symmetric, group_size in product([GRIDS[grid] for grid in args.grid], args.group_size):
             scheme = QuantScheme(bits=4, group_size=group_size, symmetric=symmetric)
             if str(scheme) not in result["schemes"]:
                 rows = compare(run, scheme, python)
+                entry = {**measured_with, "rows": rows}
                 for name in PEER:
-                    result["peer_environment"] = rows[name].pop("environment")
-                result["schemes"][str(scheme)] = rows
+                    entry["peer_environment"] = rows[name].pop("environment")
+                result["schemes"][str(scheme)] = entry
                 write(args.output, result)
-            show(scheme, result["schemes"][str(scheme)])
+            show(scheme, result["schemes"][str(scheme)]["rows"])
 
 
 if __name__ == "__main__":
