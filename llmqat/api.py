@@ -78,6 +78,9 @@ def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
         model: Hub id, local directory, or llama.
         sections: of a recipe, such as ``quant={"bits": 3}, train={"mode": "lora"}``.
 
+    Returns:
+        the plan: layers, bytes of the file, bytes of memory for training (activations not counted).
+
     Raises:
         LlmqatError: if a section is wrong, the model cannot be found, or a group size does not divide.
     """
@@ -99,14 +102,17 @@ def finetune(
 
     Args:
         model: prepared by `llmqat.prepare`; for LoRA, the result of `llmqat.add_lora`.
-        tokens: training ids ``(sequences, length)``.
-        held_out: ids ``(sequences, length)`` that choose the best state.
+        tokens: training ids ``(sequences, length)``, or ids and labels of conversations, see `llmqat.sequences`.
+        held_out: ids of either kind, that choose the best state.
         mode: full, lora or scales.
         teacher: the float model to distil from; "self" for the float model inside a LoRA or scales model prepared with
             ``keep_float=True``; None trains by cross-entropy.
         seed: order of the sequences.
         output: directory for checkpoints; None keeps none.
         options: fields of the recipe's ``train`` section, such as ``{"max_steps": 100, "lr": 0.02}``.
+
+    Returns:
+        steps, tokens, seconds, losses by step, and the share of codes that training changed.
 
     Raises:
         LlmqatError: if an option is wrong, a loss is not finite, or the run was interrupted.
@@ -138,6 +144,9 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:
         model: float, prepared or packed.
         tokens: ids ``(length,)``, with BOS where you want one.
         window: tokens per window.
+
+    Returns:
+        the exponential of the mean over windows of the mean cross-entropy in nats.
 
     Raises:
         LlmqatError: if the stream is shorter than one window, or the loss is not finite.

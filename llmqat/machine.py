@@ -20,7 +20,11 @@ def cpu_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, threads, GPU, Python and package versions."""
+    """The machine and the versions that belong beside every number.
+
+    Returns:
+        versions of Python and of packages (None where not installed), name of the CPU, cores, threads of torch, GPU.
+    """
     import torch
 
     found: dict[str, Any] = {}

@@ -41,6 +41,9 @@ def scoreboard(results: Mapping[str, Perplexity], title: str | None = None) -> "
     Args:
         results: what `llmqat.evaluate` gave, by row: float, rtn, gptq, qat, packed, or names of your own.
         title: above the table.
+
+    Returns:
+        a row each: perplexity, change against float, KL to float (nats per token), top-1 agreement.
     """
     from rich.table import Table
 

@@ -106,6 +106,11 @@ def _named(names: list[str]) -> str:
 
 
 def follow_activations(model: nn.Module, on: bool) -> None:
-    """Whether ranges follow the inputs in training mode, or are frozen."""
+    """Whether ranges of static activations follow the inputs in training mode, or are frozen.
+
+    Args:
+        model: prepared. Where no layer has static activations nothing is done.
+        on: True follows.
+    """
     for layer in static_layers(model):
         layer.observing = on

@@ -121,20 +121,15 @@ def load_packed(
         device: where to put it.
         activations: "int8" quantizes those of a model that was trained without, for speed: no longer what was trained.
 
+    Returns:
+        the transformers model of the config's architecture in evaluation mode, its layers `PackedLinear`.
+
     Raises:
         LlmqatError: if the directory is incomplete or damaged, or of a format llmqat does not run.
     """
     directory = local_directory(name)
     quantization = _quantization(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        model_class = getattr(transformers, config.architectures[0])
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # unknown model type, or none or no known class
-        raise LlmqatError(
-            f"cannot use {directory / 'config.json'}: {' '.join(str(error).split())}; its model_type or "
-            "architectures are unknown to this transformers"
-        ) from error
-    config.__dict__.pop("quantization_config", None)
+    config, model_class = _architecture(directory)
     stored: torch.dtype = config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
@@ -174,6 +169,24 @@ def _use_huge_pages(layers: list[PackedLinear]) -> None:
     moved = onto_huge_pages([getattr(layer, name) for layer, name in places])
     for (layer, name), tensor in zip(places, moved, strict=True):
         setattr(layer, name, tensor)
+
+
+def _architecture(directory: Path) -> tuple[Any, Any]:
+    """The config without its quantization, and the class of transformers that it names.
+
+    Raises:
+        LlmqatError: if either is unknown to the installed transformers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        model_class = getattr(transformers, config.architectures[0])
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # unknown model type, or none or no known class
+        raise LlmqatError(
+            f"cannot use {directory / 'config.json'}: {' '.join(str(error).split())}; its model_type or "
+            "architectures are unknown to this transformers"
+        ) from error
+    config.__dict__.pop("quantization_config", None)
+    return config, model_class
 
 
 def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> None:

@@ -58,6 +58,9 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
         against: the trained model itself; without it, the hashes of its codes and scales in ``fingerprint.json``.
         logits: also run the model; takes memory for a dense float64 copy.
 
+    Returns:
+        what was compared; ``ok`` is whether all of it holds.
+
     Raises:
         LlmqatError: if the directory is damaged, or holds no fingerprint and `against` is not given.
     """

@@ -100,7 +100,15 @@ def _inside(name: str, layers: Iterable[str]) -> bool:
 
 
 def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
-    """Write `model` (prepared, possibly with adapters) to `directory`; the model itself is left alone.
+    """Write `model` to `directory` as compressed-tensors ``pack-quantized``; the model itself is left alone.
+
+    Args:
+        model: prepared; a `PeftModel` too, whose adapters go into the codes.
+        directory: made if need be. A model in it is replaced once all is written.
+        tokenizer: saved beside it.
+
+    Returns:
+        the directory.
 
     Raises:
         LlmqatError: if no layer is quantized, static activations have no range, or the directory cannot be written.

@@ -26,7 +26,11 @@ def _resident_peak() -> int:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Measure the peak inside the ``with``; where the system cannot reset its counter, the peak since the start."""
+    """Measure the peak inside the ``with``; where the system cannot reset its counter, the peak since the start.
+
+    Returns:
+        an object whose ``bytes`` is set when the ``with`` ends.
+    """
     peak = Peak()
     cuda = torch.cuda.is_available()
     if cuda:

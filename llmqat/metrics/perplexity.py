@@ -40,8 +40,12 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """What is scored: token ids ``(windows, window)``, or ids and labels of conversations ``(rows, 2, longest)``; and
-    how they came to be."""
+    """What is scored, and how it came to be.
+
+    Attributes:
+        ids: token ids ``(windows, window)``, or ids and labels of conversations ``(rows, 2, longest)``; int64.
+        bos: the BOS rule they were cut by, for the record.
+    """
 
     ids: Tensor
     bos: str
@@ -93,6 +97,9 @@ def windows(
             that of the template.
         what: names the documents in an error.
         joiner: stands between texts.
+
+    Returns:
+        the ids, with the rule they were cut by.
 
     Raises:
         LlmqatError: if the text is shorter than one window, no answer fits one, or a BOS is asked for and the tokenizer
@@ -174,6 +181,16 @@ def evaluate(
     layers: Iterable[str] = (),
 ) -> Perplexity:
     """Score every window of `data`; with a reference, compare each token's distribution and the output of `layers` too.
+
+    Args:
+        model: float, prepared or packed.
+        data: from `windows`.
+        reference: the float model, as a `FloatCopy` or `FloatView`.
+        description: for the progress bar.
+        layers: names of layers whose outputs are compared as well.
+
+    Returns:
+        losses by window, and from them perplexity; against the reference also KL (nats per token) and top-1 agreement.
 
     Raises:
         LlmqatError: if the loss is not finite.

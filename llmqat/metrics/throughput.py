@@ -114,6 +114,15 @@ def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: in
 
     Prefill is a call of the model, decoding is `generate`; both are warmed up first.
 
+    Args:
+        model: float or packed, on the device and with the threads to be timed.
+        prompt: tokens.
+        new_tokens: tokens.
+        repeats: measurements.
+
+    Returns:
+        tokens per second at batch 1, one value per repetition, and their medians.
+
     Raises:
         LlmqatError: if prompt and new tokens do not fit the model's context.
     """

@@ -36,7 +36,10 @@ class FloatView:
     """The float model inside a prepared model, also while a few of its small float parameters train.
 
     Parameters that train and are no part of a quantizer (norms) are remembered at construction, and put back while the
-    view runs.
+    view runs: ``with view.active() as float_model``.
+
+    Args:
+        model: prepared with ``keep_float=True``, or by rounding to nearest; its float weights do not train.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +69,11 @@ class FloatView:
 
 
 class FloatCopy:
-    """The float model as a second, frozen copy: for full fine-tuning, where the weights themselves move."""
+    """The float model as a second, frozen copy: for full fine-tuning, where the weights themselves move.
+
+    Args:
+        model: the copy, not prepared; its parameters are frozen in place.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)

@@ -47,6 +47,12 @@ def load_config(name: str) -> Any:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 
+    Args:
+        name: Hub id, directory or alias.
+
+    Returns:
+        what `AutoTokenizer` gives.
+
     Raises:
         LlmqatError: if it has none.
     """

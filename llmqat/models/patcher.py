@@ -55,7 +55,8 @@ def smooth(
     overrides: Overrides | None = None,
     storage_dtype: torch.dtype | None = None,
 ) -> dict[str, Smoothed]:
-    """SmoothQuant: fold activation outliers into the weights of a float `model`, in place; see `smooth_model`.
+    """SmoothQuant (arXiv 2211.10438): fold activation outliers into the weights of a float `model`, in place; see
+    `smooth_model`.
 
     Args:
         model: not prepared yet.
@@ -64,6 +65,9 @@ def smooth(
         scheme: the grid that `prepare` will use; "auto" needs it.
         overrides: those of `prepare`.
         storage_dtype: that of `prepare`.
+
+    Returns:
+        what was done, by site: alpha, the relative change of the float logits, output errors where it was searched.
 
     Raises:
         LlmqatError: if the family has no row or no site, alpha is out of range, or a fold changed the float logits.
@@ -106,23 +110,23 @@ def prepare(
     Args:
         model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float.
         scheme: the grid of every layer, unless overridden.
-        init: "rtn" rounds to nearest; "gptq" also needs `calibration` and a known model family.
+        init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
         overrides: regular expression on layer names -> ``{"bits": 8}`` and the like, or ``"float"``.
         storage_dtype: dtype of scales and float parts in the packed file; by default the model's.
-        damp: GPTQ's damping.
+        damp: GPTQ's damping, as a fraction of the mean diagonal of the Hessian.
         clip_mask: see `fake_quant_linear`.
-        keep_float: GPTQ leaves weights as they are and keeps its change apart (half the bytes of a float32 weight), so
-            that `disable_quantizers` runs the float model: distillation without a second copy.
-        lm_head_bits: quantize the output head too, with `scheme` at these bits; a tied embedding then looks up rows of
-            the same grid. None leaves both float.
+        keep_float: GPTQ keeps its change apart, in the storage dtype, so that `FloatView` can run the float model.
+        lm_head_bits: quantize the output head too, at these bits; a tied embedding then looks up rows of its grid.
         kv_bits: 8 quantizes keys and values as the cache stores them; see `llmqat.nn.kv_cache`.
         observer: how static activation ranges are found; on `calibration` if there is any, and while training.
         min_coverage: least share of the block parameters that must lie in layers llmqat can quantize.
 
+    Returns:
+        every linear layer with its grid or the reason why it stays float; to print: ``summary()``, ``error_summary()``.
+
     Raises:
-        LlmqatError: if a group size does not divide, too little is covered, the model is prepared already, or GPTQ
-            lacks what it needs.
+        LlmqatError: if a group size does not divide, too little is covered, it is prepared already, or GPTQ lacks data.
     """
     if init not in INITS:
         raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
@@ -202,6 +206,12 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear, d
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every `FakeQuantLinear` by a `PackedLinear` holding the codes of its forward, in place.
+
+    Args:
+        model: prepared; a `PeftModel` too, whose adapters go into the codes.
+
+    Returns:
+        the plain model, for inference only.
 
     Raises:
         LlmqatError: if no layer of the model is on a grid.

@@ -39,6 +39,9 @@ def render(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
 def write_page(directory: str | Path) -> Path:
     """Write `report.html` into the directory of a finished run, from its `report.json` and `details.json`.
 
+    Args:
+        directory: the ``--output`` of the run.
+
     Returns:
         path of the page.
 

@@ -60,6 +60,9 @@ def load_corpus(
         streaming: read a Hub dataset without downloading all of it, `STREAMED_ROWS` rows by default.
         max_rows: read at most so many rows of each file or split.
 
+    Returns:
+        training, validation and test documents: texts, or conversations.
+
     Raises:
         LlmqatError: if it is missing, of an unknown kind, without the columns it needs, or empty.
     """

@@ -23,6 +23,14 @@ def encode(tokenizer: Any, documents: Sequence[Document], limit: int | None = No
     """All documents as one stream of ids; at most `limit`.
 
     Each text is opened by whatever the tokenizer opens a text with; conversations go through the chat template.
+
+    Args:
+        tokenizer: of the model.
+        documents: of one split of a `Corpus`.
+        limit: tokens at most; None for all.
+
+    Returns:
+        ids, int64 ``(tokens,)``.
     """
     if is_chat(documents):
         return chat_stream(tokenizer, documents, limit)
@@ -37,7 +45,15 @@ def encode(tokenizer: Any, documents: Sequence[Document], limit: int | None = No
 
 
 def blocks(stream: Tensor, length: int, what: str) -> Tensor:
-    """Cut a stream into ``(blocks, length)``, dropping the tail.
+    """Cut a stream into sequences of one length, dropping the tail.
+
+    Args:
+        stream: ids ``(tokens,)``.
+        length: tokens per sequence.
+        what: names the text in an error.
+
+    Returns:
+        a view ``(sequences, length)``.
 
     Raises:
         LlmqatError: if it is shorter than one block.
@@ -64,6 +80,9 @@ def sequences(
         length: tokens per sequence.
         limit: tokenize no more than so many tokens.
         what: names the documents in an error.
+
+    Returns:
+        int64; labels are the ids of answers, and -100 elsewhere.
 
     Raises:
         LlmqatError: if there is less than one sequence, or no answer in any.
