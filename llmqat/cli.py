@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from llmqat import __version__
-from llmqat.cli_options import Parser, add_fields, add_recipe_flags, bundled_recipes, find_recipe, recipe_from
+from llmqat.cli_options import (
+    Parser,
+    add_fields,
+    add_recipe_flags,
+    bundled_recipes,
+    bundled_scripts,
+    command_of,
+    find_recipe,
+    recipe_from,
+)
 from llmqat.config import BOS_RULES, DataConfig
 from llmqat.errors import LlmqatError
 from llmqat.processes import is_first, process_index
@@ -76,11 +85,12 @@ The dry run: every linear layer, quantized or not and why, predicted size and me
   llmqat inspect --machine
 """
 RECIPES = """\
-List the bundled recipes, or print one.
+List the bundled recipes, or print one: YAML for --recipe, or a script to save and run.
 
   llmqat recipes
   llmqat recipes w4a8
   llmqat finetune --recipe w4a8
+  llmqat recipes bert_classification > bert_classification.py
 """
 
 EVAL_DATA_FIELDS = ("text_field", "rows", "streaming", "max_rows")
@@ -309,11 +319,12 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_recipes(args: argparse.Namespace) -> None:
     """`llmqat recipes`."""
+    scripts = bundled_scripts()
     if args.name:
-        print(find_recipe(args.name).read_text("utf-8"), end="")
+        print((scripts.get(args.name) or find_recipe(args.name)).read_text("utf-8"), end="")
         return
-    for name, path in bundled_recipes().items():
-        print(f"{name:<24} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+    for name, path in {**bundled_recipes(), **scripts}.items():
+        print(f"{name:<20} {command_of(path)}")
 
 
 COMMANDS = {

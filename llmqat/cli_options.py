@@ -152,6 +152,18 @@ def bundled_recipes() -> dict[str, Path]:
     return {path.stem: path for path in paths if path.parent.name != "accelerate"}
 
 
+def bundled_scripts() -> dict[str, Path]:
+    """Bundled recipes that are Python scripts, by name: what takes a training loop of one's own."""
+    folder = recipe_folder()
+    return {path.stem: path for path in sorted([*folder.glob("*.py"), *folder.glob("trainers/*.py")])}
+
+
+def command_of(recipe: Path) -> str:
+    """The command that a recipe opens with."""
+    lines = (line.lstrip("# ") for line in recipe.read_text("utf-8").splitlines())
+    return next((line for line in lines if line.startswith(("llmqat ", "python "))), "")
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file, or a bundled recipe by its name.
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from llmqat import __version__, cli
 from llmqat.cli import COMMANDS
-from llmqat.cli_options import bundled_recipes, find_recipe
+from llmqat.cli_options import bundled_recipes, bundled_scripts, find_recipe
 from llmqat.config import Recipe
 from llmqat.inspection import inspect
 from llmqat.kernels.native import kernel_name
@@ -170,12 +170,14 @@ def test_head_and_cache(tied_dir, text_file, tmp_path, capsys, call, small_flags
 def test_recipes(capsys, call):
     assert call(["recipes"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed] == list(bundled_recipes())
-    assert listed
-    for name, path in bundled_recipes().items():
+    recipes, scripts = bundled_recipes(), bundled_scripts()
+    assert [line.split()[0] for line in listed] == [*recipes, *scripts]
+    assert {"llama", "bert_classification", "hf_trainer"} <= {*recipes, *scripts}
+    assert not recipes.keys() & scripts.keys()
+    for name, path in {**recipes, **scripts}.items():
         assert call(["recipes", name]) == 0
         assert capsys.readouterr().out == path.read_text()
-        assert find_recipe(name) == path
+        assert find_recipe(name) == path if name in recipes else path.suffix == ".py"
     assert call(["recipes", "none"]) == 1
     assert "no recipe none: neither a file nor one of the bundled ones" in capsys.readouterr().err
 
