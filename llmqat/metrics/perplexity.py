@@ -45,11 +45,12 @@ class Windows:
     Attributes:
         ids: token ids ``(windows, window)``, or ids and labels of conversations ``(rows, 2, longest)``; int64.
         bos: the BOS rule they were cut by, for the record.
+        name: of a published protocol, if it is one.
     """
 
     ids: Tensor
     bos: str
-    name: str | None = None  # of a published protocol
+    name: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -34,6 +34,9 @@ def scored_windows(
         bos: as in `llmqat.windows`; papers leave it to the tokenizer.
         documents: its test split, if that is there already; else it is read, and of a named set nothing else.
 
+    Returns:
+        the ids, with the rules they were cut by.
+
     Raises:
         LlmqatError: if the dataset cannot be had, or its text is too short.
     """

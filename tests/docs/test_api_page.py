@@ -15,7 +15,7 @@ GROUPS = {
     "Quantize and train": "QuantScheme prepare smooth add_lora finetune observe_activations follow_activations convert",
     "Ship": "pack load verify inspect write_page LlmqatError",
     "Models and data": "load_float load_tokenizer load_corpus encode blocks sequences FloatCopy FloatView",
-    "Measure": "windows Windows evaluate perplexity scoreboard throughput peak_memory environment",
+    "Measure": "windows scored_windows Windows evaluate perplexity scoreboard throughput peak_memory environment",
 }
 
 
