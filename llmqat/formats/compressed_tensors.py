@@ -1,6 +1,6 @@
 """The `quantization_config` of compressed-tensors ``pack-quantized``: from schemes by layer, and back.
 
-https://github.com/vllm-project/compressed-tensors. vLLM and transformers read it; llmqat writes nothing of its own.
+https://github.com/vllm-project/compressed-tensors. transformers reads it, and vLLM serves models of this format; llmqat writes nothing of its own.
 """
 
 import re
@@ -146,8 +146,7 @@ def readers(coverage: CoverageReport) -> str:
         return "llmqat reads it; transformers does not, since it mixes grids with zero points or a packed embedding"
     if route:
         return "transformers reads it with CompressedTensorsConfig(dequantize=True)"
-    head = any(layer.role for layer in coverage.quantized)
-    return "transformers reads it" if head else "transformers and vLLM read it"
+    return "transformers reads it"
 
 
 def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str, QuantScheme]:

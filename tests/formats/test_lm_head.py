@@ -157,7 +157,7 @@ def test_readers_are_named(small_llama):
         model = small_llama(tie_word_embeddings=True)
         return readers(plan(model, QuantScheme(4, 16, **scheme), lm_head_bits=head_bits))
 
-    assert text(None) == "transformers and vLLM read it"
+    assert text(None) == "transformers reads it"
     assert "dequantize=True" in text(4)
     assert text(8).startswith("llmqat reads it; transformers does not")
 
