@@ -1,6 +1,7 @@
 """The `quantization_config` of compressed-tensors ``pack-quantized``: from schemes by layer, and back.
 
-https://github.com/vllm-project/compressed-tensors. transformers reads it, and vLLM serves models of this format; llmqat writes nothing of its own.
+https://github.com/vllm-project/compressed-tensors. transformers reads it, and vLLM serves models of this format; llmqat
+writes nothing of its own.
 """
 
 import re
