@@ -22,6 +22,13 @@ inline Bytes xor_bytes(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
 // Bits from the byte above come in: mask them.
 inline Bytes shift_bytes(Bytes v, int right) { return _mm256_srli_epi16(v, right); }
 
+// The same, of which the compiler knows nothing: it keeps a constant where it would make it again and again.
+inline Bytes opaque(Bytes v) {
+    asm("" : "+x"(v));
+    return v;
+}
+inline Bytes upper_words() { return _mm256_set1_epi32(int(0xffff0000)); }
+
 inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats repeat(float value) { return _mm256_set1_ps(value); }
@@ -144,15 +151,16 @@ inline Floats round_to_storage(Floats v) {
     return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(int(0xffff0000))));
 }
 
-// Four bytes of each of 16 values, byte by byte, so that vpshufb looks them up: bytes 2 and 3 alone if the rest is zero.
+// The upper COUNT bytes of each of 16 values, byte by byte, so that vpshufb looks them up; the others are zero.
+template <int COUNT>
 struct Table {
-    Bytes byte[4];
+    Bytes byte[COUNT];
 };
 
 // The values (code & mask - zero) * scale of the codes 0 to 15. With QUADS, four codes each have a scale and zero point
 // of their own, else all have the first.
 template <int STORED, bool QUADS>
-inline Table make_table(const float* scale, const float* zero, int mask) {
+inline Table<STORED == LLMQAT_BFLOAT16 ? 2 : 4> make_table(const float* scale, const float* zero, int mask) {
     const Bytes pick = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     auto quads = [](const float* p, int q) {
         return QUADS ? _mm256_set_m128(_mm_set1_ps(p[q + 2]), _mm_set1_ps(p[q])) : _mm256_set1_ps(*p);
@@ -163,9 +171,19 @@ inline Table make_table(const float* scale, const float* zero, int mask) {
         v = multiply(subtract(v, quads(zero, q)), quads(scale, q));
         return _mm256_shuffle_epi8(_mm256_castps_si256(round_to_storage<STORED>(v)), pick);
     };
-    Bytes a = values(0), b = values(1), high = _mm256_unpackhi_epi32(a, b), low = _mm256_unpacklo_epi32(a, b);
-    return {{_mm256_permute4x64_epi64(low, 0x88), _mm256_permute4x64_epi64(low, 0xdd),
-             _mm256_permute4x64_epi64(high, 0x88), _mm256_permute4x64_epi64(high, 0xdd)}};
+    const Bytes a = values(0), b = values(1), high = _mm256_unpackhi_epi32(a, b), low = _mm256_unpacklo_epi32(a, b);
+    const Bytes third = _mm256_permute4x64_epi64(high, 0x88), fourth = _mm256_permute4x64_epi64(high, 0xdd);
+    if constexpr (STORED == LLMQAT_BFLOAT16) return {{third, fourth}};
+    else return {{_mm256_permute4x64_epi64(low, 0x88), _mm256_permute4x64_epi64(low, 0xdd), third, fourth}};
+}
+
+// The table of 16 bfloat16 values: `words`, with `delta` added to all but zeros.
+inline Table<2> split_words(const uint16_t* words, int delta) {
+    const Bytes order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const Bytes base = load_bytes(words), zeros = _mm256_cmpeq_epi16(base, _mm256_setzero_si256());
+    Bytes both = _mm256_add_epi16(base, _mm256_andnot_si256(zeros, _mm256_set1_epi16(short(delta))));
+    both = _mm256_shuffle_epi8(both, order);
+    return {{_mm256_permute4x64_epi64(both, 0x88), _mm256_permute4x64_epi64(both, 0xdd)}};
 }
 
 // Added to codes below 4, it makes every four of 16 bytes look up four values of their own.
@@ -174,27 +192,28 @@ inline Bytes run_of_four() {
 }
 
 // For the lower and the upper 16 bytes.
-inline Table both_halves(const Table& lower, const Table& upper) {
-    Table t;
-    for (int b = 0; b < 4; ++b) t.byte[b] = _mm256_blend_epi32(lower.byte[b], upper.byte[b], 0xf0);
+template <int COUNT>
+inline Table<COUNT> both_halves(const Table<COUNT>& lower, const Table<COUNT>& upper) {
+    Table<COUNT> t;
+    for (int b = 0; b < COUNT; ++b) t.byte[b] = _mm256_blend_epi32(lower.byte[b], upper.byte[b], 0xf0);
     return t;
 }
 
 // Values of two of 16 bytes each: of the even and of the odd ones of the first (UPPER: last) 8 of every 16 codes.
-template <bool WIDE, bool UPPER>
-inline void lookup(const Table& t, Bytes codes, Floats& even, Floats& odd) {
+template <bool UPPER, int COUNT>
+inline void lookup(const Table<COUNT>& t, Bytes codes, Bytes upper, Floats& even, Floats& odd) {
     auto words = [&](int b) {
         Bytes low = _mm256_shuffle_epi8(t.byte[b], codes), high = _mm256_shuffle_epi8(t.byte[b + 1], codes);
         return UPPER ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
     };
-    Bytes high = words(2), e = _mm256_slli_epi32(high, 16);
-    if constexpr (WIDE) {
+    Bytes high = words(COUNT - 2), e = _mm256_slli_epi32(high, 16);
+    if constexpr (COUNT == 4) {
         Bytes low = words(0);
         even = _mm256_castsi256_ps(_mm256_blend_epi16(low, e, 0xaa));
         odd = _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa));
     } else {
         even = _mm256_castsi256_ps(e);
-        odd = _mm256_castsi256_ps(_mm256_and_si256(high, _mm256_set1_epi32(int(0xffff0000))));
+        odd = _mm256_castsi256_ps(_mm256_and_si256(high, upper));
     }
 }
 

@@ -21,6 +21,13 @@ inline Bytes or_bytes(Bytes a, Bytes b) { return vorrq_u8(a, b); }
 inline Bytes xor_bytes(Bytes a, Bytes b) { return veorq_u8(a, b); }
 inline Bytes shift_bytes(Bytes v, int right) { return vshlq_u8(v, vdupq_n_s8(int8_t(-right))); }
 
+// The same, of which the compiler knows nothing: it keeps a constant where it would make it again and again.
+inline Bytes opaque(Bytes v) {
+    asm("" : "+w"(v));
+    return v;
+}
+inline Bytes upper_words() { return vreinterpretq_u8_u32(vdupq_n_u32(0xffff0000)); }
+
 inline Floats load_floats(const float* p) { return vld1q_f32(p); }
 inline void store_floats(float* p, Floats v) { vst1q_f32(p, v); }
 inline Floats repeat(float value) { return vdupq_n_f32(value); }
@@ -124,15 +131,16 @@ inline Floats round_to_storage(Floats v) {
     return vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000)));
 }
 
-// Four bytes of each of 16 values, byte by byte, so that tbl looks them up: bytes 2 and 3 alone if the rest is zero.
+// The upper COUNT bytes of each of 16 values, byte by byte, so that tbl looks them up; the others are zero.
+template <int COUNT>
 struct Table {
-    Bytes byte[4];
+    Bytes byte[COUNT];
 };
 
 // The values (code & mask - zero) * scale of the codes 0 to 15. With QUADS, four codes each have a scale and zero point
 // of their own, else all have the first.
 template <int STORED, bool QUADS>
-inline Table make_table(const float* scale, const float* zero, int mask) {
+inline Table<STORED == LLMQAT_BFLOAT16 ? 2 : 4> make_table(const float* scale, const float* zero, int mask) {
     static const int32_t FIRST[4] = {0, 1, 2, 3};
     auto values = [&](int q) {
         int32x4_t code = vaddq_s32(vld1q_s32(FIRST), vdupq_n_s32(4 * q));
@@ -143,8 +151,19 @@ inline Table make_table(const float* scale, const float* zero, int mask) {
     const uint16x8_t a = values(0), b = values(1), c = values(2), d = values(3);
     const Bytes low_ab = vreinterpretq_u8_u16(vuzp1q_u16(a, b)), low_cd = vreinterpretq_u8_u16(vuzp1q_u16(c, d));
     const Bytes high_ab = vreinterpretq_u8_u16(vuzp2q_u16(a, b)), high_cd = vreinterpretq_u8_u16(vuzp2q_u16(c, d));
-    return {{vuzp1q_u8(low_ab, low_cd), vuzp2q_u8(low_ab, low_cd), vuzp1q_u8(high_ab, high_cd),
-             vuzp2q_u8(high_ab, high_cd)}};
+    const Bytes third = vuzp1q_u8(high_ab, high_cd), fourth = vuzp2q_u8(high_ab, high_cd);
+    if constexpr (STORED == LLMQAT_BFLOAT16) return {{third, fourth}};
+    else return {{vuzp1q_u8(low_ab, low_cd), vuzp2q_u8(low_ab, low_cd), third, fourth}};
+}
+
+// The table of 16 bfloat16 values: `words`, with `delta` added to all but zeros.
+inline Table<2> split_words(const uint16_t* words, int delta) {
+    auto moved = [&](const uint16_t* p) {
+        const uint16x8_t base = vld1q_u16(p), nonzero = vtstq_u16(base, base);
+        return vreinterpretq_u8_u16(vaddq_u16(base, vandq_u16(nonzero, vdupq_n_u16(uint16_t(delta)))));
+    };
+    const Bytes first = moved(words), last = moved(words + 8);
+    return {{vuzp1q_u8(first, last), vuzp2q_u8(first, last)}};
 }
 
 // Added to codes below 4, it makes every four of 16 bytes look up four values of their own.
@@ -153,22 +172,25 @@ inline Bytes run_of_four() {
     return vreinterpretq_u8_u32(vld1q_u32(RUNS));
 }
 
-inline Table both_halves(const Table& only, const Table&) { return only; }
+template <int COUNT>
+inline Table<COUNT> both_halves(const Table<COUNT>& only, const Table<COUNT>&) {
+    return only;
+}
 
 // The values of the even and of the odd ones of the first (UPPER: last) 8 of 16 codes.
-template <bool WIDE, bool UPPER>
-inline void lookup(const Table& t, Bytes codes, Floats& even, Floats& odd) {
+template <bool UPPER, int COUNT>
+inline void lookup(const Table<COUNT>& t, Bytes codes, Bytes upper, Floats& even, Floats& odd) {
     auto words = [&](int b) {
         Bytes low = vqtbl1q_u8(t.byte[b], codes), high = vqtbl1q_u8(t.byte[b + 1], codes);
         return vreinterpretq_u32_u8(UPPER ? vzip2q_u8(low, high) : vzip1q_u8(low, high));
     };
-    const uint32x4_t high = words(2);
-    if constexpr (WIDE) {
+    const uint32x4_t high = words(COUNT - 2);
+    if constexpr (COUNT == 4) {
         const uint32x4_t low = words(0);
         even = vreinterpretq_f32_u32(vsliq_n_u32(low, high, 16)), odd = vreinterpretq_f32_u32(vsriq_n_u32(high, low, 16));
     } else {
         even = vreinterpretq_f32_u32(vshlq_n_u32(high, 16));
-        odd = vreinterpretq_f32_u32(vandq_u32(high, vdupq_n_u32(0xffff0000)));
+        odd = vreinterpretq_f32_u32(vandq_u32(high, vreinterpretq_u32_u8(upper)));
     }
 }
 
