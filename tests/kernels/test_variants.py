@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmqat.kernels import native, ops
-from llmqat.quant.affine import fake_quantize_activation, quantize_activation
+from llmqat.quant.affine import dequantize, fake_quantize_activation, quantize_activation
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_ops import packed_layer
 
@@ -21,6 +21,7 @@ SHAPES = [
     (90, 172, -1),
     (130, 640, 320),
 ]
+LONG_GROUPS = [(60, 3072, 1536), (61, 2500, -1)]  # their sums are not exact in float32
 
 
 def exact_product(x, w_hat, codes, zero_point, scale, act_bits):
@@ -66,6 +67,26 @@ def test_rows_are_those_of_w_hat(isa, bits, symmetric, stored):
         packed, *_, w_hat = packed_layer(*shape[:2], QuantScheme(bits, shape[2], symmetric), stored)
         index = torch.tensor([shape[0] - 1, 0, 3, 3])
         assert torch.equal(native.rows(index, *packed, None, bits, shape[1], None), w_hat[index].to(stored))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("shape", LONG_GROUPS, ids=str)
+def test_long_groups(isa, bits, symmetric, shape, act_bits):
+    for tokens in (1, 2, 9):
+        assert error_ratio(shape, bits, symmetric, torch.float32, torch.float32, act_bits, tokens) <= 2, tokens
+
+
+def test_scales_of_all_sizes(isa, bits, symmetric):
+    """Zero, negative, and so small or large that a table of the codes' values leaves the usual exponents."""
+    packed, codes, zero_point, _ = packed_layer(40, 256, QuantScheme(bits, 128, symmetric), torch.bfloat16)
+    sizes = torch.tensor([0.0, -0.02, 2.0**-120, -(2.0**117), 2.0**-100], dtype=torch.bfloat16)
+    scale = (packed[1].sign() * sizes.repeat(16).view(40, 2)).contiguous()
+    w_hat = dequantize(codes, scale, zero_point, QuantScheme(bits, 128, symmetric)).double()
+    for tokens in (1, 2, 9):
+        x = torch.randn(tokens, 256)
+        y = ops.packed_linear(x, packed[0], scale, packed[2], None, bits, 256, None)
+        error = (y.double() - x.double() @ w_hat.T).abs()
+        assert (error <= 1e-5 * (x.double().abs() @ w_hat.abs().T)).all(), tokens
 
 
 def test_fuzzed_shapes(isa):
