@@ -1,7 +1,7 @@
 """The compiled CPU kernels (`csrc/`), through ctypes. Absent or unfit, the torch reference of `ops` runs.
 
-`LLMQAT_KERNELS` forces one: ``reference``, ``portable``; ``avx2``, ``avxvnni``, ``avx512`` or ``amx`` on x86-64; ``neon``,
-``dotprod`` or ``i8mm`` on aarch64.
+`LLMQAT_KERNELS` forces one: ``reference`` or ``portable``; ``avx2``, ``avxvnni``, ``avx512`` or ``amx`` on x86-64;
+``neon``, ``dotprod`` or ``i8mm`` on aarch64.
 """
 
 import ctypes

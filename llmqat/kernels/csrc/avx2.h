@@ -72,10 +72,10 @@ constexpr int THREE_BITS_READ = 16;  // bytes that unpack_three reads, of which 
 
 // 32 codes of 3 bits: a 16-bit lane takes the two bytes that hold its code, which moves to the top and down again.
 inline Bytes unpack_three(const uint8_t* p) {
-    const Bytes first = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, 3, 2, 3, 6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8,
-                                         8, 9, 8, 9);
-    const Bytes power = _mm256_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8, 1 << 13, 1 << 10,
-                                          1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8);
+    const Bytes first = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, 3, 2, 3,  // of the first 16 codes
+                                         6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8, 8, 9, 8, 9);
+    const Bytes power = _mm256_broadcastsi128_si256(
+        _mm_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8));
     Bytes raw = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     Bytes low = _mm256_shuffle_epi8(raw, first);
     Bytes high = _mm256_shuffle_epi8(raw, _mm256_add_epi8(first, _mm256_set1_epi8(3)));
