@@ -6,7 +6,7 @@ import subprocess
 
 from llmqat.kernels.native import Matrix
 
-HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR = range(5)
+HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS = range(6)
 WIDTHS = (4, 2, 2)  # bytes of an element, by the number of its dtype
 
 
@@ -42,14 +42,21 @@ class RemoteKernels:
 
     def llmqat_linear(self, matrix: int, x: int, y: int, tokens: int, dtype: int) -> None:
         w = Matrix.from_address(matrix)
-        in_features, entries = getattr(w, "in"), w.out * w.groups
-        sizes = {
-            w.codes: w.out * w.row_bytes,
-            w.scale: entries * WIDTHS[w.scale_dtype],
-            w.zero_point: -(-w.out * w.bits // 32) * w.groups * 4,
-            w.bias: w.out * WIDTHS[w.bias_dtype],
-            x: tokens * in_features * WIDTHS[dtype],
-        }
-        sent = [ctypes.string_at(p, sizes[p]) if p else b"" for p in (w.codes, w.scale, w.zero_point, w.bias, x)]
-        answer = self._call(LINEAR, tokens, tokens * w.out * WIDTHS[dtype], dtype, sent, w)
-        ctypes.memmove(y, answer, len(answer))
+        self._with_layer(LINEAR, w, (x, tokens * getattr(w, "in") * WIDTHS[dtype]), (y, w.out), tokens, dtype)
+
+    def llmqat_rows(self, matrix: int, index: int, count: int, y: int, dtype: int) -> None:
+        w = Matrix.from_address(matrix)
+        self._with_layer(ROWS, w, (index, count * 8), (y, getattr(w, "in")), count, dtype)
+
+    def _with_layer(self, operation: int, w: Matrix, sent: tuple, got: tuple, tokens: int, dtype: int) -> None:
+        """`sent`: address and bytes of the input; `got`: address and width of the output."""
+        buffers = (
+            (w.codes, w.out * w.row_bytes),
+            (w.scale, w.out * w.groups * WIDTHS[w.scale_dtype]),
+            (w.zero_point, -(-w.out * w.bits // 32) * w.groups * 4),
+            (w.bias, w.out * WIDTHS[w.bias_dtype]),
+            sent,
+        )
+        data = [ctypes.string_at(address, size) if address else b"" for address, size in buffers]
+        answer = self._call(operation, tokens, tokens * got[1] * WIDTHS[dtype], dtype, data, w)
+        ctypes.memmove(got[0], answer, len(answer))

@@ -17,12 +17,12 @@
 
 namespace {
 
-enum Operation : int64_t { HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR };
+enum Operation : int64_t { HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS };
 
 struct Request {
-    int64_t operation, argument;  // LINEAR: the argument is the number of tokens
+    int64_t operation, argument;  // LINEAR and ROWS: the argument is the number of tokens
     int64_t dtype;
-    int64_t bytes[6];      // codes, scale, zero points, bias, x: they follow; y: the answer
+    int64_t bytes[6];      // codes, scale, zero points, bias, x or row numbers: they follow; y: the answer
     llmqat_matrix matrix;  // pointers are those of the client
 };
 
@@ -63,14 +63,16 @@ F* symbol(void* library, const char* name, F*) {
 
 #define KERNEL(name) symbol(library, #name, &name)
 
-void linear(void* library, Request& r) {
+void with_layer(void* library, Request& r) {
     Buffer codes(r.bytes[0]), scale(r.bytes[1]), zero_point(r.bytes[2]), bias(r.bytes[3]), x(r.bytes[4]), y(r.bytes[5]);
     for (Buffer* b : {&codes, &scale, &zero_point, &bias, &x}) b->read();
     llmqat_matrix w = r.matrix;
     w.codes = reinterpret_cast<uint8_t*>(codes.data), w.scale = scale.data;
     w.zero_point = w.zero_point ? reinterpret_cast<uint32_t*>(zero_point.data) : nullptr;
     w.bias = w.bias ? bias.data : nullptr;
-    KERNEL(llmqat_linear)(&w, x.data, y.data, r.argument, int32_t(r.dtype));
+    const auto dtype = int32_t(r.dtype);
+    if (r.operation == LINEAR) KERNEL(llmqat_linear)(&w, x.data, y.data, r.argument, dtype);
+    else KERNEL(llmqat_rows)(&w, reinterpret_cast<int64_t*>(x.data), r.argument, y.data, dtype);
     y.write();
 }
 
@@ -92,7 +94,7 @@ int main(int count, char** arguments) {
     require(library != nullptr, "cannot load the kernels");
     Request r;
     while (std::fread(&r, sizeof r, 1, stdin) == 1) {
-        if (r.operation == LINEAR) linear(library, r);
+        if (r.operation >= LINEAR) with_layer(library, r);
         else {
             int32_t answer = number(library, r);
             require(std::fwrite(&answer, sizeof answer, 1, stdout) == 1, "cannot answer");
