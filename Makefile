@@ -5,14 +5,16 @@ PYTHON ?= python3
 DEMO := .venv
 DEV := .venv-dev
 DEV_BIN := $(DEV)/bin
+AARCH64_CXX := aarch64-linux-gnu-g++
+QEMU := qemu-aarch64-static
 PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-asan check style bench native
+.PHONY: help demo test test-asan test-aarch64 check style bench native
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ships in the package; no network, no GPU
 	$(DEMO)/bin/llmqat finetune --model llama --bits 4 --output runs/demo --overwrite
@@ -25,7 +27,19 @@ test-asan: $(DEV)/.package  ## run the kernel tests under AddressSanitizer and U
 	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
 	cmake --install build/asan --prefix . && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/test_native.py
+	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" tests/kernels/test_native.py tests/kernels/test_variants.py
+
+# One processor for each variant: the best one it has is the one that has to run.
+test-aarch64: $(DEV)/.package  ## cross-compile the kernels for aarch64 and test them under qemu
+	@command -v $(AARCH64_CXX) $(QEMU) >/dev/null || { \
+	  echo "make test-aarch64 needs $(AARCH64_CXX) and $(QEMU): apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	cmake -S llmqat/kernels/csrc -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) && cmake --build build/aarch64 -j
+	$(AARCH64_CXX) -std=c++20 -O2 -Wall -Wextra -Illmqat/kernels/csrc tests/kernels/server.cpp -o build/aarch64/server
+	set -e; for variant in neon:cortex-a72 dotprod:neoverse-n1 i8mm:max; do \
+	  LLMQAT_KERNEL_SERVER="$(QEMU) -cpu $${variant#*:} -L /usr/aarch64-linux-gnu build/aarch64/server build/aarch64/_kernels.so" \
+	    $(DEV_BIN)/python -m pytest -m "not slow" -k "$${variant%:*}" tests/kernels/test_variants.py; \
+	done
 
 native:  ## build the kernels into the source tree, where they take precedence over the installed ones
 	cmake -S llmqat/kernels/csrc -B build/native

@@ -1,6 +1,7 @@
 """The compiled CPU kernels (`csrc/`), through ctypes. Absent or unfit, the torch reference of `ops` runs.
 
-`LLMQAT_KERNELS` forces one: ``reference``, ``portable``, ``neon``, ``avx2``, ``avx512`` or ``amx``.
+`LLMQAT_KERNELS` forces one: ``reference`` or ``portable``; ``avx2``, ``avxvnni``, ``avx512`` or ``amx`` on x86-64;
+``neon``, ``dotprod`` or ``i8mm`` on aarch64.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ from llmqat.errors import LlmqatError
 
 LIBRARY = "_kernels.so"
 # Names by the number of `llmqat_isa` in csrc/llmqat.h.
-ISAS = ("portable", "neon", "avx2", "avx512", "amx")
+ISAS = ("portable", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "amx")
 REFERENCE = "reference"
 HUGE_PAGE, ALIGNMENT = 2 << 20, 64
 MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice

@@ -1,3 +1,5 @@
-// AVX2 and FMA: the plain loops, vectorized by the compiler.
-#define LLMQAT_PLAIN avx2_variant
-#include "plain.inc"
+// AVX2 with FMA and F16C.
+#include "avx2.h"
+
+#define LLMQAT_LANES avx2_variant
+#include "lanes_variant.inc"

@@ -370,7 +370,7 @@ void pack_bfloat(const Matrix& w, const Input& in, int64_t m, const float* row) 
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     if (in.path == Path::INTEGER) pack_integer(w, in, m, row);
-    else pack_bfloat(w, in, m, row);
+    else if (in.path == Path::BFLOAT) pack_bfloat(w, in, m, row);
 }
 
 template <class F>

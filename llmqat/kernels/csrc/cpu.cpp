@@ -5,15 +5,27 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace llmqat {
 namespace {
 
-constexpr int32_t BEST_FIRST[] = {LLMQAT_AMX, LLMQAT_AVX512, LLMQAT_AVX2, LLMQAT_NEON, LLMQAT_PORTABLE};
-
 #if defined(__x86_64__)
+uint32_t cpuid(uint32_t leaf, uint32_t subleaf, int reg) {
+    uint32_t r[4] = {leaf, 0, subleaf, 0};
+    asm volatile("cpuid" : "+a"(r[0]), "=b"(r[1]), "+c"(r[2]), "=d"(r[3]));
+    return r[reg];
+}
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avxvnni() {
+    constexpr uint32_t AVX_VNNI = 1u << 4;
+    return has_avx2() && cpuid(7, 0, 0) >= 1 && (cpuid(7, 1, 0) & AVX_VNNI);
+}
 
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -22,11 +34,16 @@ bool has_avx512() {
 }
 
 bool has_amx() {
-    uint32_t a = 7, b, c = 0, d;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const uint32_t d = cpuid(7, 0, 3);
     constexpr uint32_t BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25;
     return has_avx512() && (d & BF16) && (d & TILE) && (d & INT8) && request_amx();
 }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
+#elif defined(__aarch64__)
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
 #endif
 
 const Variant* find(int32_t isa) {
@@ -34,10 +51,13 @@ const Variant* find(int32_t isa) {
         case LLMQAT_PORTABLE: return portable_variant();
 #if defined(__x86_64__)
         case LLMQAT_AVX2: return has_avx2() ? avx2_variant() : nullptr;
+        case LLMQAT_AVXVNNI: return has_avxvnni() ? avxvnni_variant() : nullptr;
         case LLMQAT_AVX512: return has_avx512() ? avx512_variant() : nullptr;
         case LLMQAT_AMX: return has_amx() ? amx_variant() : nullptr;
 #elif defined(__aarch64__)
         case LLMQAT_NEON: return neon_variant();
+        case LLMQAT_DOTPROD: return has_dotprod() ? dotprod_variant() : nullptr;
+        case LLMQAT_I8MM: return has_i8mm() ? i8mm_variant() : nullptr;
 #endif
         default: return nullptr;
     }
@@ -68,9 +88,9 @@ const Variant& variant() {
 extern "C" {
 
 int32_t llmqat_best_isa() {
-    for (int32_t isa : llmqat::BEST_FIRST)
-        if (llmqat::find(isa)) return isa;
-    return LLMQAT_PORTABLE;
+    int32_t isa = LLMQAT_AMX;
+    while (isa > LLMQAT_PORTABLE && !llmqat::find(isa)) --isa;
+    return isa;
 }
 
 int32_t llmqat_has_isa(int32_t isa) { return llmqat::find(isa) != nullptr; }

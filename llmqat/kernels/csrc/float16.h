@@ -1,6 +1,7 @@
 // Conversions between float32 and the 16-bit storage dtypes, round to nearest even.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -8,21 +9,12 @@
 
 namespace llmqat {
 
-inline float bits_to_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
+constexpr float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+constexpr uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 
 inline float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) << 16); }
 
-inline uint16_t to_bfloat16(float value) {
+constexpr uint16_t to_bfloat16(float value) {
     uint32_t bits = float_to_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);

@@ -31,7 +31,7 @@ void prepare_token(const Variant& v, const Matrix& w, const Input& in, const voi
         float scale = v.quantize(row, in.k, codes);
         for (int64_t i = 0; i < in.k; ++i) row[i] = round_to(float(codes[i]) * scale, dtype);
     }
-    if (in.path != Path::FLOAT) v.pack(w, in, m, row);
+    v.pack(w, in, m, row);
 }
 
 Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype) {

@@ -5,8 +5,10 @@
 
 enum llmqat_dtype : int32_t { LLMQAT_FLOAT32 = 0, LLMQAT_BFLOAT16 = 1, LLMQAT_FLOAT16 = 2 };
 
-// Instruction sets, in the order in which they are preferred.
-enum llmqat_isa : int32_t { LLMQAT_PORTABLE = 0, LLMQAT_NEON = 1, LLMQAT_AVX2 = 2, LLMQAT_AVX512 = 3, LLMQAT_AMX = 4 };
+// Instruction sets; of those that a machine has, the last is preferred.
+enum llmqat_isa : int32_t {
+    LLMQAT_PORTABLE, LLMQAT_NEON, LLMQAT_DOTPROD, LLMQAT_I8MM, LLMQAT_AVX2, LLMQAT_AVXVNNI, LLMQAT_AVX512, LLMQAT_AMX
+};
 
 // A packed weight as it lies in the file: W_hat = scale * (code - zero_point), rounded to the dtype of scale.
 struct llmqat_matrix {

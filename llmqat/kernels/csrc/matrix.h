@@ -52,7 +52,7 @@ struct Input {
     bool tiled;       // blocks of 16 tokens by 64 bytes, for AMX; else rows of k_pad elements
     int64_t m, k, k_pad, m_pad;
     int planes;       // BFLOAT tiled: number of bfloat16 parts that add up to a value
-    float* x;         // FLOAT and BFLOAT: (m, k_pad); in BFLOAT the order within 128 is the variant's
+    float* x;         // FLOAT and BFLOAT: (m, k_pad), the order within 128 is the variant's
     uint16_t* parts;  // BFLOAT tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
     int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (m_pad / 16, k_pad / 64, 16, 64)
     float* q_scale;   // INTEGER: (m_pad,)
@@ -70,7 +70,7 @@ struct Variant {
     bool bfloat;                                    // whether it knows Path::BFLOAT
     bool (*tiles)(const Matrix&, Path, int64_t m);  // whether it wants tiled input for this call
     float (*quantize)(const float* x, int64_t k, int8_t* q);  // int8 codes of a token, and its scale
-    // Write token m, `row` of k_pad values, in the form that `rows` reads (BFLOAT and INTEGER).
+    // Write token m, `row` of k_pad values, in the form that `rows` reads. In Path::FLOAT, `row` is where it goes.
     void (*pack)(const Matrix&, const Input&, int64_t m, const float* row);
     // Outputs [n0, n1) of all tokens.
     void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
@@ -79,7 +79,10 @@ struct Variant {
 
 const Variant* portable_variant();
 const Variant* neon_variant();
+const Variant* dotprod_variant();
+const Variant* i8mm_variant();
 const Variant* avx2_variant();
+const Variant* avxvnni_variant();
 const Variant* avx512_variant();
 const Variant* amx_variant();
 bool request_amx();  // ask the kernel for the tile registers, once

@@ -1,3 +1,5 @@
-// aarch64: the plain loops, vectorized by the compiler (NEON is part of the baseline).
-#define LLMQAT_PLAIN neon_variant
-#include "plain.inc"
+// aarch64 as it always is: NEON with FMA, integer products in 16 bits.
+#include "neon.h"
+
+#define LLMQAT_LANES neon_variant
+#include "lanes_variant.inc"

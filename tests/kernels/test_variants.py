@@ -1,0 +1,192 @@
+"""Every instruction set of the compiled kernels against float64 through the torch reference."""
+
+import pytest
+import torch
+
+from llmqat.kernels import native, ops
+from llmqat.quant.affine import dequantize, fake_quantize_activation, quantize_activation
+from llmqat.scheme import QuantScheme
+from tests.kernels.test_ops import packed_layer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (out, in, group_size): groups of whole and of odd sizes, tails in both directions.
+SHAPES = [
+    (70, 256, 128),
+    (22, 2304, 128),
+    (19, 768, 256),
+    (64, 160, 32),
+    (53, 96, 48),
+    (66, 192, 64),
+    (33, 80, 16),
+    (90, 172, -1),
+    (130, 640, 320),
+]
+LONG_GROUPS = [(60, 3072, 1536), (61, 2500, -1)]  # their sums are not exact in float32
+
+
+def exact_product(x, w_hat, codes, zero_point, scale, act_bits):
+    """float64; of integers where `act_bits` keeps them: there neither W_hat nor x_hat is rounded on the way."""
+    finer = x.dtype != torch.bfloat16 and scale.dtype not in (torch.float32, x.dtype)
+    if act_bits is None or finer:
+        x_hat = x if act_bits is None else fake_quantize_activation(x)
+        return x_hat.double() @ w_hat.double().T
+    q, x_scale = quantize_activation(x)
+    group = codes.shape[1] // scale.shape[1]
+    centered = codes.double()
+    if zero_point is not None:
+        centered -= zero_point.double().repeat_interleave(group, 1)
+    return (q.double() * x_scale.double()) @ (centered * scale.double().repeat_interleave(group, 1)).T
+
+
+def error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens):
+    """Error of the kernel over that of plain torch in the dtype of `x`, root mean square."""
+    scheme = QuantScheme(bits, shape[2], symmetric)
+    packed, codes, zero_point, w_hat = packed_layer(*shape[:2], scheme, stored)
+    x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0])
+    exact = exact_product(x, w_hat, codes, zero_point, packed[1], act_bits) + bias.double()
+    x_hat = x if act_bits is None else fake_quantize_activation(x)
+    plain = torch.nn.functional.linear(x_hat, w_hat.to(dtype), bias.to(dtype)).double() - exact
+    y = ops.packed_linear(x, *packed, bias, bits, shape[1], act_bits)
+    assert y.dtype == dtype
+    return ((y.double() - exact).norm() / plain.norm()).item()
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_that_of_plain_torch(isa, bits, symmetric, shape, act_bits):
+    for stored in DTYPES:
+        for dtype in DTYPES:
+            for tokens in (1, 3, 7, 18, 40):
+                ratio = error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens)
+                assert ratio <= 2, (stored, dtype, tokens)
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_rows_are_those_of_w_hat(isa, bits, symmetric, stored):
+    for shape in SHAPES:
+        packed, *_, w_hat = packed_layer(*shape[:2], QuantScheme(bits, shape[2], symmetric), stored)
+        index = torch.tensor([shape[0] - 1, 0, 3, 3])
+        assert torch.equal(native.rows(index, *packed, None, bits, shape[1], None), w_hat[index].to(stored))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("shape", LONG_GROUPS, ids=str)
+def test_long_groups(isa, bits, symmetric, shape, act_bits):
+    for tokens in (1, 2, 9):
+        assert error_ratio(shape, bits, symmetric, torch.float32, torch.float32, act_bits, tokens) <= 2, tokens
+
+
+def test_scales_of_all_sizes(isa, bits, symmetric):
+    """Zero, negative, and so small or large that a table of the codes' values leaves the usual exponents."""
+    packed, codes, zero_point, _ = packed_layer(40, 256, QuantScheme(bits, 128, symmetric), torch.bfloat16)
+    sizes = torch.tensor([0.0, -0.02, 2.0**-120, -(2.0**117), 2.0**-100], dtype=torch.bfloat16)
+    scale = (packed[1].sign() * sizes.repeat(16).view(40, 2)).contiguous()
+    w_hat = dequantize(codes, scale, zero_point, QuantScheme(bits, 128, symmetric)).double()
+    for tokens in (1, 2, 9):
+        x = torch.randn(tokens, 256)
+        y = ops.packed_linear(x, packed[0], scale, packed[2], None, bits, 256, None)
+        error = (y.double() - x.double() @ w_hat.T).abs()
+        assert (error <= 1e-5 * (x.double().abs() @ w_hat.abs().T)).all(), tokens
+
+
+def test_fuzzed_shapes(isa):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*choices):
+        return choices[torch.randint(len(choices), (), generator=generator)]
+
+    for _ in range(40):
+        group = draw(16, 32, 48, 64, 96, 128, 256, -1)
+        in_features = draw(1, 2, 3, 7) * group if group > 0 else draw(1, 3, 31, 33, 127, 130, 515)
+        shape = (draw(1, 2, 5, 31, 33, 65, 129), in_features, group)
+        case = (
+            shape,
+            draw(2, 3, 4, 8),
+            draw(True, False),
+            torch.bfloat16,
+            draw(*DTYPES),
+            draw(None, 8),
+            draw(1, 5, 9, 33),
+        )
+        if shape[0] * case[-1] >= 60:  # an error over few outputs is a matter of chance
+            assert error_ratio(*case) <= 2, case
+        else:
+            assert error_ratio(*case) < 20, case
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_unaligned_pointers_and_poisoned_outputs(isa, bits, symmetric, tokens, act_bits):
+    """A tensor of a memory-mapped file starts anywhere, and what was in the output before must not matter."""
+    scheme = QuantScheme(bits, 32, symmetric)
+    packed, *_ = packed_layer(37, 96, scheme, torch.bfloat16)
+    x = torch.randn(tokens, 96, dtype=torch.bfloat16)
+    expected = ops.packed_linear(x, *packed, None, bits, 96, act_bits)
+
+    def shifted(tensor):
+        if tensor is None:
+            return None
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        return room.copy_(tensor)
+
+    for _ in range(3):  # what the kernels keep between calls is freed as it grows, and handed out again
+        torch.full((1 << 18,), float("nan"))
+    y = ops.packed_linear(shifted(x), *map(shifted, packed), None, bits, 96, act_bits)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_scratch_of_another_layer_does_not_leak(isa, bits, act_bits):
+    """A layer of NaN scales fills the kernels' memory; one whose groups end inside a vector must not see it."""
+    wide, *_ = packed_layer(64, 512, QuantScheme(bits, 32), torch.float32)
+    narrow, *_ = packed_layer(64, 64, QuantScheme(bits, 32), torch.float32)
+    x = torch.randn(40, 512)
+    ops.packed_linear(x, wide[0], torch.full_like(wide[1], float("nan")), None, None, bits, 512, act_bits)
+    for tokens in (1, 40):
+        y = ops.packed_linear(x[:tokens, :64].contiguous(), *narrow, None, bits, 64, act_bits)
+        assert not y.isnan().any()
+
+
+def test_no_tokens(isa):
+    packed, *_ = packed_layer(7, 32, QuantScheme(4, 16))
+    assert ops.packed_linear(torch.empty(2, 0, 32), *packed, None, 4, 32, 8).shape == (2, 0, 7)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_threads_do_not_change_the_result(isa, tokens, act_bits):
+    packed, *_ = packed_layer(301, 256, QuantScheme(4, 128), torch.bfloat16)
+    x = torch.randn(tokens, 256, dtype=torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.packed_linear(x, *packed, None, 4, 256, act_bits))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled model, packed, float32 activations, and 500 greedy tokens of the torch reference."""
+    import llmqat
+    from llmqat.models.loading import load_float
+    from llmqat.models.patcher import convert
+
+    model, stored = load_float("llama", torch.float32)
+    llmqat.prepare(model, QuantScheme(4, 128), storage_dtype=stored)
+    convert(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "supports", lambda *_: False)
+        return model, greedy(model)
+
+
+def greedy(model):
+    prompt = torch.tensor([[1, 290, 17, 400]])
+    return model.generate(prompt, max_new_tokens=500, min_new_tokens=500, do_sample=False)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_the_reference(isa, bundled):
+    model, expected = bundled
+    assert torch.equal(greedy(model), expected)
