@@ -56,7 +56,7 @@ def error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens):
 def test_error_is_that_of_plain_torch(isa, bits, symmetric, shape, act_bits):
     for stored in DTYPES:
         for dtype in DTYPES:
-            for tokens in (1, 3, 7, 18, 40):
+            for tokens in (1, 3, 7, 18, 40) if stored == dtype else (1, 40):
                 ratio = error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens)
                 assert ratio <= 2, (stored, dtype, tokens)
 
