@@ -27,8 +27,8 @@ def steps(monkeypatch):
     return seen
 
 
-def pair(family="llama", **config):
-    """A model whose blocks are native, and the function that makes its sampling native too."""
+def native_blocks(family="llama", **config):
+    """A model whose blocks are native, and whose sampling is not yet."""
     model = packed_model(family, **config)
     assert accelerate_forward(model)
     return model
@@ -49,7 +49,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_tokens_of_transformers(options, steps):
-    model = pair()
+    model = native_blocks()
     expected = generate(model, **options)
     assert steps == []
     accelerate_generate(model)
@@ -60,7 +60,7 @@ def test_the_tokens_of_transformers(options, steps):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_over_grown_buffers(family, steps):
-    model = pair(family, scheme=QuantScheme(4, 32, act_bits=8))
+    model = native_blocks(family, scheme=QuantScheme(4, 32, act_bits=8))
     expected = generate(model, max_new_tokens=400)
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=400), expected)
@@ -73,7 +73,7 @@ def test_rotary_embeddings(rope_type, steps):
     parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
     if rope_type != "default":
         parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
-    model = pair(rope_parameters=parameters, max_position_embeddings=16 if rope_type == "dynamic" else 64)
+    model = native_blocks(rope_parameters=parameters, max_position_embeddings=16 if rope_type == "dynamic" else 64)
     expected = generate(model, max_new_tokens=40)
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=40), expected)
@@ -81,7 +81,7 @@ def test_rotary_embeddings(rope_type, steps):
 
 
 def test_an_end_token_stops(steps):
-    model = pair()
+    model = native_blocks()
     accelerate_generate(model)
     free = generate(model)[0, PROMPT.shape[1] :].tolist()
     stopped = generate(model, eos_token_id=free[4])[0, PROMPT.shape[1] :].tolist()
@@ -93,7 +93,7 @@ def test_a_criterion_of_ones_own(steps):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 12)
 
-    model = pair()
+    model = native_blocks()
     accelerate_generate(model)
     assert generate(model, stopping_criteria=StoppingCriteriaList([AtTwelve()])).shape == (1, 12)
 
@@ -109,7 +109,7 @@ def test_a_streamer_gets_every_token():
         def end(self):
             self.ended = True
 
-    model, streamer = pair(), Streamer()
+    model, streamer = native_blocks(), Streamer()
     accelerate_generate(model)
     tokens = generate(model, streamer=streamer)
     assert streamer.seen == tokens[0].tolist()
@@ -118,7 +118,7 @@ def test_a_streamer_gets_every_token():
 
 def test_the_cache_goes_on(steps):
     """The caller's cache holds what was generated: a second call goes on where the first ended."""
-    model = pair()
+    model = native_blocks()
     expected = generate(model, max_new_tokens=20)
     accelerate_generate(model)
     cache = DynamicCache(config=model.config)
@@ -142,7 +142,7 @@ def test_the_cache_goes_on(steps):
     ids=lambda options: next(iter(options)),
 )
 def test_what_transformers_keeps(options, steps):
-    model = pair()
+    model = native_blocks()
     accelerate_generate(model)
     generate(model, **options)
     assert steps == []

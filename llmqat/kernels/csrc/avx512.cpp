@@ -176,10 +176,7 @@ void bfloat_rows(const Matrix& w, const Input& in, const Output& out, int64_t n0
     Streams<4> streams(w, bfloat_unit(w));
     for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
         streams.seek(w, n0, n1, i);
-        int64_t m = 0;
-        for (; m + 4 <= in.m; m += 4) bfloat_block<BITS, 4, 4>(w, in, out, streams, n1, m);
-        if (m + 2 <= in.m) bfloat_block<BITS, 4, 2>(w, in, out, streams, n1, m), m += 2;
-        if (m < in.m) bfloat_block<BITS, 4, 1>(w, in, out, streams, n1, m);
+        by_tokens(0, in.m, [&](auto count, int64_t m) { bfloat_block<BITS, 4, count.value>(w, in, out, streams, n1, m); });
     }
 }
 
@@ -254,10 +251,7 @@ void integer_streams(const Matrix& w, const Input& in, const Output& out, int64_
     Streams<4> streams(w, integer_unit<BITS>(w));
     for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
         streams.seek(w, n0, n1, i);
-        int64_t m = 0;
-        for (; m + 4 <= in.m; m += 4) integer_block<BITS, 4, 4, SMALL>(w, in, out, streams, n1, m);
-        if (m + 2 <= in.m) integer_block<BITS, 4, 2, SMALL>(w, in, out, streams, n1, m), m += 2;
-        if (m < in.m) integer_block<BITS, 4, 1, SMALL>(w, in, out, streams, n1, m);
+        by_tokens(0, in.m, [&](auto count, int64_t m) { integer_block<BITS, 4, count.value, SMALL>(w, in, out, streams, n1, m); });
     }
 }
 
@@ -322,18 +316,19 @@ void integer_wide(const Matrix& w, const Input& in, const Output& out, int64_t n
     Rows<4> rows;
     for (int64_t i = 0; i < (n1 - n0 + 3) / 4; ++i) {
         rows.seek(w, n0, n1, i);
-        int64_t m = 0;
-        for (; m + 4 <= in.m; m += 4) integer_wide_block<4, 4, ZEROS>(w, in, out, rows, n1, m);
-        if (m + 2 <= in.m) integer_wide_block<4, 2, ZEROS>(w, in, out, rows, n1, m), m += 2;
-        if (m < in.m) integer_wide_block<4, 1, ZEROS>(w, in, out, rows, n1, m);
+        by_tokens(0, in.m, [&](auto count, int64_t m) { integer_wide_block<4, count.value, ZEROS>(w, in, out, rows, n1, m); });
     }
 }
 
 template <int BITS>
 void integer_rows_vnni(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    if (BITS == 4 && wide(w)) return (w.zero_point ? integer_wide<true> : integer_wide<false>)(w, in, out, n0, n1);
-    bool small = w.groups > 1 && integer_unit<BITS>(w) < IntegerStep<BITS>::CODES;
-    (small ? integer_streams<BITS, true> : integer_streams<BITS, false>)(w, in, out, n0, n1);
+    if constexpr (BITS == 4) {  // whole groups of a multiple of 128 are wide
+        if (wide(w)) return (w.zero_point ? integer_wide<true> : integer_wide<false>)(w, in, out, n0, n1);
+        integer_streams<BITS, true>(w, in, out, n0, n1);
+    } else {
+        bool small = w.groups > 1 && integer_unit<BITS>(w) < IntegerStep<BITS>::CODES;
+        (small ? integer_streams<BITS, true> : integer_streams<BITS, false>)(w, in, out, n0, n1);
+    }
 }
 
 void pack_integer(const Matrix& w, const Input& in, int64_t m, const float* row) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 
 #include "float16.h"
 #include "llmqat.h"
@@ -95,6 +96,14 @@ inline int zero_point(const Matrix& w, int64_t n, int64_t g) {
     uint32_t value = w.zero_point[word * w.groups + g] >> shift;
     if (shift + w.bits > 32) value |= w.zero_point[(word + 1) * w.groups + g] << (32 - shift);
     return int(value & ((1u << w.bits) - 1));
+}
+
+// Tokens [first, count) four, two and one at a time: use(how many, the first of them), the number as a constant.
+template <class Use>
+inline void by_tokens(int64_t first, int64_t count, Use&& use) {
+    for (; first + 4 <= count; first += 4) use(std::integral_constant<int, 4>(), first);
+    if (first + 2 <= count) use(std::integral_constant<int, 2>(), first), first += 2;
+    if (first < count) use(std::integral_constant<int, 1>(), first);
 }
 
 // Units are what the kernels step over scales by: a group where its size suits, else 16 weights.
