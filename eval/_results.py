@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmqat.files import replacing
-
 
 def begun(path: Path, header: dict[str, Any], parts: str, empty: Any) -> dict[str, Any]:
     """What `path` holds under `parts`, if it was measured under the same `header`; else nothing yet.
@@ -29,5 +27,7 @@ def begun(path: Path, header: dict[str, Any], parts: str, empty: Any) -> dict[st
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Write `results` whole or not at all."""
-    with replacing(path.parent) as scratch:
-        (scratch / path.name).write_text(json.dumps(results, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(results, indent=2) + "\n")
+    scratch.replace(path)

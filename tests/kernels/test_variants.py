@@ -5,6 +5,7 @@ import torch
 
 from llmqat.kernels import native, ops
 from llmqat.quant.affine import dequantize, fake_quantize_activation, quantize_activation
+from llmqat.quant.packing import pack_rows, to_unsigned
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_ops import packed_layer
 
@@ -82,11 +83,28 @@ def test_scales_of_all_sizes(isa, bits, symmetric):
     sizes = torch.tensor([0.0, -0.02, 2.0**-120, -(2.0**117), 2.0**-100], dtype=torch.bfloat16)
     scale = (packed[1].sign() * sizes.repeat(16).view(40, 2)).contiguous()
     w_hat = dequantize(codes, scale, zero_point, QuantScheme(bits, 128, symmetric)).double()
-    for tokens in (1, 2, 9):
-        x = torch.randn(tokens, 256)
+    float32, bfloat16 = (torch.float32, 0.0), (torch.bfloat16, 2.0**-8)
+    for tokens, (dtype, rounding) in ((1, float32), (2, float32), (9, float32), (1, bfloat16), (4, bfloat16)):
+        x = torch.randn(tokens, 256).to(dtype)
         y = ops.packed_linear(x, packed[0], scale, packed[2], None, bits, 256, None)
-        error = (y.double() - x.double() @ w_hat.T).abs()
-        assert (error <= 1e-5 * (x.double().abs() @ w_hat.abs().T)).all(), tokens
+        exact = x.double() @ w_hat.T
+        bound = 1e-5 * (x.double().abs() @ w_hat.abs().T) + rounding * exact.abs()
+        assert ((y.double() - exact).abs() <= bound).all(), (tokens, dtype)
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4])
+def test_an_outlier_that_no_weight_reads(isa, bits, symmetric, size):
+    """However the activations are held: the largest must not cost the others their precision."""
+    scheme = QuantScheme(bits, 128, symmetric)
+    packed, codes, zero_point, _ = packed_layer(70, 256, scheme, torch.bfloat16)
+    codes[:, 5] = 0 if zero_point is None else zero_point[:, 0]
+    w_hat = dequantize(codes, packed[1], zero_point, scheme).double()
+    for tokens in (1, 4):
+        x = torch.randn(tokens, 256).bfloat16()
+        x[:, 5] = size
+        y = ops.packed_linear(x, pack_rows(to_unsigned(codes, scheme), bits), *packed[1:], None, bits, 256, None)
+        exact = x.double() @ w_hat.T
+        assert (y.double() - exact).norm() <= 2 * (exact.bfloat16().double() - exact).norm(), tokens
 
 
 def test_fuzzed_shapes(isa):

@@ -316,7 +316,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64
 }  // namespace
 
 const Variant* amx_variant() {
-    static const Variant VARIANT = {true, tiles, quantize_lanes, pack, rows, avx512_variant()->steps};
+    static const Variant VARIANT = {true, tiles, quantize_lanes, pack, rows, avx512_variant()->steps, avx512_variant()->fixed};
     return &VARIANT;
 }
 

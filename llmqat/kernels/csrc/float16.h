@@ -12,7 +12,7 @@ namespace llmqat {
 constexpr float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 constexpr uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 
-inline float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) << 16); }
+constexpr float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) << 16); }
 
 constexpr uint16_t to_bfloat16(float value) {
     uint32_t bits = float_to_bits(value);

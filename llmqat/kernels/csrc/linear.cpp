@@ -35,7 +35,8 @@ void prepare_token(const Variant& v, const Matrix& w, const Input& in, const voi
 }
 
 Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype) {
-    thread_local Scratch floats, parts, q, q_scale, lane_sum;
+    thread_local Scratch floats, parts, fixed, unit, excess, q, q_scale, lane_sum;
+    thread_local std::atomic<bool> rough;
     Input in = {};
     in.path = path_of(w, v, dtype), in.tiled = v.tiles(w, in.path, m);
     in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
@@ -43,6 +44,11 @@ Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32
     size_t elements = size_t(in.m_pad * in.k_pad);
     if (in.path != Path::INTEGER && !in.tiled) in.x = floats.get<float>(elements);
     if (in.path == Path::BFLOAT && in.tiled) in.parts = parts.get<uint16_t>(elements * size_t(in.planes));
+    if (in.path == Path::BFLOAT && !in.tiled && dtype == LLMQAT_BFLOAT16 && v.fixed && v.fixed(w)) {
+        in.fixed = fixed.get<int16_t>(elements), in.unit = unit.get<float>(elements / K_PAD);
+        in.excess = excess.get<int32_t>(elements / 4), in.rough = &rough;
+        rough = false;
+    }
     if (in.path == Path::INTEGER) {
         in.q = q.get<int8_t>(elements), in.q_scale = q_scale.get<float>(size_t(in.m_pad));
         in.lane_sum = lane_sum.get<float>(in.tiled ? 0 : elements / 4);

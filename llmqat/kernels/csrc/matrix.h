@@ -1,6 +1,7 @@
 // What the instruction-set variants share: prepared inputs, scales of a row, and the table of functions they fill.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -17,7 +18,7 @@ using Matrix = llmqat_matrix;
 // How a layer is computed. The integer path is the arithmetic of `act_bits: 8`; the others multiply W_hat itself.
 enum class Path {
     FLOAT,    // any storage dtype: W_hat in float32, activations in float32
-    BFLOAT,   // W_hat is bfloat16, made in that dtype; the products and sums are those of float32
+    BFLOAT,   // W_hat is bfloat16, made in that dtype; the products and sums are at least as fine as those of float32
     INTEGER,  // int8 activations times codes, exact in int32 per group, scaled in float32
 };
 
@@ -55,6 +56,10 @@ struct Input {
     int planes;       // BFLOAT tiled: number of bfloat16 parts that add up to a value
     float* x;         // FLOAT and BFLOAT: (m, k_pad), the order within 128 is the variant's
     uint16_t* parts;  // BFLOAT tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
+    int16_t* fixed;   // BFLOAT, if the variant wants it: (m, k_pad) as integers of `unit`, the order within 128 is the variant's
+    float* unit;      // with `fixed`: (m, k_pad / 128)
+    int32_t* excess;  // with `fixed`: (m, k_pad / 128, 32), the variant's
+    std::atomic<bool>* rough;  // with `fixed`: whether it holds too little of some token
     int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (m_pad / 16, k_pad / 64, 16, 64)
     float* q_scale;   // INTEGER: (m_pad,)
     float* lane_sum;  // INTEGER, if the variant wants it: (m, k_pad / 64, 16)
@@ -76,6 +81,7 @@ struct Variant {
     // Outputs [n0, n1) of all tokens.
     void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
     const Steps* steps;
+    bool (*fixed)(const Matrix&) = nullptr;  // whether it wants bfloat16 activations as integers too
 };
 
 const Variant* portable_variant();
