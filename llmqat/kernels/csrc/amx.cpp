@@ -46,10 +46,11 @@ inline void zero_tiles() {
     _tile_zero(3);
 }
 
-// A transposed 16 x 16 block of dwords: row r of the tile holds dword r of the 16 source rows.
-inline void transpose(const uint8_t* from, int64_t stride, uint8_t* tile) {
+// A transposed 16 x 16 block of dwords: `store` gets the dwords r of the 16 vectors that `load` gives.
+template <class Load, class Store>
+inline void transpose(Load&& load, Store&& store) {
     __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; ++i) a[i] = load(i);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -63,10 +64,10 @@ inline void transpose(const uint8_t* from, int64_t stride, uint8_t* tile) {
         __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
         __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
         __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-        _mm512_store_si512(tile + 64 * i, _mm512_shuffle_i32x4(low, low2, 0x88));
-        _mm512_store_si512(tile + 64 * (4 + i), _mm512_shuffle_i32x4(high, high2, 0x88));
-        _mm512_store_si512(tile + 64 * (8 + i), _mm512_shuffle_i32x4(low, low2, 0xdd));
-        _mm512_store_si512(tile + 64 * (12 + i), _mm512_shuffle_i32x4(high, high2, 0xdd));
+        store(i, _mm512_shuffle_i32x4(low, low2, 0x88));
+        store(4 + i, _mm512_shuffle_i32x4(high, high2, 0x88));
+        store(8 + i, _mm512_shuffle_i32x4(low, low2, 0xdd));
+        store(12 + i, _mm512_shuffle_i32x4(high, high2, 0xdd));
     }
 }
 
@@ -81,6 +82,13 @@ struct Block {
     float* sums;     // (m_pad, padded)
 
     int64_t row(int64_t n) const { return n0 + n < n1 ? n0 + n : n1 - 1; }
+
+    // Ask the second-level cache for the K_BLOCK columns from k on of row n: the hardware does not foresee such short runs.
+    // Inlined, since GCC drops calls that do nothing else.
+    __attribute__((always_inline)) void prefetch(int64_t n, int64_t k) const {
+        const uint8_t* codes = w.codes + row(n) * w.row_bytes + k * w.bits / 8;
+        for (int64_t i = 0; i < K_BLOCK * w.bits / 8; i += 64) __builtin_prefetch(codes + i, 0, 2);
+    }
 };
 
 constexpr int64_t LINE_BYTES = K_BLOCK * 2 + 64;  // not a power of two: 16 rows share no cache set
@@ -92,6 +100,7 @@ Block make_block(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64
     float* s = scale.get<float>(size_t(b.padded * b.entries));
     float* z = zero.get<float>(size_t(b.padded * b.entries));
     for (int64_t n = 0; n < b.padded; ++n) {
+        b.prefetch(n, 0);
         b.rows[n] = {unit, 1, s + n * b.entries, z + n * b.entries};
         expand_scales(w, b.row(n), b.rows[n]);
     }
@@ -101,6 +110,13 @@ Block make_block(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64
     return b;
 }
 
+// Tiles of the 16 decoded rows in `b.line`, `deep` of them.
+void tile_lines(const Block& b, int64_t deep, uint8_t* tiles) {
+    for (int64_t t = 0; t < deep; ++t, tiles += 1024)
+        transpose([&](int i) { return _mm512_loadu_si512(b.line + i * LINE_BYTES + t * 64); },
+                  [&](int r, __m512i row) { _mm512_store_si512(tiles + 64 * r, row); });
+}
+
 // Both paths walk the same way: decode K_BLOCK columns, then every pair of token tiles meets every pair of row tiles.
 template <class Decode, class Multiply>
 void walk(const Block& b, int width, Decode&& decode, Multiply&& multiply) {
@@ -108,9 +124,8 @@ void walk(const Block& b, int width, Decode&& decode, Multiply&& multiply) {
         int64_t k1 = k0 + K_BLOCK < b.in.k_pad ? k0 + K_BLOCK : b.in.k_pad;
         int64_t deep = (k1 - k0) * width / 64;
         for (int64_t n = 0; n < b.padded; n += 16) {
-            decode(n, k0, k1);
-            for (int64_t t = 0; t < deep; ++t)
-                transpose(b.line + t * 64, LINE_BYTES, b.tiles + (n / 16 * deep + t) * 1024);
+            for (int64_t r = n; r < n + 16 && k1 < b.w.in; ++r) b.prefetch(r, k1);
+            decode(n, k0, k1, b.tiles + n / 16 * deep * 1024);
         }
         for (int64_t m = 0; m < b.in.m_pad; m += 32)
             for (int64_t n = 0; n < b.padded; n += 32)
@@ -135,7 +150,7 @@ void bfloat_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n
     _tile_loadconfig(&FULL);
     Block b = make_block(w, in, n0, n1, bfloat_unit(w));
     const int64_t k_tiles = in.k_pad / 32, plane = in.m_pad / 16 * k_tiles;
-    auto decode = [&](int64_t n, int64_t k0, int64_t k1) {
+    auto decode = [&](int64_t n, int64_t k0, int64_t k1, uint8_t* tiles) {
         for (int r = 0; r < 16; r += 4) {
             const uint8_t* row[4];
             for (int i = 0; i < 4; ++i) row[i] = w.codes + b.row(n + r + i) * w.row_bytes;
@@ -146,6 +161,7 @@ void bfloat_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n
                 _mm512_storeu_si512(line + i * LINE_BYTES + (k - k0) * 2, weights);
             });
         }
+        tile_lines(b, (k1 - k0) / 32, tiles);
     };
     auto multiply = [&](int64_t k0, int64_t, int64_t m, int64_t n, const uint8_t* weights, int64_t deep, bool pair) {
         float* sums = b.sums + m * b.padded + n;
@@ -202,6 +218,56 @@ int64_t tile_unit(const Matrix& w) {
     return w.groups == 1 || group % 64 == 0 || group == 32 ? group : 16;
 }
 
+// Centered codes of rows [n, n + 16) in tiles, columns [k0, k1). Each row's codes become bytes, then dwords of four change
+// places.
+template <int BITS>
+void decode_integers(const Block& b, int64_t n, int64_t k0, int64_t k1, int64_t step, uint8_t* tiles) {
+    const Matrix& w = b.w;
+    const int64_t unit = b.rows[n].unit;
+    const Lanes64<BITS> lanes;
+    const SmallUnits<4> spread(unit);
+    for (int r = 0; r < 16; ++r) {
+        const uint8_t* row = w.codes + b.row(n + r) * w.row_bytes;
+        const RowScales& scale = b.rows[n + r];
+        for (int64_t k = k0; k < k1; k += 64) {
+            int64_t offset = k * BITS / 8, left = (w.in * BITS + 7) / 8 - offset;
+            const float* z = scale.zero + (w.groups == 1 ? 0 : k / unit);
+            __m512i zero = repeat_bytes(step == 32 ? spread(z) : _mm512_set1_ps(*z));
+            __m512i codes = _mm512_sub_epi8(lanes.codes(row + offset, left), zero);
+            _mm512_storeu_si512(b.line + r * LINE_BYTES + (k - k0), codes);
+        }
+    }
+    tile_lines(b, (k1 - k0) / 64, tiles);
+}
+
+// The same for 4 bits and units of whole tiles: dwords of eight codes change places, half as many, then become bytes.
+void decode_nibbles(const Block& b, int64_t n, int64_t k0, int64_t k1, uint8_t* tiles) {
+    const Matrix& w = b.w;
+    const int64_t row_bytes = (w.in + 1) / 2;
+    // Bit 4 i of both dwords of a qword, i = 0 ... 3 and 4 ... 7.
+    const __m512i first = _mm512_set1_epi64(0x2c2824200c080400), second = _mm512_set1_epi64(0x3c3834301c181410);
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t k = k0; k < k1; k += 128, tiles += 2048) {
+        alignas(64) float z[2][16];
+        for (int r = 0; r < 16; ++r)
+            for (int t = 0; t < 2; ++t) z[t][r] = b.rows[n + r].zero[w.groups == 1 ? 0 : (k + 64 * t) / b.rows[n].unit];
+        const __m512i zero[2] = {repeat_bytes(_mm512_load_ps(z[0])), repeat_bytes(_mm512_load_ps(z[1]))};
+        const int64_t left = row_bytes - k / 2;
+        transpose(
+            [&](int i) {
+                const uint8_t* codes = w.codes + b.row(n + i) * w.row_bytes + k / 2;
+                return left >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(low_bytes(left > 0 ? left : 0), codes);
+            },
+            [&](int d, __m512i codes) {
+                auto centered = [&](__m512i bits) {
+                    return _mm512_sub_epi8(_mm512_and_si512(_mm512_multishift_epi64_epi8(bits, codes), low), zero[d / 8]);
+                };
+                _mm512_store_si512(tiles + 128 * d, centered(first));
+                _mm512_store_si512(tiles + 128 * d + 64, centered(second));
+            });
+    }
+}
+
 template <int BITS>
 void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
     const int64_t unit = tile_unit(w), step = unit == 32 && w.groups > 1 ? 32 : 64;
@@ -212,20 +278,9 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     float* scales = scale_scratch.get<float>(size_t(units * b.padded));  // transposed: (units, padded)
     for (int64_t n = 0; n < b.padded; ++n)
         for (int64_t u = 0; u < units; ++u) scales[u * b.padded + n] = b.rows[n].scale[u];
-    const Lanes64<BITS> lanes;
-    const SmallUnits<4> spread(unit);
-    auto decode = [&](int64_t n, int64_t k0, int64_t k1) {
-        for (int r = 0; r < 16; ++r) {
-            const uint8_t* row = w.codes + b.row(n + r) * w.row_bytes;
-            const RowScales& scale = b.rows[n + r];
-            for (int64_t k = k0; k < k1; k += 64) {
-                int64_t offset = k * BITS / 8, left = (w.in * BITS + 7) / 8 - offset;
-                const float* z = scale.zero + (w.groups == 1 ? 0 : k / unit);
-                __m512i zero = repeat_bytes(step == 32 ? spread(z) : _mm512_set1_ps(*z));
-                __m512i codes = _mm512_sub_epi8(lanes.codes(row + offset, left), zero);
-                _mm512_storeu_si512(b.line + r * LINE_BYTES + (k - k0), codes);
-            }
-        }
+    auto decode = [&](int64_t n, int64_t k0, int64_t k1, uint8_t* tiles) {
+        if (BITS == 4 && step == 64) decode_nibbles(b, n, k0, k1, tiles);
+        else decode_integers<BITS>(b, n, k0, k1, step, tiles);
     };
     alignas(64) int32_t exact[4][256];
     auto multiply = [&](int64_t k0, int64_t k1, int64_t m, int64_t n, const uint8_t* weights, int64_t deep, bool pair) {
