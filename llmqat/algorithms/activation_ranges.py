@@ -53,7 +53,7 @@ def observe_activations(model: nn.Module, batches: list[Tensor], observer: str |
     lent = lend_ranges(model)
     if lent:
         say(
-            f"no calibration token reached {_named(lent)}: their activations take the widest range of "
+            f"no calibration token reached {named(lent)}: their activations take the widest range of "
             "the experts beside them until tokens come; more calibration data would give them their own"
         )
 
@@ -95,12 +95,12 @@ def check_ranges(model: nn.Module) -> None:
     bare = [name for name, module in model.named_modules() if module in static and not module.act_scale.any()]
     if bare:
         raise LlmqatError(
-            f"static activations of {_named(bare)} have no range yet: no token reached them; call "
+            f"static activations of {named(bare)} have no range yet: no token reached them; call "
             "llmqat.observe_activations(model, batches) first"
         )
 
 
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
     """The first names, and how many more."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 

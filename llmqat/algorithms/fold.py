@@ -7,6 +7,7 @@ nothing at all (norm -> linears), averaging over tokens (attention: value -> out
 tensor (gate * up -> down), or ReLU.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Fold:
     Attributes:
         name: path of the writer.
         written: ``(channels, ...)``, divided by s: weight and bias of a norm, or rows of a linear and of its bias.
-        read: ``(..., out, inputs)``, multiplied by s along the last dimension.
+        read: ``(out, inputs)``, multiplied by s along the last dimension.
         schemes: the grid that each of `read` will be put on; None for one that stays float.
         observed: a module whose input is those channels.
         queries: query heads that read one key/value head; 1 unless `written` are value heads. ``inputs = channels *
@@ -57,7 +58,7 @@ class Fold:
         weights = [w for w, scheme in zip(self.read, self.schemes, strict=True) if scheme is not None] or list(
             self.read
         )
-        return self.largest(torch.stack([w.abs().flatten(0, -2).amax(0).float() for w in weights]).amax(0))
+        return self.largest(torch.stack([w.abs().amax(0).float() for w in weights]).amax(0))
 
     def representable(self, s: Tensor, dtype: torch.dtype) -> Tensor:
         """The scale nearest to `s` whose folded norm weight is stored in `dtype` without rounding, ``(channels,)``.
@@ -99,8 +100,9 @@ class Fold:
 
 
 @torch.no_grad()
-def apply_checked(model: nn.Module, fold: Fold, s: Tensor, probe: Tensor, before: Tensor) -> float:
-    """Fold ``s``, and compare the float logits on `probe` with those `before`.
+def apply_checked(model: nn.Module, site: str, scales: Mapping[Fold, Tensor], probe: Tensor, before: Tensor) -> float:
+    """Fold the `scales` of a site, one of each expert for example, and compare the float logits on `probe` with those
+    `before`.
 
     Returns:
         the largest change, relative to the largest logit.
@@ -108,15 +110,16 @@ def apply_checked(model: nn.Module, fold: Fold, s: Tensor, probe: Tensor, before
     Raises:
         LlmqatError: if it is more than `TOLERANCE`; every tensor is put back first.
     """
-    saved = [(tensor, tensor.clone()) for tensor in (*fold.written, *fold.read)]
-    fold.apply(s)
+    saved = [(tensor, tensor.clone()) for fold in scales for tensor in (*fold.written, *fold.read)]
+    for fold, s in scales.items():
+        fold.apply(s)
     after = model(input_ids=probe, use_cache=False).logits
     change = float((after - before).abs().max() / before.abs().max())
     if not change <= TOLERANCE:
         for tensor, old in saved:
             tensor.copy_(old)
         raise LlmqatError(
-            f"smoothing {fold.name} changed the float logits by {change:.1e} of their largest (limit {TOLERANCE:.0e}): "
+            f"smoothing {site} changed the float logits by {change:.1e} of their largest (limit {TOLERANCE:.0e}): "
             "something else reads what it writes; leave --smooth out for this model, or mend its sites in "
             "models/smooth_sites.py"
         )

@@ -1,6 +1,7 @@
 """Where a model's fused experts are, what they are called in files, and how they become Linears."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,14 +65,31 @@ def check_experts(layers: Iterable[LayerCoverage]) -> None:
         )
 
 
+def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The fused modules by name that can be split: none if the family has no row that says how."""
+    return {name: module for name, module in model.named_modules() if is_fused(module)} if splits(model) else {}
+
+
 def split_experts(model: PreTrainedModel) -> None:
     """Replace fused experts by `SplitExperts`, in place, if the family has a row that says how."""
-    if splits(model):
-        for name, module in list(model.named_modules()):
-            if is_fused(module):
-                model.set_submodule(name, SplitExperts.from_fused(module))
+    for name, module in fused_experts(model).items():
+        model.set_submodule(name, SplitExperts.from_fused(module))
         # save_pretrained (a Trainer's checkpoints) would write other names than load_state_dict knows.
         model._weight_conversions = []  # type: ignore[assignment]
+
+
+@contextmanager
+def experts_apart(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the ``with``, each expert is made of Linears of its own, on views of the fused Parameters: changing them
+    in place changes the fused ones."""
+    fused = fused_experts(model)
+    try:
+        for name, module in fused.items():
+            model.set_submodule(name, SplitExperts.from_fused(module, copy=False))
+        yield
+    finally:
+        for name, module in fused.items():
+            model.set_submodule(name, module)
 
 
 def routers(model: PreTrainedModel) -> list[str]:

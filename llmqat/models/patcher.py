@@ -15,7 +15,7 @@ from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage, check_coverage
-from llmqat.models.experts import split_experts
+from llmqat.models.experts import experts_apart, split_experts
 from llmqat.models.planning import Overrides, check_divisible, plan, scheme_of
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
@@ -79,12 +79,13 @@ def smooth(
     architecture = smoothable(model)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
     path = blocks_path(model, architecture)
-    folds = [
-        fold
-        for index, block in enumerate(blocks_of(model, architecture))
-        for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
-    ]
-    return smooth_model(model, folds, batches, alpha, storage_dtype or model.dtype)
+    with experts_apart(model):
+        folds = [
+            fold
+            for index, block in enumerate(blocks_of(model, architecture))
+            for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
+        ]
+        return smooth_model(model, folds, batches, alpha, storage_dtype or model.dtype)
 
 
 def prepare(

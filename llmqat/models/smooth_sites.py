@@ -2,12 +2,12 @@
 
 A site belongs here only if the float model stays the same: a norm whose output feeds nothing but the readers (not so
 in BERT, where it is the residual stream too), ``v -> o`` (attention averages values over tokens), ``up -> down`` of a
-gated MLP (linear in ``up``; never scale ``gate``), ``fc1 -> fc2`` through ReLU (not through GELU). Queries and keys,
-and the norms on them, are never scaled.
+gated MLP or of an expert (linear in ``up``; never scale ``gate``), ``fc1 -> fc2`` through ReLU (not through GELU).
+Queries and keys, and the norms on them, are never scaled.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +19,12 @@ from llmqat.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor between layers of a block; paths are relative to the block.
+    """One tensor between layers of a block; paths are relative to the block, and ``*`` stands for each of its experts.
 
     Attributes:
         source: the norm or linear that writes the channels. Of a fused linear its last rows are meant: the value part
-            of ``[q, k, v]``, the up part of ``[gate, up]``.
-        readers: the layers whose columns multiply the channels: modules, or Parameters of fused experts
-            ``(experts, out, in)``.
+            of ``[q, k, v]``, the up part of ``[gate, up]``. With ``*`` each expert has such a site of its own.
+        readers: the layers whose columns multiply the channels.
         routers: further readers, which stay float.
         heads: `source` writes key/value heads, each read by one or several query heads.
         offset: the norm multiplies by ``offset + weight``.
@@ -50,14 +49,17 @@ VALUE = Site("self_attn.v_proj", ("self_attn.o_proj",), heads=True)
 MLP = Site("post_attention_layernorm", GATE_UP, only_with="mlp.up_proj")
 UP = Site("mlp.up_proj", ("mlp.down_proj",), only_with="mlp.up_proj")
 EXPERTS = Site(
-    "post_attention_layernorm", ("mlp.experts.gate_up_proj",), routers=("mlp.gate",), only_with="mlp.experts"
+    "post_attention_layernorm",
+    ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+    routers=("mlp.gate",),
+    only_with="mlp.experts",
 )
+EXPERT_UP = Site("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",), only_with="mlp.experts")
 OFFSET_ATTENTION = Site("input_layernorm", QKV, offset=1.0)
 
 LLAMA = (ATTENTION, VALUE, MLP, UP)
-# Qwen3-MoE may have dense blocks among the others. Inside the experts up -> down stays as it is: one scale for all of
-# them would not fit.
-MOE = (ATTENTION, VALUE, MLP, UP, EXPERTS)
+# Qwen3-MoE may have dense blocks among the others.
+MOE = (ATTENTION, VALUE, MLP, UP, EXPERTS, EXPERT_UP)
 GEMMA = (OFFSET_ATTENTION, VALUE, Site("post_attention_layernorm", GATE_UP, offset=1.0), UP)
 # post_attention_layernorm and post_feedforward_layernorm end a branch here: what they write is added to the residual.
 GEMMA2 = (OFFSET_ATTENTION, VALUE, Site("pre_feedforward_layernorm", GATE_UP, offset=1.0), UP)
@@ -89,7 +91,7 @@ def folds_of(
     """The sites of one block, found in it.
 
     Args:
-        block: a decoder block.
+        block: a decoder block, its experts apart.
         prefix: its path with a dot at the end, for names.
         sites: its family's.
         config: of the model: heads, and what `Site.only_if` asks.
@@ -97,7 +99,23 @@ def folds_of(
     """
     for site in sites:
         if all(getattr(config, key) == value for key, value in site.only_if) and _has(block, site.only_with):
-            yield _fold(block, prefix, site, config, scheme_of)
+            for own in _by_expert(block, site):
+                yield _fold(block, prefix, own, config, scheme_of)
+
+
+def _by_expert(block: nn.Module, site: Site) -> Iterator[Site]:
+    """`site` with expert numbers for ``*``: a site for each of the block's experts, or one that all of them read."""
+
+    def numbered(path: str) -> list[str]:
+        parent, star, leaf = path.partition(".*")
+        return [f"{parent}.{e}{leaf}" for e, _ in block.get_submodule(parent).named_children()] if star else [path]
+
+    readers = [numbered(path) for path in site.readers]
+    if "*" not in site.source:
+        yield replace(site, readers=tuple(path for paths in readers for path in paths))
+    else:
+        for source, *own in zip(numbered(site.source), *readers, strict=True):
+            yield replace(site, source=source, readers=tuple(own))
 
 
 def _fold(
@@ -116,23 +134,16 @@ def _fold(
     bias = getattr(source, "bias", None)
     if bias is not None:
         written.append(bias.data)
-    modules = [path for path in (*site.readers, *site.routers) if isinstance(_found(block, path), nn.Module)]
     return Fold(
         prefix + site.source,
         tuple(tensor[-channels:] for tensor in written),
         tuple(read),
         tuple([scheme_of(prefix + path) for path in site.readers] + [None] * len(site.routers)),
-        block.get_submodule(modules[0]),
+        block.get_submodule((*site.routers, *site.readers)[0]),  # a router sees all tokens, an expert its own
         queries,
         head_dim,
         site.offset,
     )
-
-
-def _found(block: nn.Module, path: str) -> Any:
-    """The module or Parameter at `path`."""
-    parent, _, leaf = path.rpartition(".")
-    return getattr(block.get_submodule(parent), leaf)
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -145,7 +156,7 @@ def _has(block: nn.Module, path: str) -> bool:
 
 
 def _matrix(block: nn.Module, path: str) -> Tensor:
-    """The weight at `path`, ``(out, in)`` or ``(experts, out, in)``; ``(channels,)`` of a norm. A view."""
-    found = _found(block, path)
-    weight: Tensor = found.data if isinstance(found, nn.Parameter) else found.weight.data
-    return weight.T if isinstance(found, Conv1D) else weight
+    """The weight at `path`, ``(out, in)``; ``(channels,)`` of a norm. A view."""
+    module = block.get_submodule(path)
+    weight = module.get_parameter("weight").data
+    return weight.T if isinstance(module, Conv1D) else weight

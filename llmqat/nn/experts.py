@@ -43,15 +43,15 @@ class SplitExperts(nn.ModuleList):
 
     @classmethod
     @torch.no_grad()
-    def from_fused(cls, fused: nn.Module) -> Self:
-        """Split the weights of a fused module; the new Parameters are copies. Meta devices welcome."""
+    def from_fused(cls, fused: nn.Module, copy: bool = True) -> Self:
+        """Split the weights of a fused module; the new Parameters are copies or views of them. Meta devices welcome."""
         gate_up, down = fused.gate_up_proj, fused.down_proj
         act_fn: Any = fused.act_fn
         assert isinstance(gate_up, nn.Parameter)
         assert isinstance(down, nn.Parameter)
         half = gate_up.shape[1] // 2
         experts = (
-            Expert(_linear(gate_up[e, :half]), _linear(gate_up[e, half:]), _linear(down[e]), act_fn)
+            Expert(_linear(gate_up[e, :half], copy), _linear(gate_up[e, half:], copy), _linear(down[e], copy), act_fn)
             for e in range(len(down))
         )
         return cls(experts).train(fused.training)
@@ -131,8 +131,8 @@ class _Touch(torch.autograd.Function):
         return grad_y, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """A Linear on a copy of `weight` ``(out, in)``."""
+def _linear(weight: Tensor, copy: bool) -> nn.Linear:
+    """A Linear on `weight` ``(out, in)``, or on a copy of it."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format) if copy else weight)
     return linear

@@ -77,15 +77,15 @@ def test_an_offset_norm_gets_a_weight_that_its_dtype_holds(dtype):
 
 
 def test_a_norm_with_another_reader_is_put_back_and_named():
-    model, probe = Small(), torch.arange(8)[None]
+    model, probe, s = Small(), torch.arange(8)[None], torch.full((8,), 4.0)
     before = model(probe).logits
     state = {name: p.clone() for name, p in model.named_parameters()}
     message = r"smoothing block\.norm changed the float logits by .*something else reads .* leave --smooth out"
     with pytest.raises(LlmqatError, match=message):
-        apply_checked(model, fold_of(model.norm, [model.a]), torch.full((8,), 4.0), probe, before)
+        apply_checked(model, "block.norm", {fold_of(model.norm, [model.a]): s}, probe, before)
     for name, p in model.named_parameters():
         assert torch.equal(p, state[name]), name
-    assert apply_checked(model, fold_of(model.norm, [model.a, model.b]), torch.full((8,), 4.0), probe, before) == 0
+    assert apply_checked(model, "block.norm", {fold_of(model.norm, [model.a, model.b]): s}, probe, before) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -3,6 +3,7 @@ import torch
 
 from llmqat.algorithms.smoothquant import (
     ALPHAS,
+    LEAST_TOKENS,
     Smoothed,
     describe,
     observe,
@@ -177,6 +178,16 @@ def test_describe():
     assert describe(done) == (
         "smoothed 1 of 2 sites; float logits changed by at most 1.0e-07 of the largest\n"
         "  fc1: output error 3.00e-01 -> 1.75e-01 on average; alpha by block: 0.5 off"
+    )
+    experts = {f"model.layers.0.mlp.experts.{i}.up_proj": Smoothed(0.5, 0.0, (0.4, 0.2)) for i in range(2)}
+    experts |= {f"model.layers.1.mlp.experts.{i}.up_proj": Smoothed(None, 0.0, (0.1, 0.1)) for i in range(2)}
+    experts |= {f"model.layers.1.mlp.experts.{i}.up_proj": Smoothed(None) for i in range(2, 9)}
+    assert describe(experts) == (
+        "smoothed 2 of 11 sites; float logits changed by at most 0.0e+00 of the largest\n"
+        "  mlp.experts.*.up_proj: output error 2.50e-01 -> 1.50e-01 on average; experts by alpha: 0.5: 2, off: 2\n"
+        f"  left as they are, for fewer than {LEAST_TOKENS} calibration tokens: model.layers.1.mlp.experts.2.up_proj, "
+        + "".join(f"model.layers.1.mlp.experts.{i}.up_proj, " for i in range(3, 6))
+        + "model.layers.1.mlp.experts.6.up_proj and 2 more"
     )
     assert (
         describe({"a": Smoothed(0.5, 0.0)}) == "smoothed 1 of 1 sites; float logits changed by at most 0.0e+00 of "

@@ -8,6 +8,7 @@ from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
 from llmqat.models import smooth_sites
 from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.experts import experts_apart
 from llmqat.models.patcher import prepare, smooth
 from llmqat.models.smooth_sites import Site, folds_of
 from llmqat.scheme import QuantScheme
@@ -23,7 +24,7 @@ EXPERTS = SIZES | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_s
 LLAMA_SITES = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"]
 GEMMA2_SITES = ["input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"]
 OPT_SITES = ["self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"]
-MOE_SITES = ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm"]
+MOE_SITES = [*LLAMA_SITES[:3], *(f"mlp.experts.{expert}.up_proj" for expert in range(4))]
 
 # model type, config, sites of a block
 CASES = {
@@ -63,11 +64,12 @@ def folds(model, sites=None):
     row = ARCHITECTURES[model.config.model_type]
     blocks = model.get_submodule(row.blocks)
     scheme = lambda _: QuantScheme()  # noqa: E731
-    return [
-        fold
-        for i, block in enumerate(blocks)
-        for fold in folds_of(block, f"{row.blocks}.{i}.", sites or row.smooth_sites, model.config, scheme)
-    ]
+    with experts_apart(model):
+        return [
+            fold
+            for i, block in enumerate(blocks)
+            for fold in folds_of(block, f"{row.blocks}.{i}.", sites or row.smooth_sites, model.config, scheme)
+        ]
 
 
 @torch.no_grad()
@@ -136,6 +138,7 @@ def test_smoothing_takes_outliers_out_of_every_family(case, alpha, tokens):
         ("llama", Site("mlp.gate_proj", ("mlp.down_proj",))),
         ("llama", Site("input_layernorm", smooth_sites.QKV[:2])),
         ("mixtral", Site("post_attention_layernorm", ("mlp.gate",))),
+        ("qwen3_moe", Site("mlp.experts.*.gate_proj", ("mlp.experts.*.down_proj",))),
         ("bert", Site("attention.output.LayerNorm", ("intermediate.dense",))),
         ("opt-gelu", Site("fc1", ("fc2",))),
         ("opt-post-norm", Site("self_attn_layer_norm", smooth_sites.QKV)),

@@ -94,7 +94,7 @@ def test_routes_are_recorded_and_followed(routed):
     assert not torch.equal(second[0](hidden, other, weights), expected), "no longer than asked"
 
 
-def test_weights_are_copied_mode_is_kept_and_meta_works():
+def test_weights_are_copies_or_views_mode_is_kept_and_meta_works():
     module = fused()
     split = SplitExperts.from_fused(module)
     assert not split.training
@@ -102,6 +102,10 @@ def test_weights_are_copied_mode_is_kept_and_meta_works():
     module.down_proj.data.zero_()
     assert split[0].down_proj.weight.ne(0).all()
     assert split[0].down_proj.weight.is_contiguous()
+    views = SplitExperts.from_fused(module, copy=False)
+    views[2].up_proj.weight.data.fill_(3)
+    assert module.gate_up_proj[2, INTERMEDIATE:].eq(3).all()
+    assert module.gate_up_proj.eq(3).sum() == INTERMEDIATE * HIDDEN
     with torch.device("meta"):
         meta = SplitExperts.from_fused(fused())
     assert meta[4].gate_proj.weight.is_meta
