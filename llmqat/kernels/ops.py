@@ -3,9 +3,13 @@
 On a CPU the compiled kernels of `native` run under this same operator; nothing above this layer knows which one runs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.quant.affine import dequantize, fake_quantize_activation
 from llmqat.quant.packing import from_unsigned, packed_width, unpack_rows
@@ -13,6 +17,7 @@ from llmqat.scheme import QuantScheme
 
 # The reference dequantizes this many weights at a time: no dense copy of the layer is ever held.
 CHUNK_ELEMENTS = 1 << 22
+NAME = "llmqat::packed_linear"
 
 
 def unpack_weight(
@@ -32,7 +37,6 @@ def _scheme(
     return QuantScheme(bits, in_features // weight_scale.shape[1], weight_zero_point is None, act_bits)
 
 
-@torch.library.custom_op("llmqat::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor,
     weight_packed: Tensor,
@@ -55,6 +59,20 @@ def packed_linear(
         in_features: weights per row.
         act_bits: 8 quantizes `x` per token first, exactly as in training; None leaves it alone.
     """
+    y: Tensor = _operator(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
+    return _InferenceOnly.apply(y, x) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-any-return]
+
+
+def _run(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    act_bits: int | None,
+) -> Tensor:
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
     if native.supports(x, weight_scale, in_features):
         return native.linear(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
@@ -101,27 +119,29 @@ def _check(
 ) -> None:
     """Shapes and dtypes, once, before any pointer is read."""
     out_features, words = weight_packed.shape
-    groups = weight_scale.shape[1]
-    torch._check(
-        weight_packed.dtype == torch.int32, lambda: f"weight_packed must be int32 words, got {weight_packed.dtype}"
+    groups, width = weight_scale.shape[1], packed_width(in_features, bits)
+    zeros = (packed_width(out_features, bits), groups)
+    conditions: tuple[tuple[bool, Callable[[], str]], ...] = (
+        (weight_packed.dtype == torch.int32, lambda: f"weight_packed must be int32 words, got {weight_packed.dtype}"),
+        (x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}"),
+        (words == width, lambda: f"{in_features} codes of {bits} bits take {width} words a row, got {words}"),
+        (
+            weight_scale.shape[0] == out_features and in_features % groups == 0,
+            lambda: (
+                f"weight_scale {tuple(weight_scale.shape)} does not fit a weight of ({out_features}, {in_features})"
+            ),
+        ),
+        (
+            weight_zero_point is None or weight_zero_point.shape == zeros,
+            lambda: f"weight_zero_point must be packed along the rows: {zeros}",
+        ),
     )
-    torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}")
-    torch._check(
-        words == packed_width(in_features, bits),
-        lambda: f"{in_features} codes of {bits} bits take {packed_width(in_features, bits)} words a row, got {words}",
-    )
-    torch._check(
-        weight_scale.shape[0] == out_features and in_features % groups == 0,
-        lambda: f"weight_scale {tuple(weight_scale.shape)} does not fit a weight of ({out_features}, {in_features})",
-    )
-    torch._check(
-        weight_zero_point is None or weight_zero_point.shape == (packed_width(out_features, bits), groups),
-        lambda: f"weight_zero_point must be packed along the rows: ({packed_width(out_features, bits)}, {groups})",
-    )
+    for holds, message in conditions:  # torch._check takes microseconds for each
+        if not holds:
+            torch._check(False, message)
 
 
-@packed_linear.register_fake
-def _(
+def _shape(
     x: Tensor,
     weight_packed: Tensor,
     weight_scale: Tensor,
@@ -133,3 +153,22 @@ def _(
 ) -> Tensor:
     _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets `y` through; a backward pass, which would find no gradient for `x`, fails."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> None:
+        raise LlmqatError("packed layers have no gradient: train the prepared model, before convert and pack")
+
+
+# Not `custom_op`: its checks of what is aliased and its autograd layer cost as much as a small product.
+torch.library.define(NAME, torch.library.infer_schema(packed_linear, mutates_args=()))
+torch.library.impl(NAME, "CompositeExplicitAutograd", _run)
+torch.library.register_fake(NAME, _shape)
+_operator = torch.ops.llmqat.packed_linear.default

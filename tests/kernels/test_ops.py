@@ -32,7 +32,7 @@ def to_meta(value):
 def test_opcheck(symmetric, bias, act_bits, x_shape):
     packed, *_ = packed_layer(7, 40, QuantScheme(4, 8, symmetric))
     args = (torch.randn(x_shape), *packed, torch.randn(7) if bias else None, 4, 40, act_bits)
-    torch.library.opcheck(ops.packed_linear, args)
+    torch.library.opcheck(torch.ops.llmqat.packed_linear.default, args)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -123,3 +123,10 @@ def test_unknown_activation_width():
     packed, *_ = packed_layer(7, 40, QuantScheme(4, 8))
     with pytest.raises(LlmqatError, match="act_bits must be 8"):
         ops.packed_linear(torch.randn(2, 40), *packed, None, 4, 40, 4)
+
+
+def test_a_backward_pass_fails():
+    packed, *_ = packed_layer(7, 40, QuantScheme(4, 8))
+    y = ops.packed_linear(torch.randn(2, 40, requires_grad=True), *packed, None, 4, 40, None)
+    with pytest.raises(LlmqatError, match="packed layers have no gradient: train the prepared model"):
+        y.sum().backward()
