@@ -157,10 +157,10 @@ struct Table {
     Bytes byte[COUNT];
 };
 
-// The values (code & mask - zero) * scale of the codes 0 to 15. With QUADS, four codes each have a scale and zero point
-// of their own, else all have the first.
-template <int STORED, bool QUADS>
-inline Table<STORED == LLMQAT_BFLOAT16 ? 2 : 4> make_table(const float* scale, const float* zero, int mask) {
+// The values (code & mask - zero) * scale of the codes 0 to 15, as `stored` rounds them: COUNT is 2 for bfloat16. With
+// QUADS, four codes each have a scale and zero point of their own, else all have the first.
+template <int COUNT, bool QUADS>
+inline Table<COUNT> make_table(const float* scale, const float* zero, int mask, [[maybe_unused]] int32_t stored) {
     const Bytes pick = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     auto quads = [](const float* p, int q) {
         return QUADS ? _mm256_set_m128(_mm_set1_ps(p[q + 2]), _mm_set1_ps(p[q])) : _mm256_set1_ps(*p);
@@ -169,11 +169,13 @@ inline Table<STORED == LLMQAT_BFLOAT16 ? 2 : 4> make_table(const float* scale, c
         __m256i code = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11), _mm256_set1_epi32(4 * q));
         Floats v = to_floats(_mm256_and_si256(code, _mm256_set1_epi32(mask)));
         v = multiply(subtract(v, quads(zero, q)), quads(scale, q));
-        return _mm256_shuffle_epi8(_mm256_castps_si256(round_to_storage<STORED>(v)), pick);
+        if constexpr (COUNT == 2) v = round_to_storage<LLMQAT_BFLOAT16>(v);
+        else if (stored == LLMQAT_FLOAT16) v = round_to_storage<LLMQAT_FLOAT16>(v);
+        return _mm256_shuffle_epi8(_mm256_castps_si256(v), pick);
     };
     const Bytes a = values(0), b = values(1), high = _mm256_unpackhi_epi32(a, b), low = _mm256_unpacklo_epi32(a, b);
     const Bytes third = _mm256_permute4x64_epi64(high, 0x88), fourth = _mm256_permute4x64_epi64(high, 0xdd);
-    if constexpr (STORED == LLMQAT_BFLOAT16) return {{third, fourth}};
+    if constexpr (COUNT == 2) return {{third, fourth}};
     else return {{_mm256_permute4x64_epi64(low, 0x88), _mm256_permute4x64_epi64(low, 0xdd), third, fourth}};
 }
 

@@ -137,22 +137,24 @@ struct Table {
     Bytes byte[COUNT];
 };
 
-// The values (code & mask - zero) * scale of the codes 0 to 15. With QUADS, four codes each have a scale and zero point
-// of their own, else all have the first.
-template <int STORED, bool QUADS>
-inline Table<STORED == LLMQAT_BFLOAT16 ? 2 : 4> make_table(const float* scale, const float* zero, int mask) {
+// The values (code & mask - zero) * scale of the codes 0 to 15, as `stored` rounds them: COUNT is 2 for bfloat16. With
+// QUADS, four codes each have a scale and zero point of their own, else all have the first.
+template <int COUNT, bool QUADS>
+inline Table<COUNT> make_table(const float* scale, const float* zero, int mask, [[maybe_unused]] int32_t stored) {
     static const int32_t FIRST[4] = {0, 1, 2, 3};
     auto values = [&](int q) {
         int32x4_t code = vaddq_s32(vld1q_s32(FIRST), vdupq_n_s32(4 * q));
         Floats v = to_floats(vandq_s32(code, vdupq_n_s32(mask)));
         v = multiply(subtract(v, repeat(zero[QUADS ? q : 0])), repeat(scale[QUADS ? q : 0]));
-        return vreinterpretq_u16_f32(round_to_storage<STORED>(v));
+        if constexpr (COUNT == 2) v = round_to_storage<LLMQAT_BFLOAT16>(v);
+        else if (stored == LLMQAT_FLOAT16) v = round_to_storage<LLMQAT_FLOAT16>(v);
+        return vreinterpretq_u16_f32(v);
     };
     const uint16x8_t a = values(0), b = values(1), c = values(2), d = values(3);
     const Bytes low_ab = vreinterpretq_u8_u16(vuzp1q_u16(a, b)), low_cd = vreinterpretq_u8_u16(vuzp1q_u16(c, d));
     const Bytes high_ab = vreinterpretq_u8_u16(vuzp2q_u16(a, b)), high_cd = vreinterpretq_u8_u16(vuzp2q_u16(c, d));
     const Bytes third = vuzp1q_u8(high_ab, high_cd), fourth = vuzp2q_u8(high_ab, high_cd);
-    if constexpr (STORED == LLMQAT_BFLOAT16) return {{third, fourth}};
+    if constexpr (COUNT == 2) return {{third, fourth}};
     else return {{vuzp1q_u8(low_ab, low_cd), vuzp2q_u8(low_ab, low_cd), third, fourth}};
 }
 
