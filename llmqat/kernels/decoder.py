@@ -32,7 +32,7 @@ class _Decoder(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = (("keys", ctypes.c_void_p), ("values", ctypes.c_void_p))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale"))
 
 
 @dataclass(frozen=True)
@@ -102,27 +102,42 @@ class NativeDecoder:
 
 @dataclass
 class CacheBuffers:
-    """Keys and values of every block, ``(kv_heads, capacity, head_dim)``, and how many tokens they hold."""
+    """Keys and values of every block, and how many tokens they hold.
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    Attributes:
+        int8: whether it holds codes and scales, on the grid of `llmqat.quant.affine.quantize_activation`.
+        blocks: for each, keys and values ``(kv_heads, capacity, head_dim)``; with `int8`, the codes of both, then the
+            float32 scales of both ``(kv_heads, capacity, 1)``.
+        length: tokens held.
+    """
+
+    int8: bool = False
+    blocks: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     length: int = 0
-    pointers: Any = None
 
     @property
     def capacity(self) -> int:
         """Tokens there is room for."""
-        return self.keys[0].shape[1] if self.keys else 0
+        return self.blocks[0][0][0].shape[1] if self.blocks else 0
+
+    @property
+    def pointers(self) -> Any:
+        """What the library gets: a struct for each block."""
+        addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
+        return (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
 
     def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
         """Have room for `needed` tokens; what is filled moves along."""
         if self.capacity >= needed:
             return
-        capacity = max(needed + CAPACITY_STEP, 2 * self.capacity)
-        for kept in (self.keys, self.values):
-            new = [torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(blocks)]
-            for old, buffer in zip(kept, new, strict=False):
-                buffer[:, : self.length] = old[:, : self.length]
-            kept[:] = new
-        pairs = zip(self.keys, self.values, strict=True)
-        self.pointers = (_Cache * blocks)(*(_Cache(k.data_ptr(), v.data_ptr()) for k, v in pairs))
+        capacity, old = max(needed + CAPACITY_STEP, 2 * self.capacity), self.blocks
+        pairs = [(head_dim, torch.int8), (1, torch.float32)] if self.int8 else [(head_dim, dtype)]
+
+        def empty(width: int, kind: torch.dtype) -> Tensor:
+            return torch.empty(kv_heads, capacity, width, dtype=kind)
+
+        self.blocks = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
+        for kept, block in zip(old, self.blocks, strict=False):
+            for sources, targets in zip(kept, block, strict=True):
+                for source, target in zip(sources, targets, strict=True):
+                    target[:, : self.length] = source[:, : self.length]

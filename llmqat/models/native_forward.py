@@ -2,7 +2,7 @@
 
 `accelerate_forward` replaces the forward of the decoder stack. What it does not cover - batches, padding, gradients,
 attention weights, caches of another kind - goes through the transformers code as before, on the same weights and the
-same cache: the cache layers of transformers hold views of the buffers that the native code writes.
+same cache: its layers hold views of the buffers that the native code writes.
 """
 
 from types import MethodType
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmqat.kernels import native
 from llmqat.kernels.decoder import Block, CacheBuffers, NativeDecoder, Shape
+from llmqat.nn.kv_cache import Int8Cache, Int8Layer, quantizes_kv
 from llmqat.nn.packed_linear import PackedLinear
 
 # Families whose block is: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
@@ -73,18 +74,25 @@ def _pointers(stack: Any) -> tuple[int, ...]:
 
 def _holds(buffers: CacheBuffers, cache: Any, length: int) -> bool:
     """Whether the views that we gave to `cache` are still what it holds."""
-    if buffers.length != length or len(cache.layers) != len(buffers.keys):
+    if buffers.length != length or len(cache.layers) != len(buffers.blocks):
         return False
     return all(
-        layer.keys.data_ptr() == k.data_ptr() and layer.values.data_ptr() == v.data_ptr()
-        for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=True)
+        held.keys.data_ptr() == k.data_ptr() and held.values.data_ptr() == v.data_ptr()
+        for layer, block in zip(cache.layers, buffers.blocks, strict=True)
+        for held, (k, v) in zip(_halves(layer), block, strict=True)
     )
+
+
+def _halves(layer: Any) -> tuple[Any, ...]:
+    """The cache layers of transformers that hold the tensors of `layer`, in the order of `CacheBuffers.blocks`."""
+    return (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
 
 
 def _read(buffers: CacheBuffers, cache: Any, length: int) -> None:
     """Copy the tokens that `cache` holds."""
-    for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=False):
-        k[:, :length], v[:, :length] = layer.keys[0], layer.values[0]
+    for layer, block in zip(cache.layers, buffers.blocks, strict=False):
+        for held, (k, v) in zip(_halves(layer), block, strict=True):
+            k[:, :length], v[:, :length] = held.keys[0], held.values[0]
     buffers.length = length
 
 
@@ -95,11 +103,14 @@ def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
 
 def show(buffers: CacheBuffers, cache: Any) -> None:
     """Give `cache` views of what is filled."""
-    for index, (k, v) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
-        keys, values = k[None, :, : buffers.length], v[None, :, : buffers.length]
-        if index >= len(cache.layers) or not cache.layers[index].is_initialized:
-            cache.update(keys[:, :, :0], values[:, :, :0], index)
-        cache.layers[index].keys, cache.layers[index].values = keys, values
+    for index, block in enumerate(buffers.blocks):
+        if index >= len(cache.layers):
+            cache.update(block[0][0][None, :, :0], block[0][1][None, :, :0], index)
+        for held, (k, v) in zip(_halves(cache.layers[index]), block, strict=True):
+            keys, values = k[None, :, : buffers.length], v[None, :, : buffers.length]
+            if not held.is_initialized:
+                held.lazy_initialization(keys, values)
+            held.keys, held.values = keys, values
 
 
 # Decoders and the pointers that they borrow. Not an attribute of the model: a copy of it must get its own.
@@ -127,11 +138,15 @@ def decoder_of(stack: Any) -> NativeDecoder:
     return decoder
 
 
+def _stores_int8(stack: Any, cache: Any) -> bool:
+    return quantizes_kv(stack.layers[-1].self_attn) if cache is None else isinstance(cache, Int8Cache)
+
+
 def _run(stack: Any, embeds: Tensor, position_ids: Tensor, cache: Any, past: int) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
     decoder = decoder_of(stack)
     tokens = embeds.shape[1]
-    buffers = getattr(cache, "llmqat_buffers", None) or CacheBuffers()
+    buffers = getattr(cache, "llmqat_buffers", None) or CacheBuffers(_stores_int8(stack, cache))
     ours = cache is None or _holds(buffers, cache, past)
     reserve(buffers, decoder, past + tokens)
     if cache is not None and not ours and past:
@@ -168,7 +183,9 @@ def _forward(
         )
     embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+    cache = past_key_values
+    if use_cache and cache is None:
+        cache = (Int8Cache if _stores_int8(self, None) else DynamicCache)(config=self.config)
     past = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
         position_ids = torch.arange(past, past + embeds.shape[1])[None]
@@ -190,6 +207,13 @@ def takes(
         return False
     if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "return_legacy_cache")):
         return False
-    if kwargs.get("return_dict") is False or not (cache is None or type(cache) is DynamicCache):
+    if kwargs.get("return_dict") is False or not _fits(stack, cache):
         return False
     return mask is None or (mask.ndim == 2 and bool(mask.all()))
+
+
+def _fits(stack: Any, cache: Any) -> bool:
+    """Whether the native decoder stores what `cache` would: floats, or int8 codes; not quantized floats."""
+    if cache is None or type(cache) is Int8Cache:
+        return True
+    return type(cache) is DynamicCache and not quantizes_kv(stack.layers[-1].self_attn)

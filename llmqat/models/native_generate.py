@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from llmqat.kernels import native
 from llmqat.models.native_forward import decoder_of, reserve, show, takes
@@ -70,7 +69,7 @@ def _plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -
     """Whether this call asks for tokens only, from one unpadded prompt and an empty cache."""
     given = {name for name, value in inputs.items() if value is not None}
     cache = inputs.get("past_key_values")
-    if type(cache) is not DynamicCache or cache.get_seq_length() or not inputs.get("use_cache") or given - PLAIN_INPUTS:
+    if cache is None or cache.get_seq_length() or not inputs.get("use_cache") or given - PLAIN_INPUTS:
         return False
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
         return False

@@ -9,14 +9,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmqat
 from llmqat.kernels import native
-from llmqat.kernels.decoder import NativeDecoder
 from llmqat.models.native_forward import FAMILIES, accelerate_forward
 from llmqat.models.patcher import convert
 from llmqat.scheme import QuantScheme
 from tests.conftest import TINY
 
 
-def packed_model(family, scheme=None, dtype=torch.float32, **config):
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, **config):
     """A tiny random packed model whose biases and norms are not trivial."""
     torch.manual_seed(0)
     config = TINY | {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512} | config
@@ -26,21 +25,9 @@ def packed_model(family, scheme=None, dtype=torch.float32, **config):
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.3 * torch.randn_like(parameter)
     model.to(dtype)
-    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=[torch.arange(16)[None]])
+    calibration = [torch.arange(16)[None]]
+    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=calibration, kv_bits=kv_bits)
     return convert(model)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many tokens each native call got."""
-    seen, plain = [], NativeDecoder.__call__
-
-    def counted(self, hidden, *args):
-        seen.append(hidden.shape[0])
-        return plain(self, hidden, *args)
-
-    monkeypatch.setattr(NativeDecoder, "__call__", counted)
-    return seen
 
 
 def both(model, run):
@@ -98,6 +85,22 @@ def test_a_cache_moves_between_both(calls):
     assert calls == [10, 9, 1]
     torch.testing.assert_close(torch.cat([first, second, third, fourth], 1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 30
+
+
+def test_a_copied_cache(calls):
+    """As a prompt that is computed once and gone on from more than once."""
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        prompt = DynamicCache(config=model.config)
+        model(ids[:, :8], past_key_values=prompt)
+        for _ in range(2):
+            cache = deepcopy(prompt)
+            logits = [model(token, past_key_values=cache).logits for token in ids[:, 8:].split(1, dim=1)]
+            torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-4, atol=1e-4)
+    assert calls == [8] + [1] * 8
 
 
 def test_a_cropped_cache(calls):

@@ -7,24 +7,11 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 import llmqat
 from llmqat.kernels import native
 from llmqat.models.native_forward import FAMILIES, accelerate_forward
-from llmqat.models.native_generate import Step, accelerate_generate
+from llmqat.models.native_generate import accelerate_generate
 from llmqat.scheme import QuantScheme
 from tests.models.test_native_forward import packed_model
 
 PROMPT = torch.arange(7)[None] * 11 % 128
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """How many tokens were made by the native loop."""
-    seen, plain = [], Step.__call__
-
-    def counted(self, token):
-        seen.append(int(token))
-        return plain(self, token)
-
-    monkeypatch.setattr(Step, "__call__", counted)
-    return seen
 
 
 def native_blocks(family="llama", **config):

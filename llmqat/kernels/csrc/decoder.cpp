@@ -11,6 +11,10 @@ namespace {
 
 int64_t width(int32_t dtype) { return dtype == LLMQAT_FLOAT32 ? 4 : 2; }
 
+Cached keys(const llmqat_cache& cache) { return {cache.keys, cache.key_scale}; }
+
+Cached values(const llmqat_cache& cache) { return {cache.values, cache.value_scale}; }
+
 // Activations of one call: everything a block needs, reused by all blocks.
 struct Buffers {
     char *normed, *q, *k, *v, *attended, *gate, *up, *out;
@@ -53,19 +57,19 @@ struct Pass {
                 r.from_start = r.to_start = (t * d.heads + h) * dim;
                 steps.rope(r);
             }
-            r.from = b.k, r.norm = block.k_norm, r.to = cache.keys;
+            r.from = r.to = b.k, r.norm = block.k_norm;
             for (int64_t h = 0; h < d.kv_heads; ++h) {
-                int64_t from = (t * d.kv_heads + h) * dim, at = (h * capacity + past + t) * dim;
-                r.from_start = from, r.to_start = at;
+                const int64_t from = (t * d.kv_heads + h) * dim, row = h * capacity + past + t;
+                r.from_start = r.to_start = from;
                 steps.rope(r);
-                std::memcpy(static_cast<char*>(cache.values) + at * width(d.dtype), b.v + from * width(d.dtype),
-                            size_t(dim * width(d.dtype)));
+                steps.cache(b.k, from, dim, d.dtype, keys(cache), row);
+                steps.cache(b.v, from, dim, d.dtype, values(cache), row);
             }
         });
     }
 
     void attend(const llmqat_cache& cache) const {
-        Attention a = {b.q, cache.keys, cache.values, b.attended, m, past, capacity, d.heads, d.kv_heads,
+        Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, d.heads, d.kv_heads,
                        d.head_dim, d.attention_scale, d.dtype};
         if (m == 1) {
             // Heads that share keys go together.

@@ -18,9 +18,11 @@ struct llmqat_decoder {
 };
 static_assert(sizeof(llmqat_block) == 7 * 80 + 32 && sizeof(llmqat_decoder) == 80, "native.py lays these out by hand");
 
-// The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled.
+// The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
+// (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
 struct llmqat_cache {
     void *keys, *values;
+    float *key_scale, *value_scale;
 };
 
 #if defined(__GNUC__)
