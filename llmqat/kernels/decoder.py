@@ -1,7 +1,7 @@
 """The native decoder through ctypes: all blocks of a Llama-like model in one call (csrc/decoder.h)."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,15 @@ from llmqat.kernels import native
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
 NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+UNLIMITED = 1 << 62  # a window that sees every token
 
 
 class _Block(ctypes.Structure):
-    _fields_ = (*((name, native.Matrix) for name in LINEARS), *((name, ctypes.c_void_p) for name in NORMS))
+    _fields_ = (
+        *((name, native.Matrix) for name in LINEARS),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("window", ctypes.c_int64),
+    )
 
 
 class _Decoder(ctypes.Structure):
@@ -35,6 +40,10 @@ class _Cache(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale"))
 
 
+class _Rotary(ctypes.Structure):
+    _fields_ = (("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("dim", ctypes.c_int64))
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder, as its config names them."""
@@ -50,10 +59,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Block:
-    """One block: seven packed layers (arguments of `native.matrix`) and up to four norm weights."""
+    """One block.
+
+    Attributes:
+        linears: seven packed layers, arguments of `native.matrix` each.
+        norms: weights by their name in `NORMS`.
+        window: how many tokens a query sees, itself included.
+    """
 
     linears: Sequence[tuple[Any, ...]]
-    norms: Sequence[Tensor | None]
+    norms: Mapping[str, Tensor]
+    window: int = UNLIMITED
+
+
+def split_rows(arguments: tuple[Any, ...], rows: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Arguments of `native.matrix` for the first ``rows[0]`` rows of a layer, the next ``rows[1]``, ...: its memory.
+
+    Zero points are packed along rows: each part has to begin at a whole word of them.
+    """
+    packed, scale, zero_point, bias, bits, *rest = arguments
+    for part, count in enumerate(rows):
+        start = sum(rows[:part])
+        own, words = slice(start, start + count), slice(start * bits // 32, -(-(start + count) * bits // 32))
+        optional = (None if zero_point is None else zero_point[words], None if bias is None else bias[own])
+        yield (packed[own], scale[own], *optional, bits, *rest)
 
 
 class NativeDecoder:
@@ -66,8 +95,9 @@ class NativeDecoder:
         for target, block in zip(self._blocks, blocks, strict=True):
             for name, arguments in zip(LINEARS, block.linears, strict=True):
                 setattr(target, name, native.matrix(*arguments))
-            for name, weight in zip(NORMS, block.norms, strict=True):
-                setattr(target, name, None if weight is None else weight.data_ptr())
+            for name, weight in block.norms.items():
+                setattr(target, name, weight.data_ptr())
+            target.window = block.window
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (len(blocks), *sizes, shape.eps, shape.attention_scale, native.DTYPES[norm.dtype], 0)
         self._model = _Decoder(self._blocks, norm.data_ptr(), *numbers)
@@ -79,13 +109,14 @@ class NativeDecoder:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
             cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are written behind.
             past: tokens in the cache.
-            cosine: rotary tables ``(m, head_dim)`` of the new positions, in the same dtype.
+            cosine: rotary tables ``(m, dim)`` of the new positions, in that dtype, for the first features of a head.
             sine: likewise.
         """
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         cosine, sine = cosine.contiguous(), sine.contiguous()
+        rotary = _Rotary(cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
         library.llmqat_set_threads(native.threads())
         library.llmqat_decode(
             ctypes.byref(self._model),
@@ -93,8 +124,7 @@ class NativeDecoder:
             ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
-            ctypes.c_void_p(cosine.data_ptr()),
-            ctypes.c_void_p(sine.data_ptr()),
+            ctypes.byref(rotary),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out

@@ -5,6 +5,7 @@ attention weights, caches of another kind - goes through the transformers code a
 same cache: its layers hold views of the buffers that the native code writes.
 """
 
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,14 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmqat.kernels import native
-from llmqat.kernels.decoder import Block, CacheBuffers, NativeDecoder, Shape
+from llmqat.kernels.decoder import UNLIMITED, Block, CacheBuffers, NativeDecoder, Shape, split_rows
+from llmqat.models.native_families import FAMILIES, Family, linears_of, rows_of, splits, window_of
 from llmqat.nn.kv_cache import Int8Cache, Int8Layer, quantizes_kv
 from llmqat.nn.packed_linear import PackedLinear
 
-# Families whose block is: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 MAX_HEAD_DIM = 256
 
 
@@ -40,36 +38,28 @@ def _covers(model: PreTrainedModel, stack: Any) -> bool:
     dtype = stack.norm.weight.dtype
     if native.library() is None or stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return False
-    linears = [linear for layer in stack.layers for linear in _linears(layer)]
+    family, head_dim = FAMILIES[config.model_type], stack.layers[0].self_attn.head_dim
+    linears = [linear for layer in stack.layers for linear in linears_of(layer, family)]
     # Static activations are quantized by the module, which the native decoder passes by.
     packed = all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears)
     probe = torch.empty(0, dtype=dtype)
     runs = packed and all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears)
-    plain = config.hidden_act == "silu" and not _slides(config)
-    return bool(runs and plain and stack.layers[0].self_attn.head_dim <= MAX_HEAD_DIM)
+    rows = rows_of(family, config, head_dim) * len(stack.layers)
+    apart = runs and all(splits(linear, parts) for linear, parts in zip(linears, rows, strict=True))
+    return bool(apart and config.hidden_act == "silu" and head_dim <= MAX_HEAD_DIM)
 
 
-def _linears(layer: Any) -> list[Any]:
-    return [getattr(layer.self_attn, name) for name in ATTENTION] + [getattr(layer.mlp, name) for name in MLP]
-
-
-def _slides(config: Any) -> bool:
-    """Whether some layer attends to a window only; Qwen names them in `layer_types`, Mistral means all."""
-    kinds = getattr(config, "layer_types", None)
-    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-
-
-def _block(layer: Any) -> Block:
-    attention = layer.self_attn
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    norms += tuple(getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    return Block([linear.arguments() for linear in _linears(layer)], [None if n is None else n.weight for n in norms])
+def _block(layer: Any, family: Family, rows: list[list[int]]) -> Block:
+    whole = [linear.arguments() for linear in linears_of(layer, family)]
+    linears = [part for layer, parts in zip(whole, rows, strict=True) for part in split_rows(layer, parts)]
+    norms = {name: layer.get_submodule(path).weight for name, path in family.norms.items()}
+    return Block(linears, norms, window_of(layer, family) or UNLIMITED)
 
 
 def _pointers(stack: Any) -> tuple[int, ...]:
     """What the decoder borrows; it is built again when one of them has moved."""
-    last = stack.layers[-1]
-    return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in _linears(last))
+    linears = linears_of(stack.layers[-1], FAMILIES[stack.config.model_type])
+    return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in linears)
 
 
 def _holds(buffers: CacheBuffers, cache: Any, length: int) -> bool:
@@ -77,22 +67,33 @@ def _holds(buffers: CacheBuffers, cache: Any, length: int) -> bool:
     if buffers.length != length or len(cache.layers) != len(buffers.blocks):
         return False
     return all(
-        held.keys.data_ptr() == k.data_ptr() and held.values.data_ptr() == v.data_ptr()
-        for layer, block in zip(cache.layers, buffers.blocks, strict=True)
-        for held, (k, v) in zip(_halves(layer), block, strict=True)
+        held.keys.data_ptr() == keys.data_ptr() and held.values.data_ptr() == values.data_ptr()
+        for held, keys, values in _views(buffers, cache)
     )
 
 
-def _halves(layer: Any) -> tuple[Any, ...]:
-    """The cache layers of transformers that hold the tensors of `layer`, in the order of `CacheBuffers.blocks`."""
-    return (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
+def _pairs(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Cache layers of transformers, and the buffers for their keys and values."""
+    for layer, block in zip(cache.layers, buffers.blocks, strict=True):
+        halves = (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
+        for held, (k, v) in zip(halves, block, strict=True):
+            yield held, k, v
+
+
+def _views(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Cache layers, and the keys and values ``(1, kv_heads, tokens, width)`` that each holds of what is filled:
+    the last ones in a window, all in others, and in one that records the past."""
+    for held, k, v in _pairs(buffers, cache):
+        forgets = held.is_sliding and not held.record_past
+        filled = slice(max(buffers.length - held.sliding_window + 1, 0) if forgets else 0, buffers.length)
+        yield held, k[None, :, filled], v[None, :, filled]
 
 
 def _read(buffers: CacheBuffers, cache: Any, length: int) -> None:
-    """Copy the tokens that `cache` holds."""
-    for layer, block in zip(cache.layers, buffers.blocks, strict=False):
-        for held, (k, v) in zip(_halves(layer), block, strict=True):
-            k[:, :length], v[:, :length] = held.keys[0], held.values[0]
+    """Copy the tokens that `cache` holds: the last ones, where a window has moved on."""
+    for held, k, v in _pairs(buffers, cache):
+        tokens = slice(length - held.keys.shape[-2], length)
+        k[:, tokens], v[:, tokens] = held.keys[0], held.values[0]
     buffers.length = length
 
 
@@ -103,14 +104,15 @@ def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
 
 def show(buffers: CacheBuffers, cache: Any) -> None:
     """Give `cache` views of what is filled."""
-    for index, block in enumerate(buffers.blocks):
-        if index >= len(cache.layers):
-            cache.update(block[0][0][None, :, :0], block[0][1][None, :, :0], index)
-        for held, (k, v) in zip(_halves(cache.layers[index]), block, strict=True):
-            keys, values = k[None, :, : buffers.length], v[None, :, : buffers.length]
-            if not held.is_initialized:
-                held.lazy_initialization(keys, values)
-            held.keys, held.values = keys, values
+    for index in range(len(cache.layers), len(buffers.blocks)):
+        k, v = buffers.blocks[index][0]
+        cache.update(k[None, :, :0], v[None, :, :0], index)
+    for held, keys, values in _views(buffers, cache):
+        if not held.is_initialized:
+            held.lazy_initialization(keys, values)
+        held.keys, held.values = keys, values
+        if held.is_sliding:
+            held.cumulative_length = buffers.length
 
 
 # Decoders and the pointers that they borrow. Not an attribute of the model: a copy of it must get its own.
@@ -133,7 +135,9 @@ def decoder_of(stack: Any) -> NativeDecoder:
         eps=config.rms_norm_eps,
         attention_scale=attention.scaling,
     )
-    decoder = NativeDecoder([_block(layer) for layer in stack.layers], stack.norm.weight, shape)
+    family = FAMILIES[config.model_type]
+    rows = rows_of(family, config, attention.head_dim)
+    decoder = NativeDecoder([_block(layer, family, rows) for layer in stack.layers], stack.norm.weight, shape)
     _decoders[stack] = borrowed, decoder
     return decoder
 

@@ -76,7 +76,15 @@ def _plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -
     positions = inputs.get("position_ids")
     if positions is not None and not torch.equal(positions[0], torch.arange(input_ids.shape[1])):
         return False
+    if _changes_rotary(model, input_ids.shape[1], config.max_length):
+        return False
     return takes(model.model, input_ids, inputs.get("attention_mask"), cache, None, {})
+
+
+def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
+    """Whether "longrope" may go over to its factors for long sequences on the way: there Phi-3 drops its cache."""
+    trained = getattr(model.config, "original_max_position_embeddings", most)
+    return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
 
 def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) -> Tensor:

@@ -7,7 +7,8 @@ from transformers import DynamicCache
 import llmqat
 from llmqat.kernels import native
 from llmqat.models.float_view import disable_quantizers
-from llmqat.models.native_forward import FAMILIES, accelerate_forward
+from llmqat.models.native_families import FAMILIES
+from llmqat.models.native_forward import accelerate_forward
 from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.kv_cache import Int8Cache
 from llmqat.quant.affine import quantize_activation

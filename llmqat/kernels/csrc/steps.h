@@ -12,7 +12,7 @@ constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32, ATTEND_HEADS = 4;
 struct Rope {
     const void *from, *norm, *cosine, *sine;
     void* to;
-    int64_t from_start, to_start, token, head_dim;  // starts in elements; cosine and sine are (tokens, head_dim)
+    int64_t from_start, to_start, token, head_dim, rotary_dim;  // starts in elements; cosine, sine: (tokens, rotary_dim)
     float eps;
     int32_t dtype;
 };
@@ -24,12 +24,12 @@ struct Cached {
     float* scale;
 };
 
-// q and out: (m, heads, head_dim). `past` tokens lie before the m new ones.
+// q and out: (m, heads, head_dim). `past` tokens lie before the m new ones. A query sees `window` tokens, itself included.
 struct Attention {
     const void* q;
     Cached keys, values;
     void* out;
-    int64_t m, past, capacity, heads, kv_heads, head_dim;
+    int64_t m, past, capacity, window, heads, kv_heads, head_dim;
     float scale;
     int32_t dtype;
 };
