@@ -157,7 +157,7 @@ def load_packed(
     _use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
     if activations is not None:
         serve_int8_activations(model)
-    if kv_bits is None and accelerate_forward(model):
+    if accelerate_forward(model):
         accelerate_generate(model)
     return model
 

@@ -1,7 +1,7 @@
 """The native decoder through ctypes: all blocks of a Llama-like model in one call (csrc/decoder.h)."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,15 @@ from llmqat.kernels import native
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
 NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+UNLIMITED = 1 << 62  # a window that sees every token
 
 
 class _Block(ctypes.Structure):
-    _fields_ = (*((name, native.Matrix) for name in LINEARS), *((name, ctypes.c_void_p) for name in NORMS))
+    _fields_ = (
+        *((name, native.Matrix) for name in LINEARS),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("window", ctypes.c_int64),
+    )
 
 
 class _Decoder(ctypes.Structure):
@@ -32,7 +37,11 @@ class _Decoder(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    _fields_ = (("keys", ctypes.c_void_p), ("values", ctypes.c_void_p))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale"))
+
+
+class _Rotary(ctypes.Structure):
+    _fields_ = (("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("dim", ctypes.c_int64))
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Block:
-    """One block: seven packed layers (arguments of `native.matrix`) and up to four norm weights."""
+    """One block.
+
+    Attributes:
+        linears: seven packed layers, arguments of `native.matrix` each.
+        norms: weights by their name in `NORMS`.
+        window: how many tokens a query sees, itself included.
+    """
 
     linears: Sequence[tuple[Any, ...]]
-    norms: Sequence[Tensor | None]
+    norms: Mapping[str, Tensor]
+    window: int = UNLIMITED
+
+
+def split_rows(arguments: tuple[Any, ...], rows: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Arguments of `native.matrix` for the first ``rows[0]`` rows of a layer, the next ``rows[1]``, ...: its memory.
+
+    Zero points are packed along rows: each part has to begin at a whole word of them.
+    """
+    packed, scale, zero_point, bias, bits, *rest = arguments
+    for part, count in enumerate(rows):
+        start = sum(rows[:part])
+        own, words = slice(start, start + count), slice(start * bits // 32, -(-(start + count) * bits // 32))
+        optional = (None if zero_point is None else zero_point[words], None if bias is None else bias[own])
+        yield (packed[own], scale[own], *optional, bits, *rest)
 
 
 class NativeDecoder:
@@ -66,8 +95,9 @@ class NativeDecoder:
         for target, block in zip(self._blocks, blocks, strict=True):
             for name, arguments in zip(LINEARS, block.linears, strict=True):
                 setattr(target, name, native.matrix(*arguments))
-            for name, weight in zip(NORMS, block.norms, strict=True):
-                setattr(target, name, None if weight is None else weight.data_ptr())
+            for name, weight in block.norms.items():
+                setattr(target, name, weight.data_ptr())
+            target.window = block.window
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (len(blocks), *sizes, shape.eps, shape.attention_scale, native.DTYPES[norm.dtype], 0)
         self._model = _Decoder(self._blocks, norm.data_ptr(), *numbers)
@@ -79,13 +109,14 @@ class NativeDecoder:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
             cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are written behind.
             past: tokens in the cache.
-            cosine: rotary tables ``(m, head_dim)`` of the new positions, in the same dtype.
+            cosine: rotary tables ``(m, dim)`` of the new positions, in that dtype, for the first features of a head.
             sine: likewise.
         """
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         cosine, sine = cosine.contiguous(), sine.contiguous()
+        rotary = _Rotary(cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
         library.llmqat_set_threads(native.threads())
         library.llmqat_decode(
             ctypes.byref(self._model),
@@ -93,8 +124,7 @@ class NativeDecoder:
             ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
-            ctypes.c_void_p(cosine.data_ptr()),
-            ctypes.c_void_p(sine.data_ptr()),
+            ctypes.byref(rotary),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
@@ -102,27 +132,42 @@ class NativeDecoder:
 
 @dataclass
 class CacheBuffers:
-    """Keys and values of every block, ``(kv_heads, capacity, head_dim)``, and how many tokens they hold."""
+    """Keys and values of every block, and how many tokens they hold.
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    Attributes:
+        int8: whether it holds codes and scales, on the grid of `llmqat.quant.affine.quantize_activation`.
+        blocks: for each, keys and values ``(kv_heads, capacity, head_dim)``; with `int8`, the codes of both, then the
+            float32 scales of both ``(kv_heads, capacity, 1)``.
+        length: tokens held.
+    """
+
+    int8: bool = False
+    blocks: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     length: int = 0
-    pointers: Any = None
 
     @property
     def capacity(self) -> int:
         """Tokens there is room for."""
-        return self.keys[0].shape[1] if self.keys else 0
+        return self.blocks[0][0][0].shape[1] if self.blocks else 0
+
+    @property
+    def pointers(self) -> Any:
+        """What the library gets: a struct for each block."""
+        addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
+        return (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
 
     def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
         """Have room for `needed` tokens; what is filled moves along."""
         if self.capacity >= needed:
             return
-        capacity = max(needed + CAPACITY_STEP, 2 * self.capacity)
-        for kept in (self.keys, self.values):
-            new = [torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(blocks)]
-            for old, buffer in zip(kept, new, strict=False):
-                buffer[:, : self.length] = old[:, : self.length]
-            kept[:] = new
-        pairs = zip(self.keys, self.values, strict=True)
-        self.pointers = (_Cache * blocks)(*(_Cache(k.data_ptr(), v.data_ptr()) for k, v in pairs))
+        capacity, old = max(needed + CAPACITY_STEP, 2 * self.capacity), self.blocks
+        pairs = [(head_dim, torch.int8), (1, torch.float32)] if self.int8 else [(head_dim, dtype)]
+
+        def empty(width: int, kind: torch.dtype) -> Tensor:
+            return torch.empty(kv_heads, capacity, width, dtype=kind)
+
+        self.blocks = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
+        for kept, block in zip(old, self.blocks, strict=False):
+            for sources, targets in zip(kept, block, strict=True):
+                for source, target in zip(sources, targets, strict=True):
+                    target[:, : self.length] = source[:, : self.length]

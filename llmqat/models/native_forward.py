@@ -2,9 +2,10 @@
 
 `accelerate_forward` replaces the forward of the decoder stack. What it does not cover - batches, padding, gradients,
 attention weights, caches of another kind - goes through the transformers code as before, on the same weights and the
-same cache: the cache layers of transformers hold views of the buffers that the native code writes.
+same cache: its layers hold views of the buffers that the native code writes.
 """
 
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,13 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmqat.kernels import native
-from llmqat.kernels.decoder import Block, CacheBuffers, NativeDecoder, Shape
+from llmqat.kernels.decoder import UNLIMITED, Block, CacheBuffers, NativeDecoder, Shape, split_rows
+from llmqat.models.native_families import FAMILIES, Family, linears_of, rows_of, splits, window_of
+from llmqat.nn.kv_cache import Int8Cache, Int8Layer, quantizes_kv
 from llmqat.nn.packed_linear import PackedLinear
 
-# Families whose block is: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 MAX_HEAD_DIM = 256
 
 
@@ -39,52 +38,62 @@ def _covers(model: PreTrainedModel, stack: Any) -> bool:
     dtype = stack.norm.weight.dtype
     if native.library() is None or stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return False
-    linears = [linear for layer in stack.layers for linear in _linears(layer)]
+    family, head_dim = FAMILIES[config.model_type], stack.layers[0].self_attn.head_dim
+    linears = [linear for layer in stack.layers for linear in linears_of(layer, family)]
     # Static activations are quantized by the module, which the native decoder passes by.
     packed = all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears)
     probe = torch.empty(0, dtype=dtype)
     runs = packed and all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears)
-    plain = config.hidden_act == "silu" and not _slides(config)
-    return bool(runs and plain and stack.layers[0].self_attn.head_dim <= MAX_HEAD_DIM)
+    rows = rows_of(family, config, head_dim) * len(stack.layers)
+    apart = runs and all(splits(linear, parts) for linear, parts in zip(linears, rows, strict=True))
+    return bool(apart and config.hidden_act == "silu" and head_dim <= MAX_HEAD_DIM)
 
 
-def _linears(layer: Any) -> list[Any]:
-    return [getattr(layer.self_attn, name) for name in ATTENTION] + [getattr(layer.mlp, name) for name in MLP]
-
-
-def _slides(config: Any) -> bool:
-    """Whether some layer attends to a window only; Qwen names them in `layer_types`, Mistral means all."""
-    kinds = getattr(config, "layer_types", None)
-    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-
-
-def _block(layer: Any) -> Block:
-    attention = layer.self_attn
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    norms += tuple(getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    return Block([linear.arguments() for linear in _linears(layer)], [None if n is None else n.weight for n in norms])
+def _block(layer: Any, family: Family, rows: list[list[int]]) -> Block:
+    whole = [linear.arguments() for linear in linears_of(layer, family)]
+    linears = [part for layer, parts in zip(whole, rows, strict=True) for part in split_rows(layer, parts)]
+    norms = {name: layer.get_submodule(path).weight for name, path in family.norms.items()}
+    return Block(linears, norms, window_of(layer, family) or UNLIMITED)
 
 
 def _pointers(stack: Any) -> tuple[int, ...]:
     """What the decoder borrows; it is built again when one of them has moved."""
-    last = stack.layers[-1]
-    return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in _linears(last))
+    linears = linears_of(stack.layers[-1], FAMILIES[stack.config.model_type])
+    return stack.norm.weight.data_ptr(), *(linear.weight_packed.data_ptr() for linear in linears)
 
 
 def _holds(buffers: CacheBuffers, cache: Any, length: int) -> bool:
     """Whether the views that we gave to `cache` are still what it holds."""
-    if buffers.length != length or len(cache.layers) != len(buffers.keys):
+    if buffers.length != length or len(cache.layers) != len(buffers.blocks):
         return False
     return all(
-        layer.keys.data_ptr() == k.data_ptr() and layer.values.data_ptr() == v.data_ptr()
-        for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=True)
+        held.keys.data_ptr() == keys.data_ptr() and held.values.data_ptr() == values.data_ptr()
+        for held, keys, values in _views(buffers, cache)
     )
 
 
+def _pairs(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Cache layers of transformers, and the buffers for their keys and values."""
+    for layer, block in zip(cache.layers, buffers.blocks, strict=True):
+        halves = (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
+        for held, (k, v) in zip(halves, block, strict=True):
+            yield held, k, v
+
+
+def _views(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Cache layers, and the keys and values ``(1, kv_heads, tokens, width)`` that each holds of what is filled:
+    the last ones in a window, all in others, and in one that records the past."""
+    for held, k, v in _pairs(buffers, cache):
+        forgets = held.is_sliding and not held.record_past
+        filled = slice(max(buffers.length - held.sliding_window + 1, 0) if forgets else 0, buffers.length)
+        yield held, k[None, :, filled], v[None, :, filled]
+
+
 def _read(buffers: CacheBuffers, cache: Any, length: int) -> None:
-    """Copy the tokens that `cache` holds."""
-    for layer, k, v in zip(cache.layers, buffers.keys, buffers.values, strict=False):
-        k[:, :length], v[:, :length] = layer.keys[0], layer.values[0]
+    """Copy the tokens that `cache` holds: the last ones, where a window has moved on."""
+    for held, k, v in _pairs(buffers, cache):
+        tokens = slice(length - held.keys.shape[-2], length)
+        k[:, tokens], v[:, tokens] = held.keys[0], held.values[0]
     buffers.length = length
 
 
@@ -95,11 +104,15 @@ def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
 
 def show(buffers: CacheBuffers, cache: Any) -> None:
     """Give `cache` views of what is filled."""
-    for index, (k, v) in enumerate(zip(buffers.keys, buffers.values, strict=True)):
-        keys, values = k[None, :, : buffers.length], v[None, :, : buffers.length]
-        if index >= len(cache.layers) or not cache.layers[index].is_initialized:
-            cache.update(keys[:, :, :0], values[:, :, :0], index)
-        cache.layers[index].keys, cache.layers[index].values = keys, values
+    for index in range(len(cache.layers), len(buffers.blocks)):
+        k, v = buffers.blocks[index][0]
+        cache.update(k[None, :, :0], v[None, :, :0], index)
+    for held, keys, values in _views(buffers, cache):
+        if not held.is_initialized:
+            held.lazy_initialization(keys, values)
+        held.keys, held.values = keys, values
+        if held.is_sliding:
+            held.cumulative_length = buffers.length
 
 
 # Decoders and the pointers that they borrow. Not an attribute of the model: a copy of it must get its own.
@@ -122,16 +135,22 @@ def decoder_of(stack: Any) -> NativeDecoder:
         eps=config.rms_norm_eps,
         attention_scale=attention.scaling,
     )
-    decoder = NativeDecoder([_block(layer) for layer in stack.layers], stack.norm.weight, shape)
+    family = FAMILIES[config.model_type]
+    rows = rows_of(family, config, attention.head_dim)
+    decoder = NativeDecoder([_block(layer, family, rows) for layer in stack.layers], stack.norm.weight, shape)
     _decoders[stack] = borrowed, decoder
     return decoder
+
+
+def _stores_int8(stack: Any, cache: Any) -> bool:
+    return quantizes_kv(stack.layers[-1].self_attn) if cache is None else isinstance(cache, Int8Cache)
 
 
 def _run(stack: Any, embeds: Tensor, position_ids: Tensor, cache: Any, past: int) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
     decoder = decoder_of(stack)
     tokens = embeds.shape[1]
-    buffers = getattr(cache, "llmqat_buffers", None) or CacheBuffers()
+    buffers = getattr(cache, "llmqat_buffers", None) or CacheBuffers(_stores_int8(stack, cache))
     ours = cache is None or _holds(buffers, cache, past)
     reserve(buffers, decoder, past + tokens)
     if cache is not None and not ours and past:
@@ -168,7 +187,9 @@ def _forward(
         )
     embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+    cache = past_key_values
+    if use_cache and cache is None:
+        cache = (Int8Cache if _stores_int8(self, None) else DynamicCache)(config=self.config)
     past = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
         position_ids = torch.arange(past, past + embeds.shape[1])[None]
@@ -190,6 +211,13 @@ def takes(
         return False
     if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "return_legacy_cache")):
         return False
-    if kwargs.get("return_dict") is False or not (cache is None or type(cache) is DynamicCache):
+    if kwargs.get("return_dict") is False or not _fits(stack, cache):
         return False
     return mask is None or (mask.ndim == 2 and bool(mask.all()))
+
+
+def _fits(stack: Any, cache: Any) -> bool:
+    """Whether the native decoder stores what `cache` would: floats, or int8 codes; not quantized floats."""
+    if cache is None or type(cache) is Int8Cache:
+        return True
+    return type(cache) is DynamicCache and not quantizes_kv(stack.layers[-1].self_attn)

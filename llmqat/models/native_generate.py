@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from llmqat.kernels import native
 from llmqat.models.native_forward import decoder_of, reserve, show, takes
@@ -70,14 +69,22 @@ def _plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -
     """Whether this call asks for tokens only, from one unpadded prompt and an empty cache."""
     given = {name for name, value in inputs.items() if value is not None}
     cache = inputs.get("past_key_values")
-    if type(cache) is not DynamicCache or cache.get_seq_length() or not inputs.get("use_cache") or given - PLAIN_INPUTS:
+    if cache is None or cache.get_seq_length() or not inputs.get("use_cache") or given - PLAIN_INPUTS:
         return False
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
         return False
     positions = inputs.get("position_ids")
     if positions is not None and not torch.equal(positions[0], torch.arange(input_ids.shape[1])):
         return False
+    if _changes_rotary(model, input_ids.shape[1], config.max_length):
+        return False
     return takes(model.model, input_ids, inputs.get("attention_mask"), cache, None, {})
+
+
+def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
+    """Whether "longrope" may go over to its factors for long sequences on the way: there Phi-3 drops its cache."""
+    trained = getattr(model.config, "original_max_position_embeddings", most)
+    return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
 
 def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) -> Tensor:

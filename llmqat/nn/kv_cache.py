@@ -89,6 +89,12 @@ def quantize_kv(model: PreTrainedModel, bits: int) -> None:
         layer.register_forward_pre_hook(_quantize_stored, with_kwargs=True)
 
 
+def quantizes_kv(attention: nn.Module) -> bool:
+    """Whether keys and values of this attention layer are put on the grid, now."""
+    quantizer = getattr(attention, "kv_quantizer", None)
+    return isinstance(quantizer, KVQuantizer) and quantizer.enabled
+
+
 def kv_bits_of(model: nn.Module) -> int | None:
     """The width to which `quantize_kv` quantized the cache of `model`; None for a float one."""
     return next((module.bits for module in model.modules() if isinstance(module, KVQuantizer)), None)

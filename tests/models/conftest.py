@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
+from llmqat.kernels.decoder import NativeDecoder
+from llmqat.models.native_generate import Step
 from llmqat.models.patcher import plain_model, prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
@@ -45,6 +47,32 @@ class Outcome:
     equal: bool
     transformers: bool
     within_bound: bool
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of the native decoder got."""
+    seen, plain = [], NativeDecoder.__call__
+
+    def counted(self: NativeDecoder, hidden: Tensor, *args: Any) -> Tensor:
+        seen.append(hidden.shape[0])
+        return plain(self, hidden, *args)
+
+    monkeypatch.setattr(NativeDecoder, "__call__", counted)
+    return seen
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that the native loop went on from."""
+    seen, plain = [], Step.__call__
+
+    def counted(self: Step, token: Tensor) -> Tensor:
+        seen.append(int(token))
+        return plain(self, token)
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    return seen
 
 
 def step(model: nn.Module, mode: str, ids: Tensor) -> bool:

@@ -9,38 +9,27 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmqat
 from llmqat.kernels import native
-from llmqat.kernels.decoder import NativeDecoder
-from llmqat.models.native_forward import FAMILIES, accelerate_forward
+from llmqat.models.native_families import FAMILIES
+from llmqat.models.native_forward import accelerate_forward
 from llmqat.models.patcher import convert
 from llmqat.scheme import QuantScheme
 from tests.conftest import TINY
 
 
-def packed_model(family, scheme=None, dtype=torch.float32, **config):
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, **config):
     """A tiny random packed model whose biases and norms are not trivial."""
     torch.manual_seed(0)
-    config = TINY | {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512} | config
+    plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
+    config = TINY | plain | config
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.3 * torch.randn_like(parameter)
     model.to(dtype)
-    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=[torch.arange(16)[None]])
+    calibration = [torch.arange(16)[None]]
+    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=calibration, kv_bits=kv_bits)
     return convert(model)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many tokens each native call got."""
-    seen, plain = [], NativeDecoder.__call__
-
-    def counted(self, hidden, *args):
-        seen.append(hidden.shape[0])
-        return plain(self, hidden, *args)
-
-    monkeypatch.setattr(NativeDecoder, "__call__", counted)
-    return seen
 
 
 def both(model, run):
@@ -83,9 +72,69 @@ def test_greedy_tokens(family, calls):
     assert calls == [7] + [1] * 299
 
 
-def test_a_cache_moves_between_both(calls):
+def test_fused_layers_with_zero_points(bits, calls):
+    """Their parts begin in the middle of the packed zero points."""
+    model = packed_model("phi3", QuantScheme(bits, 32, symmetric=False))
+    ids = torch.randint(0, 128, (1, 20))
+    with torch.no_grad():
+        expected, logits = both(model, lambda: model(ids).logits)
+    assert calls == [20]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["window", "whole"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows(family, whole, calls):
+    """Prefill and decoding, over a cache that forgets and over one that does not."""
+    model = packed_model(family, **WINDOWS[family])
+    ids = torch.randint(0, 128, (1, 75))
+
+    def run():
+        cache = DynamicCache(config=None if whole else model.config)
+        logits = [model(piece, past_key_values=cache).logits for piece in (ids[:, :50], *ids[:, 50:].split(1, dim=1))]
+        return torch.cat(logits, 1), cache
+
+    with torch.no_grad():
+        (expected, theirs), (logits, cache) = both(model, run)
+        full = packed_model(family)(ids).logits
+    assert calls == [50] + [1] * 25
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(full[:, 8:], expected[:, 8:], rtol=1e-2, atol=1e-2)
+    for layer, known in zip(cache.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(layer.keys, known.keys, rtol=1e-4, atol=1e-4)
+        assert layer.get_seq_length() == known.get_seq_length() == 75
+
+
+def test_a_cache_that_records_the_past(calls):
+    """As assisted generation does, to go back beyond a window."""
+    model = packed_model("mistral", sliding_window=8)
+    ids = torch.randint(0, 128, (1, 30))
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        model(ids[:, :20], past_key_values=cache)
+        cache.crop(-5)
+        return model(ids[:, 15:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected, logits = both(model, run)
+    assert calls == [20, 15]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWS["mistral"]], ids=["full", "window"])
+def test_a_cache_moves_between_both(options, calls):
     """Prefill here, continue there, and back: the cache is the same object."""
-    model = packed_model("llama")
+    model = packed_model("mistral", **options)
     ids = torch.randint(0, 128, (1, 30))
     with torch.no_grad():
         expected = model(ids).logits
@@ -98,6 +147,22 @@ def test_a_cache_moves_between_both(calls):
     assert calls == [10, 9, 1]
     torch.testing.assert_close(torch.cat([first, second, third, fourth], 1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 30
+
+
+def test_a_copied_cache(calls):
+    """As a prompt that is computed once and gone on from more than once."""
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        prompt = DynamicCache(config=model.config)
+        model(ids[:, :8], past_key_values=prompt)
+        for _ in range(2):
+            cache = deepcopy(prompt)
+            logits = [model(token, past_key_values=cache).logits for token in ids[:, 8:].split(1, dim=1)]
+            torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-4, atol=1e-4)
+    assert calls == [8] + [1] * 8
 
 
 def test_a_cropped_cache(calls):
@@ -173,6 +238,8 @@ def test_models_that_do_not_fit(monkeypatch):
     assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 32, act_bits=8, act_static=True)))
-    assert not accelerate_forward(packed_model("mistral", sliding_window=8))
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 18}
+    assert accelerate_forward(packed_model("phi3", QuantScheme(4, -1), **one_head))
+    assert not accelerate_forward(packed_model("phi3", QuantScheme(4, -1, symmetric=False), **one_head)), "mid-word"
     monkeypatch.setattr(native, "library", lambda: None)
     assert not accelerate_forward(packed_model("llama"))

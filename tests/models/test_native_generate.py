@@ -6,25 +6,13 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 
 import llmqat
 from llmqat.kernels import native
-from llmqat.models.native_forward import FAMILIES, accelerate_forward
-from llmqat.models.native_generate import Step, accelerate_generate
+from llmqat.models.native_families import FAMILIES
+from llmqat.models.native_forward import accelerate_forward
+from llmqat.models.native_generate import accelerate_generate
 from llmqat.scheme import QuantScheme
 from tests.models.test_native_forward import packed_model
 
 PROMPT = torch.arange(7)[None] * 11 % 128
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """How many tokens were made by the native loop."""
-    seen, plain = [], Step.__call__
-
-    def counted(self, token):
-        seen.append(int(token))
-        return plain(self, token)
-
-    monkeypatch.setattr(Step, "__call__", counted)
-    return seen
 
 
 def native_blocks(family="llama", **config):
@@ -78,6 +66,39 @@ def test_rotary_embeddings(rope_type, steps):
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=40), expected)
     assert len(steps) == 39
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0])
+def test_part_of_a_head_turns(factor, steps):
+    model = native_blocks("phi3", rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": factor})
+    expected = generate(model)
+    accelerate_generate(model)
+    assert torch.equal(generate(model), expected)
+    assert len(steps) == 19
+
+
+@pytest.mark.parametrize(("new", "made"), [(9, 8), (10, 0)])
+def test_a_longrope_that_may_change_stays_with_transformers(new, made, steps):
+    """It is trained for 16 tokens with the short factors, and the prompt has 7; from 17 on the long ones hold."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0} | factors
+    model = native_blocks("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    expected = generate(model, max_new_tokens=new)
+    accelerate_generate(model)
+    assert torch.equal(generate(model, max_new_tokens=new), expected)
+    assert len(steps) == made
+    long = PROMPT.repeat(1, 3)
+    steps.clear()
+    assert generate(model, long, max_new_tokens=9).shape == (1, 30)
+    assert len(steps) == 8
+
+
+def test_windows(steps):
+    model = native_blocks("mistral", sliding_window=8)
+    expected = generate(model, max_new_tokens=60)
+    accelerate_generate(model)
+    assert torch.equal(generate(model, max_new_tokens=60), expected)
+    assert len(steps) == 59
 
 
 def test_an_end_token_stops(steps):

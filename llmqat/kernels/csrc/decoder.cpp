@@ -11,6 +11,10 @@ namespace {
 
 int64_t width(int32_t dtype) { return dtype == LLMQAT_FLOAT32 ? 4 : 2; }
 
+Cached keys(const llmqat_cache& cache) { return {cache.keys, cache.key_scale}; }
+
+Cached values(const llmqat_cache& cache) { return {cache.values, cache.value_scale}; }
+
 // Activations of one call: everything a block needs, reused by all blocks.
 struct Buffers {
     char *normed, *q, *k, *v, *attended, *gate, *up, *out;
@@ -32,7 +36,7 @@ struct Pass {
     const Steps& steps;
     Buffers b;
     int64_t m, past, capacity;
-    const void *cosine, *sine;
+    const llmqat_rotary& rotary;
     void* hidden;
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
@@ -48,25 +52,25 @@ struct Pass {
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t dim = d.head_dim;
         parallel_for(m, [&](int64_t t) {
-            Rope r = {b.q, block.q_norm, cosine, sine, b.q, 0, 0, t, dim, d.eps, d.dtype};
+            Rope r = {b.q, block.q_norm, rotary.cosine, rotary.sine, b.q, 0, 0, t, dim, rotary.dim, d.eps, d.dtype};
             for (int64_t h = 0; h < d.heads; ++h) {
                 r.from_start = r.to_start = (t * d.heads + h) * dim;
                 steps.rope(r);
             }
-            r.from = b.k, r.norm = block.k_norm, r.to = cache.keys;
+            r.from = r.to = b.k, r.norm = block.k_norm;
             for (int64_t h = 0; h < d.kv_heads; ++h) {
-                int64_t from = (t * d.kv_heads + h) * dim, at = (h * capacity + past + t) * dim;
-                r.from_start = from, r.to_start = at;
+                const int64_t from = (t * d.kv_heads + h) * dim, row = h * capacity + past + t;
+                r.from_start = r.to_start = from;
                 steps.rope(r);
-                std::memcpy(static_cast<char*>(cache.values) + at * width(d.dtype), b.v + from * width(d.dtype),
-                            size_t(dim * width(d.dtype)));
+                steps.cache(b.k, from, dim, d.dtype, keys(cache), row);
+                steps.cache(b.v, from, dim, d.dtype, values(cache), row);
             }
         });
     }
 
-    void attend(const llmqat_cache& cache) const {
-        Attention a = {b.q, cache.keys, cache.values, b.attended, m, past, capacity, d.heads, d.kv_heads,
-                       d.head_dim, d.attention_scale, d.dtype};
+    void attend(const llmqat_cache& cache, int64_t window) const {
+        Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, window, d.heads,
+                       d.kv_heads, d.head_dim, d.attention_scale, d.dtype};
         if (m == 1) {
             // Heads that share keys go together.
             const int64_t group = d.heads / d.kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
@@ -87,7 +91,7 @@ struct Pass {
         const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
         linear(reads, 3, b.normed, m, d.dtype);
         rope(block, cache);
-        attend(cache);
+        attend(cache, block.window);
         const Job output = {&block.o, to(b.out, block.o)};
         linear(&output, 1, b.attended, m, d.dtype);
         add();
@@ -105,9 +109,9 @@ struct Pass {
 }  // namespace llmqat
 
 extern "C" void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past,
-                              int64_t m, const void* cosine, const void* sine, void* hidden) {
+                              int64_t m, const llmqat_rotary* rotary, void* hidden) {
     using namespace llmqat;
-    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, cosine, sine, hidden};
+    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, *rotary, hidden};
     for (int64_t i = 0; i < model->count; ++i) pass.block(model->blocks[i], cache[i]);
     pass.norm(model->norm, hidden);
 }

@@ -7,6 +7,7 @@
 struct llmqat_block {
     llmqat_matrix q, k, v, o, gate, up, down;
     const void *input_norm, *post_norm, *q_norm, *k_norm;
+    int64_t window;  // tokens that a query sees, itself included
 };
 
 struct llmqat_decoder {
@@ -16,20 +17,28 @@ struct llmqat_decoder {
     float eps, attention_scale;
     int32_t dtype, unused;  // dtype of weights of norms, activations and cache; every result is rounded to it
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 32 && sizeof(llmqat_decoder) == 80, "native.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 40 && sizeof(llmqat_decoder) == 80, "native.py lays these out by hand");
 
-// The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled.
+// The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
+// (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
 struct llmqat_cache {
     void *keys, *values;
+    float *key_scale, *value_scale;
+};
+
+// Tables (m, dim) of the new positions, in the model's dtype; features of a head beyond `dim` are not turned.
+struct llmqat_rotary {
+    const void *cosine, *sine;
+    int64_t dim;
 };
 
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
-// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. cosine and sine are (m, head_dim).
+// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out.
 void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                   const void* cosine, const void* sine, void* hidden);
+                   const llmqat_rotary* rotary, void* hidden);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

@@ -12,16 +12,24 @@ constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32, ATTEND_HEADS = 4;
 struct Rope {
     const void *from, *norm, *cosine, *sine;
     void* to;
-    int64_t from_start, to_start, token, head_dim;  // starts in elements; cosine and sine are (tokens, head_dim)
+    int64_t from_start, to_start, token, head_dim, rotary_dim;  // starts in elements; cosine, sine: (tokens, rotary_dim)
     float eps;
     int32_t dtype;
 };
 
-// q and out: (m, heads, head_dim); keys and values: (kv_heads, capacity, head_dim), `past` tokens before the m new ones.
+// Keys or values of all tokens, (kv_heads, capacity, head_dim): of the model's dtype, or int8 codes where there are scales
+// (kv_heads, capacity).
+struct Cached {
+    void* data;
+    float* scale;
+};
+
+// q and out: (m, heads, head_dim). `past` tokens lie before the m new ones. A query sees `window` tokens, itself included.
 struct Attention {
-    const void *q, *keys, *values;
+    const void* q;
+    Cached keys, values;
     void* out;
-    int64_t m, past, capacity, heads, kv_heads, head_dim;
+    int64_t m, past, capacity, window, heads, kv_heads, head_dim;
     float scale;
     int32_t dtype;
 };
@@ -33,6 +41,8 @@ struct Steps {
     void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
     void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
     void (*rope)(const Rope&);
+    // Put the vector of one head and token, `count` values, at `row` of all.
+    void (*cache)(const void* from, int64_t start, int64_t count, int32_t dtype, const Cached&, int64_t row);
     void (*attend_one)(const Attention&, int64_t head, int64_t count);  // heads of one group, m == 1
     void (*attend_block)(const Attention&, int64_t head, int64_t first);
 };

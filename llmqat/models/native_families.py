@@ -1,0 +1,78 @@
+"""What the native decoder knows about model families, as data. A family whose block it computes is a row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
+
+from llmqat.nn.packed_linear import PackedLinear
+
+# Path of a layer in a block -> what its rows are, in order (csrc/decoder.h).
+SEPARATE = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+}
+FUSED = {
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": ("down",),
+}
+NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
+
+    Attributes:
+        linears: path of a layer in a block -> what its rows are.
+        norms: norm of csrc/decoder.h -> its path in a block.
+        window: path, from a block, of how many tokens a query sees; empty for a family that always sees all.
+    """
+
+    linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
+    norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    window: str = ""
+
+
+LLAMA = Family()
+QWEN = replace(LLAMA, window="self_attn.sliding_window")
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, window="self_attn.config.sliding_window"),
+    "qwen2": QWEN,
+    "qwen3": replace(QWEN, norms=NORMS | HEAD_NORMS),
+    "phi3": Family(FUSED, window="self_attn.config.sliding_window"),
+}
+
+
+def linears_of(layer: Any, family: Family) -> list[Any]:
+    """The linear layers of a block, in the order of the table."""
+    return [layer.get_submodule(path) for path in family.linears]
+
+
+def window_of(layer: Any, family: Family) -> int | None:
+    """How many tokens a query of this block sees, itself included; None for all."""
+    window: int | None = attrgetter(family.window)(layer) if family.window else None
+    return window
+
+
+def rows_of(family: Family, config: Any, head_dim: int) -> list[list[int]]:
+    """For each linear layer of a block, how many rows its parts have."""
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    sizes = {part: count * head_dim for part, count in heads.items()}
+    sizes |= {"gate": config.intermediate_size, "up": config.intermediate_size}
+    return [[sizes.get(part, config.hidden_size) for part in parts] for parts in family.linears.values()]
+
+
+def splits(linear: PackedLinear, rows: Sequence[int]) -> bool:
+    """Whether these rows of a packed layer begin at whole words of its zero points, which are packed along them."""
+    starts = [sum(rows[:part]) for part in range(len(rows))]
+    return linear.weight_zero_point is None or all(start * linear.scheme.bits % 32 == 0 for start in starts)
