@@ -12,7 +12,7 @@ from llmqat.kernels import native
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
-NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k_norm")
 UNLIMITED = 1 << 62  # a window that sees every token
 
 
@@ -21,6 +21,7 @@ class _Block(ctypes.Structure):
         *((name, native.Matrix) for name in LINEARS),
         *((name, ctypes.c_void_p) for name in NORMS),
         ("window", ctypes.c_int64),
+        ("rotary", ctypes.c_int64),
     )
 
 
@@ -29,10 +30,8 @@ class _Decoder(ctypes.Structure):
         ("blocks", ctypes.POINTER(_Block)),
         ("norm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
-        ("eps", ctypes.c_float),
-        ("attention_scale", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("eps", "norm_offset", "attention_scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
     )
 
 
@@ -44,9 +43,19 @@ class _Rotary(ctypes.Structure):
     _fields_ = (("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("dim", ctypes.c_int64))
 
 
+Rotary = Sequence[tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, as its config names them."""
+    """Sizes and constants of a decoder.
+
+    Attributes:
+        norm_offset: norms multiply by this plus their weight; where it is not 0, only the product is rounded.
+        attention_scale: of the scores.
+        softcap: of the scaled scores; 0 for none.
+        activation: `Activation` of csrc/steps.h.
+    """
 
     hidden: int
     heads: int
@@ -54,7 +63,10 @@ class Shape:
     head_dim: int
     intermediate: int
     eps: float
+    norm_offset: float
     attention_scale: float
+    softcap: float
+    activation: int
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,13 @@ class Block:
         linears: seven packed layers, arguments of `native.matrix` each.
         norms: weights by their name in `NORMS`.
         window: how many tokens a query sees, itself included.
+        rotary: which of the rotary tables turns its queries and keys.
     """
 
     linears: Sequence[tuple[Any, ...]]
     norms: Mapping[str, Tensor]
     window: int = UNLIMITED
+    rotary: int = 0
 
 
 def split_rows(arguments: tuple[Any, ...], rows: Sequence[int]) -> Iterator[tuple[Any, ...]]:
@@ -97,26 +111,27 @@ class NativeDecoder:
                 setattr(target, name, native.matrix(*arguments))
             for name, weight in block.norms.items():
                 setattr(target, name, weight.data_ptr())
-            target.window = block.window
+            target.window, target.rotary = block.window, block.rotary
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
-        numbers = (len(blocks), *sizes, shape.eps, shape.attention_scale, native.DTYPES[norm.dtype], 0)
-        self._model = _Decoder(self._blocks, norm.data_ptr(), *numbers)
+        numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
+        kinds = (native.DTYPES[norm.dtype], shape.activation)
+        self._model = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *kinds)
 
-    def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
 
         Args:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
             cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are written behind.
             past: tokens in the cache.
-            cosine: rotary tables ``(m, dim)`` of the new positions, in that dtype, for the first features of a head.
-            sine: likewise.
+            rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in that dtype, for the first features
+                of a head.
         """
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
-        cosine, sine = cosine.contiguous(), sine.contiguous()
-        rotary = _Rotary(cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1])
+        tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
+        pointers = (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
         library.llmqat_set_threads(native.threads())
         library.llmqat_decode(
             ctypes.byref(self._model),
@@ -124,7 +139,7 @@ class NativeDecoder:
             ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
-            ctypes.byref(rotary),
+            pointers,
             ctypes.c_void_p(out.data_ptr()),
         )
         return out

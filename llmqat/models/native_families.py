@@ -23,34 +23,72 @@ FUSED = {
     "mlp.gate_up_proj": ("gate", "up"),
     "mlp.down_proj": ("down",),
 }
-NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+NORMS_OF_OUTPUTS = {
+    "input_norm": "input_layernorm",
+    "attended_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+# Activation of the gate, as configs name it -> `Activation` of csrc/steps.h.
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, SwiGLU.
+    """One model family: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, gated MLP.
 
     Attributes:
         linears: path of a layer in a block -> what its rows are.
         norms: norm of csrc/decoder.h -> its path in a block.
+        norm_offset: 1 where a norm multiplies by 1 + weight.
         window: path, from a block, of how many tokens a query sees; empty for a family that always sees all.
+        activation: name in the config of the activation of the gate.
+        attention_cap: name in the config of the soft cap of attention's scores; empty for none.
+        logits_cap: likewise, of the logits.
+        rotary_by_layer_type: whether layers of each type in the config's `layer_types` have rotary tables of their own.
     """
 
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    norm_offset: float = 0.0
     window: str = ""
+    activation: str = "hidden_act"
+    attention_cap: str = ""
+    logits_cap: str = ""
+    rotary_by_layer_type: bool = False
 
 
 LLAMA = Family()
 QWEN = replace(LLAMA, window="self_attn.sliding_window")
+GEMMA = Family(
+    norms=NORMS_OF_OUTPUTS,
+    norm_offset=1.0,
+    window="self_attn.sliding_window",
+    activation="hidden_activation",
+    logits_cap="final_logit_softcapping",
+)
 FAMILIES = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, window="self_attn.config.sliding_window"),
     "qwen2": QWEN,
     "qwen3": replace(QWEN, norms=NORMS | HEAD_NORMS),
     "phi3": Family(FUSED, window="self_attn.config.sliding_window"),
+    "gemma": replace(LLAMA, norm_offset=1.0),
+    "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
+    "gemma3_text": replace(GEMMA, norms=NORMS_OF_OUTPUTS | HEAD_NORMS, rotary_by_layer_type=True),
 }
+
+
+def cap_of(config: Any, name: str) -> float:
+    """A soft cap of the config; 0 for none."""
+    return float(getattr(config, name) or 0.0) if name else 0.0
+
+
+def rotary_kinds(config: Any, family: Family) -> list[str | None]:
+    """Which rotary tables there are: one for each type of layer, or just one."""
+    return sorted(set(config.layer_types)) if family.rotary_by_layer_type else [None]
 
 
 def linears_of(layer: Any, family: Family) -> list[Any]:

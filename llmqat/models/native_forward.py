@@ -17,7 +17,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llmqat.kernels import native
 from llmqat.kernels.decoder import UNLIMITED, Block, CacheBuffers, NativeDecoder, Shape, split_rows
-from llmqat.models.native_families import FAMILIES, Family, linears_of, rows_of, splits, window_of
+from llmqat.models.native_families import (
+    ACTIVATIONS,
+    FAMILIES,
+    Family,
+    cap_of,
+    linears_of,
+    rotary_kinds,
+    rows_of,
+    splits,
+    window_of,
+)
 from llmqat.nn.kv_cache import Int8Cache, Int8Layer, quantizes_kv
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -46,14 +56,15 @@ def _covers(model: PreTrainedModel, stack: Any) -> bool:
     runs = packed and all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears)
     rows = rows_of(family, config, head_dim) * len(stack.layers)
     apart = runs and all(splits(linear, parts) for linear, parts in zip(linears, rows, strict=True))
-    return bool(apart and config.hidden_act == "silu" and head_dim <= MAX_HEAD_DIM)
+    causal = not getattr(config, "use_bidirectional_attention", None)
+    return bool(apart and causal and getattr(config, family.activation) in ACTIVATIONS and head_dim <= MAX_HEAD_DIM)
 
 
-def _block(layer: Any, family: Family, rows: list[list[int]]) -> Block:
+def _block(layer: Any, family: Family, rows: list[list[int]], rotary: int) -> Block:
     whole = [linear.arguments() for linear in linears_of(layer, family)]
     linears = [part for layer, parts in zip(whole, rows, strict=True) for part in split_rows(layer, parts)]
     norms = {name: layer.get_submodule(path).weight for name, path in family.norms.items()}
-    return Block(linears, norms, window_of(layer, family) or UNLIMITED)
+    return Block(linears, norms, window_of(layer, family) or UNLIMITED, rotary)
 
 
 def _pointers(stack: Any) -> tuple[int, ...]:
@@ -125,7 +136,13 @@ def decoder_of(stack: Any) -> NativeDecoder:
     known = _decoders.get(stack)
     if known is not None and known[0] == borrowed:
         return known[1]
-    config, attention = stack.config, stack.layers[0].self_attn
+    decoder = _build(stack, stack.config, FAMILIES[stack.config.model_type])
+    _decoders[stack] = borrowed, decoder
+    return decoder
+
+
+def _build(stack: Any, config: Any, family: Family) -> NativeDecoder:
+    attention = stack.layers[0].self_attn
     shape = Shape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -133,13 +150,23 @@ def decoder_of(stack: Any) -> NativeDecoder:
         head_dim=attention.head_dim,
         intermediate=config.intermediate_size,
         eps=config.rms_norm_eps,
+        norm_offset=family.norm_offset,
         attention_scale=attention.scaling,
+        softcap=cap_of(config, family.attention_cap),
+        activation=ACTIVATIONS[getattr(config, family.activation)],
     )
-    family = FAMILIES[config.model_type]
-    rows = rows_of(family, config, attention.head_dim)
-    decoder = NativeDecoder([_block(layer, family, rows) for layer in stack.layers], stack.norm.weight, shape)
-    _decoders[stack] = borrowed, decoder
-    return decoder
+    rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(config, family)
+    types = config.layer_types if family.rotary_by_layer_type else [None] * len(stack.layers)
+    rotary = [kinds.index(kind) for kind in types]
+    blocks = [_block(layer, family, rows, table) for layer, table in zip(stack.layers, rotary, strict=True)]
+    return NativeDecoder(blocks, stack.norm.weight, shape)
+
+
+def rotary_tables(stack: Any, embeds: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines ``(m, dim)`` of these positions ``(1, m)``, for every kind of layer."""
+    kinds = rotary_kinds(stack.config, FAMILIES[stack.config.model_type])
+    tables = [stack.rotary_emb(embeds, position_ids, *([] if kind is None else [kind])) for kind in kinds]
+    return [(cosine[0], sine[0]) for cosine, sine in tables]
 
 
 def _stores_int8(stack: Any, cache: Any) -> bool:
@@ -155,8 +182,7 @@ def _run(stack: Any, embeds: Tensor, position_ids: Tensor, cache: Any, past: int
     reserve(buffers, decoder, past + tokens)
     if cache is not None and not ours and past:
         _read(buffers, cache, past)
-    cosine, sine = stack.rotary_emb(embeds, position_ids=position_ids)
-    hidden = decoder(embeds[0], buffers, past, cosine[0], sine[0])
+    hidden = decoder(embeds[0], buffers, past, rotary_tables(stack, embeds, position_ids))
     if cache is not None:
         buffers.length = past + tokens
         show(buffers, cache)
@@ -213,7 +239,7 @@ def takes(
         return False
     if kwargs.get("return_dict") is False or not _fits(stack, cache):
         return False
-    return mask is None or (mask.ndim == 2 and bool(mask.all()))
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
 
 
 def _fits(stack: Any, cache: Any) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llmqat.kernels import native
-from llmqat.models.native_forward import decoder_of, reserve, show, takes
+from llmqat.models.native_families import FAMILIES, cap_of
+from llmqat.models.native_forward import decoder_of, reserve, rotary_tables, show, takes
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -101,25 +102,26 @@ class Step:
     def __init__(self, model: Any, cache: Any) -> None:
         self.stack, self.head = model.model, model.lm_head
         self.decoder, self.buffers = decoder_of(self.stack), cache.llmqat_buffers
-        self.fixed = self.stack.rotary_emb.rope_type in FIXED_ROPES
-        self.cosine = self.sine = torch.empty(0)
+        config = self.stack.config
+        self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
+        types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
+        self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
+        self.tables: list[tuple[Tensor, Tensor]] = []
 
-    def rotary(self, embeds: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Rows of the rotary tables ``(1, head_dim)``, from tables for the whole buffer where those stay the same."""
+    def rotary(self, embeds: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
+        """Rows of the rotary tables ``(1, dim)``, from tables for the whole buffer where those stay the same."""
         if not self.fixed:
-            cosine, sine = self.stack.rotary_emb(embeds, position_ids=torch.tensor([[position]]))
-            return cosine[0], sine[0]
-        if self.cosine.shape[0] <= position:
-            cosine, sine = self.stack.rotary_emb(embeds, position_ids=torch.arange(self.buffers.capacity)[None])
-            self.cosine, self.sine = cosine[0], sine[0]
-        return self.cosine[position : position + 1], self.sine[position : position + 1]
+            return rotary_tables(self.stack, embeds, torch.tensor([[position]]))
+        if not self.tables or self.tables[0][0].shape[0] <= position:
+            self.tables = rotary_tables(self.stack, embeds, torch.arange(self.buffers.capacity)[None])
+        return [(cosine[position : position + 1], sine[position : position + 1]) for cosine, sine in self.tables]
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
         past = self.buffers.length
         reserve(self.buffers, self.decoder, past + 1)
         embeds = self.stack.embed_tokens(token)
-        hidden = self.decoder(embeds[0], self.buffers, past, *self.rotary(embeds, past))
+        hidden = self.decoder(embeds[0], self.buffers, past, self.rotary(embeds, past))
         self.buffers.length = past + 1
         logits: Tensor = self.head(hidden)
-        return logits
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

@@ -15,12 +15,28 @@ from llmqat.models.patcher import convert
 from llmqat.scheme import QuantScheme
 from tests.conftest import TINY
 
+# Caps that bite at the sizes of tiny random models, and windows shorter than the prompts of the tests.
+GEMMA2 = {
+    "attn_implementation": "eager",  # the only one of transformers that caps
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = {
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+
 
 def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, **config):
     """A tiny random packed model whose biases and norms are not trivial."""
     torch.manual_seed(0)
     plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
-    config = TINY | plain | config
+    config = TINY | plain | CONFIGS.get(family, {}) | config
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,9 +68,10 @@ def test_logits(family, act_bits, calls):
     assert (logits - exact).norm() <= 2 * (expected - exact).norm()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_activations(dtype, calls):
-    model = packed_model("qwen3", dtype=dtype)
+def test_sixteen_bit_activations(dtype, family, calls):
+    model = packed_model(family, dtype=dtype)
     ids = torch.randint(0, 128, (1, 40))
     with torch.no_grad():
         expected, logits = both(model, lambda: model(ids).logits.double())
@@ -80,6 +97,19 @@ def test_fused_layers_with_zero_points(bits, calls):
         expected, logits = both(model, lambda: model(ids).logits)
     assert calls == [20]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"attn_logit_softcapping": None}, {"query_pre_attn_scalar": 20}], ids=str)
+def test_what_the_config_of_gemma_says(options, calls):
+    """Each matters at this size, and the native decoder follows it."""
+    ids = torch.randint(0, 128, (1, 40))
+    with torch.no_grad():
+        plain = packed_model("gemma2")(ids).logits
+        model = packed_model("gemma2", **options)
+        expected, logits = both(model, lambda: model(ids).logits)
+    assert calls == [40]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
 
 
 WINDOWS = {
@@ -234,7 +264,8 @@ def test_a_copy_runs_on_its_own_tensors(calls):
 
 
 def test_models_that_do_not_fit(monkeypatch):
-    assert not accelerate_forward(packed_model("gemma2", attn_implementation="eager"))
+    assert not accelerate_forward(packed_model("gpt_neox", head_dim=None))
+    assert not accelerate_forward(packed_model("gemma3_text", use_bidirectional_attention=True))
     assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 32, act_bits=8, act_static=True)))

@@ -93,6 +93,18 @@ def test_a_longrope_that_may_change_stays_with_transformers(new, made, steps):
     assert len(steps) == 8
 
 
+def test_capped_logits(steps):
+    """A cap leaves the best token alone, but not the odds of the others."""
+    sampled = {"do_sample": True, "top_k": 0, "max_new_tokens": 40}
+    free = generate(native_blocks("gemma2", final_logit_softcapping=None), **sampled)
+    model = native_blocks("gemma2", final_logit_softcapping=1.5)
+    expected = generate(model, **sampled)
+    accelerate_generate(model)
+    assert torch.equal(generate(model, **sampled), expected)
+    assert not torch.equal(free, expected)
+    assert len(steps) == 39
+
+
 def test_windows(steps):
     model = native_blocks("mistral", sliding_window=8)
     expected = generate(model, max_new_tokens=60)

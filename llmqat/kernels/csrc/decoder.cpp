@@ -36,23 +36,27 @@ struct Pass {
     const Steps& steps;
     Buffers b;
     int64_t m, past, capacity;
-    const llmqat_rotary& rotary;
+    const llmqat_rotary* rotary;
     void* hidden;
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
 
-    void norm(const void* weight, void* y) const {
-        parallel_for(m, [&](int64_t t) { steps.norm(hidden, weight, y, t, d.hidden, d.eps, d.dtype); });
+    void norm(const void* x, const void* weight, void* y) const {
+        const Norm norm = {x, weight, y, d.hidden, d.eps, d.norm_offset, d.dtype};
+        parallel_for(m, [&](int64_t t) { steps.norm(norm, t); });
     }
 
-    void add() const {
+    void add(const void* weight) const {
+        if (weight) norm(b.out, weight, b.out);
         parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype); });
     }
 
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t dim = d.head_dim;
+        const llmqat_rotary& table = rotary[block.rotary];
         parallel_for(m, [&](int64_t t) {
-            Rope r = {b.q, block.q_norm, rotary.cosine, rotary.sine, b.q, 0, 0, t, dim, rotary.dim, d.eps, d.dtype};
+            Rope r = {b.q, block.q_norm, table.cosine, table.sine, b.q, 0, 0, t, dim, table.dim, d.eps, d.norm_offset,
+                      d.dtype};
             for (int64_t h = 0; h < d.heads; ++h) {
                 r.from_start = r.to_start = (t * d.heads + h) * dim;
                 steps.rope(r);
@@ -70,7 +74,7 @@ struct Pass {
 
     void attend(const llmqat_cache& cache, int64_t window) const {
         Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, window, d.heads,
-                       d.kv_heads, d.head_dim, d.attention_scale, d.dtype};
+                       d.kv_heads, d.head_dim, d.attention_scale, d.softcap, d.dtype};
         if (m == 1) {
             // Heads that share keys go together.
             const int64_t group = d.heads / d.kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
@@ -87,21 +91,23 @@ struct Pass {
     }
 
     void block(const llmqat_block& block, const llmqat_cache& cache) const {
-        norm(block.input_norm, b.normed);
+        norm(hidden, block.input_norm, b.normed);
         const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
         linear(reads, 3, b.normed, m, d.dtype);
         rope(block, cache);
         attend(cache, block.window);
         const Job output = {&block.o, to(b.out, block.o)};
         linear(&output, 1, b.attended, m, d.dtype);
-        add();
-        norm(block.post_norm, b.normed);
+        add(block.attended_norm);
+        norm(hidden, block.mlp_norm, b.normed);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
         linear(gated, 2, b.normed, m, d.dtype);
-        parallel_for(m, [&](int64_t t) { steps.swiglu(b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype); });
+        parallel_for(m, [&](int64_t t) {
+            steps.gate(d.activation, b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype);
+        });
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
-        add();
+        add(block.mlp_out_norm);
     }
 };
 
@@ -111,7 +117,7 @@ struct Pass {
 extern "C" void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past,
                               int64_t m, const llmqat_rotary* rotary, void* hidden) {
     using namespace llmqat;
-    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, *rotary, hidden};
+    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, rotary, hidden};
     for (int64_t i = 0; i < model->count; ++i) pass.block(model->blocks[i], cache[i]);
-    pass.norm(model->norm, hidden);
+    pass.norm(hidden, model->norm, hidden);
 }

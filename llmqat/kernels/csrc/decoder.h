@@ -3,21 +3,23 @@
 
 #include "llmqat.h"
 
-// One block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k, null where the model has none.
+// One block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k, null where the model has none. Those of
+// outputs come before these are added.
 struct llmqat_block {
     llmqat_matrix q, k, v, o, gate, up, down;
-    const void *input_norm, *post_norm, *q_norm, *k_norm;
+    const void *input_norm, *attended_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
     int64_t window;  // tokens that a query sees, itself included
+    int64_t rotary;  // which of the rotary tables
 };
 
 struct llmqat_decoder {
     const llmqat_block* blocks;
     const void* norm;
     int64_t count, hidden, heads, kv_heads, head_dim, intermediate;
-    float eps, attention_scale;
-    int32_t dtype, unused;  // dtype of weights of norms, activations and cache; every result is rounded to it
+    float eps, norm_offset, attention_scale, softcap;  // see steps.h
+    int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 40 && sizeof(llmqat_decoder) == 80, "native.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 88, "native.py lays these out by hand");
 
 // The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
 // (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.

@@ -9,11 +9,23 @@ namespace llmqat {
 
 constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 32, ATTEND_HEADS = 4;
 
+enum Activation : int32_t { SILU, GELU_TANH };  // of the gate
+
 struct Rope {
     const void *from, *norm, *cosine, *sine;
     void* to;
     int64_t from_start, to_start, token, head_dim, rotary_dim;  // starts in elements; cosine, sine: (tokens, rotary_dim)
-    float eps;
+    float eps, norm_offset;
+    int32_t dtype;
+};
+
+// RMSNorm over `count` values of token `token`: x / sqrt(mean(x^2) + eps) * (offset + weight). With an offset, only the
+// product is rounded (Gemma); without, what it multiplies is rounded too (Llama).
+struct Norm {
+    const void *x, *weight;
+    void* y;
+    int64_t count;
+    float eps, offset;
     int32_t dtype;
 };
 
@@ -30,16 +42,16 @@ struct Attention {
     Cached keys, values;
     void* out;
     int64_t m, past, capacity, window, heads, kv_heads, head_dim;
-    float scale;
+    float scale, softcap;  // softcap * tanh(score / softcap), unless that is 0 (Gemma 2, arXiv 2408.00118, section 2)
     int32_t dtype;
 };
 
 struct Steps {
     void (*load)(const void* from, int64_t start, int64_t count, int32_t dtype, float* to);
     void (*row)(const llmqat_matrix&, int64_t n, void* y, int64_t start, int32_t dtype);
-    void (*norm)(const void* x, const void* weight, void* y, int64_t token, int64_t count, float eps, int32_t dtype);
+    void (*norm)(const Norm&, int64_t token);
     void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
-    void (*swiglu)(void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
+    void (*gate)(int32_t activation, void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
     void (*rope)(const Rope&);
     // Put the vector of one head and token, `count` values, at `row` of all.
     void (*cache)(const void* from, int64_t start, int64_t count, int32_t dtype, const Cached&, int64_t row);
