@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmqat
+from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.models.native_families import FAMILIES
 from llmqat.models.native_forward import accelerate_forward
@@ -55,29 +56,34 @@ def both(model, run):
     return expected, run()
 
 
+def median_error(model, logits_of):
+    """Of native logits, relative to those of transformers in the same precision, over five prompts, one of them long.
+
+    The median, because here and there an int8 code of equal distance to both sides rounds the other way.
+    """
+    prompts = [torch.randint(0, 128, (1, tokens)) for tokens in (75, 9, 9, 9, 9)]
+    with torch.no_grad():
+        expected, logits = both(model, lambda: [logits_of(ids).double() for ids in prompts])
+        model.double()
+        exact = [logits_of(ids) for ids in prompts]
+    errors = [(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in zip(logits, expected, exact, strict=True)]
+    return float(torch.stack(errors).median())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_logits(family, act_bits, calls):
     model = packed_model(family, QuantScheme(4, 32, act_bits=act_bits))
-    ids = torch.randint(0, 128, (1, 75))
-    with torch.no_grad():
-        expected, logits = both(model, lambda: model(ids).logits)
-        model.double()
-        exact = model(ids).logits
-    assert calls == [75]
-    assert (logits - exact).norm() <= 2 * (expected - exact).norm()
+    assert median_error(model, lambda ids: model(ids).logits) <= 2
+    assert calls == [75, 9, 9, 9, 9]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_activations(dtype, family, calls):
     model = packed_model(family, dtype=dtype)
-    ids = torch.randint(0, 128, (1, 40))
-    with torch.no_grad():
-        expected, logits = both(model, lambda: model(ids).logits.double())
-        exact = model.double()(ids).logits
-    assert calls == [40]
-    assert (logits - exact).norm() <= 2 * (expected - exact).norm()
+    assert median_error(model, lambda ids: model(ids).logits) <= 2
+    assert calls == [75, 9, 9, 9, 9]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -232,7 +238,7 @@ def test_what_transformers_keeps(arguments, calls):
 def test_gradients_are_not_swallowed(calls):
     model = packed_model("llama")
     assert accelerate_forward(model)
-    with pytest.raises(RuntimeError, match="packed_linear"):  # inference only, and it says so
+    with pytest.raises(LlmqatError, match="packed layers have no gradient"):
         model(torch.ones(1, 5, dtype=torch.long)).logits.sum().backward()
     assert calls == []
 
