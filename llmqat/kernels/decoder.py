@@ -159,6 +159,7 @@ class CacheBuffers:
     int8: bool = False
     blocks: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     length: int = 0
+    _pointers: Any = field(default=None, repr=False, compare=False)
 
     @property
     def capacity(self) -> int:
@@ -168,8 +169,14 @@ class CacheBuffers:
     @property
     def pointers(self) -> Any:
         """What the library gets: a struct for each block."""
-        addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
-        return (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
+        if self._pointers is None:
+            addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
+            self._pointers = (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
+        return self._pointers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own, and ctypes copies no pointers."""
+        return {**self.__dict__, "_pointers": None}
 
     def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
         """Have room for `needed` tokens; what is filled moves along."""
@@ -182,6 +189,7 @@ class CacheBuffers:
             return torch.empty(kv_heads, capacity, width, dtype=kind)
 
         self.blocks = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
+        self._pointers = None
         for kept, block in zip(old, self.blocks, strict=False):
             for sources, targets in zip(kept, block, strict=True):
                 for source, target in zip(sources, targets, strict=True):

@@ -170,6 +170,35 @@ def matrix(
     )
 
 
+class Layer:
+    """A layer that is called again and again: its struct is made once, of arguments as `matrix` takes them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._kept, self._matrix = arguments, matrix(*arguments)
+        self._in, self._dtype = getattr(self._matrix, "in"), arguments[1].dtype
+
+    def linear(self, x: Tensor) -> Tensor:
+        """``(..., out)`` of `x` ``(..., in)``, contiguous, as `ops.packed_linear`; `supports` has said yes."""
+        kernels = library()
+        assert kernels is not None
+        y = torch.empty(*x.shape[:-1], self._matrix.out, dtype=x.dtype)
+        kernels.llmqat_set_threads(threads())
+        tokens, dtype = x.numel() // self._in, DTYPES[x.dtype]
+        kernels.llmqat_linear(ctypes.addressof(self._matrix), x.data_ptr(), y.data_ptr(), tokens, dtype)
+        return y
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows `index` ``(n,)``, contiguous, of ``W_hat``: ``(n, in)`` in the dtype of its scales."""
+        kernels = library()
+        assert kernels is not None
+        y = torch.empty(index.numel(), self._in, dtype=self._dtype)
+        kernels.llmqat_set_threads(threads())
+        kernels.llmqat_rows(
+            ctypes.addressof(self._matrix), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[self._dtype]
+        )
+        return y
+
+
 def linear(
     x: Tensor,
     weight_packed: Tensor,
@@ -181,30 +210,15 @@ def linear(
     act_bits: int | None,
 ) -> Tensor:
     """`ops.packed_linear` by the compiled kernels; `supports` has said yes."""
-    kernels = library()
-    assert kernels is not None
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], weight_packed.shape[0], dtype=x.dtype)
     zero_point = None if weight_zero_point is None else weight_zero_point.contiguous()
     bias = None if bias is None else (bias if bias.dtype in DTYPES else bias.float()).contiguous()
     weights = (weight_packed.contiguous(), weight_scale.contiguous(), zero_point, bias)
-    layer = matrix(*weights, bits, in_features, act_bits)
-    kernels.llmqat_set_threads(threads())
-    tokens = x.numel() // in_features
-    kernels.llmqat_linear(ctypes.addressof(layer), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
-    return y
+    return Layer(*weights, bits, in_features, act_bits).linear(x.contiguous())
 
 
 def rows(index: Tensor, *arguments: Any) -> Tensor:
     """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of its scales; `arguments` are those of `matrix`."""
-    kernels = library()
-    assert kernels is not None
-    layer, dtype = matrix(*arguments), arguments[1].dtype
-    y = torch.empty(index.numel(), getattr(layer, "in"), dtype=dtype)
-    index = index.contiguous()
-    kernels.llmqat_set_threads(threads())
-    kernels.llmqat_rows(ctypes.addressof(layer), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[dtype])
-    return y
+    return Layer(*arguments).rows(index.contiguous())
 
 
 def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ cores that the kernels need. This one calls the same logits processors and stopp
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from llmqat.kernels import native
 from llmqat.models.native_families import FAMILIES, cap_of
 from llmqat.models.native_forward import decoder_of, reserve, rotary_tables, show, takes
+from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.packed_linear import PackedLinear
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -96,11 +99,34 @@ def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) ->
     return torch.tensor([[scores[0].numpy().argmax()]])  # torch's own takes 25 times as long on one thread
 
 
+def _head(module: Any) -> Callable[[Tensor], Tensor]:
+    """What `module` computes for contiguous hidden states, without the operator's detours if it is packed."""
+    if not isinstance(module, PackedLinear) or module.input_scale is not None or _hooked(module):
+        return module
+    runs = native.supports(module.weight_scale, module.weight_scale, module.in_features)
+    return native.Layer(*module.arguments()).linear if runs else module
+
+
+def _embed(module: Any) -> Callable[[Tensor], Tensor]:
+    """What `module` looks up for token ids ``(n,)``, likewise."""
+    if not isinstance(module, PackedEmbedding) or module.embed_scale is not None or _hooked(module):
+        return module
+    head: Any = module.head()
+    runs = native.supports(head.weight_scale, head.weight_scale, head.in_features)
+    same = head.weight_scale.dtype == module.compute.dtype
+    return native.Layer(*head.arguments()).rows if runs and same else module
+
+
+def _hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class Step:
     """One token through the model: what changes from call to call is its row of the embedding and its position."""
 
     def __init__(self, model: Any, cache: Any) -> None:
-        self.stack, self.head = model.model, model.lm_head
+        self.stack = model.model
+        self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.lm_head)
         self.decoder, self.buffers = decoder_of(self.stack), cache.llmqat_buffers
         config = self.stack.config
         self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
@@ -120,8 +146,8 @@ class Step:
         """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
         past = self.buffers.length
         reserve(self.buffers, self.decoder, past + 1)
-        embeds = self.stack.embed_tokens(token)
-        hidden = self.decoder(embeds[0], self.buffers, past, self.rotary(embeds, past))
+        embeds = self.embed(token[0])
+        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past))
         self.buffers.length = past + 1
         logits: Tensor = self.head(hidden)
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

@@ -85,8 +85,8 @@ struct Pass {
         }
         int64_t blocks = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
         // The last blocks see the most keys: start with them, so that the threads end together.
-        parallel_for(blocks * d.heads, [&](int64_t i) {
-            steps.attend_block(a, i % d.heads, (blocks - 1 - i / d.heads) * ATTEND_QUERIES);
+        parallel_for(blocks * d.kv_heads, [&](int64_t i) {
+            steps.attend_block(a, i % d.kv_heads, (blocks - 1 - i / d.kv_heads) * ATTEND_QUERIES);
         });
     }
 

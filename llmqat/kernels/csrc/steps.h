@@ -56,7 +56,7 @@ struct Steps {
     // Put the vector of one head and token, `count` values, at `row` of all.
     void (*cache)(const void* from, int64_t start, int64_t count, int32_t dtype, const Cached&, int64_t row);
     void (*attend_one)(const Attention&, int64_t head, int64_t count);  // heads of one group, m == 1
-    void (*attend_block)(const Attention&, int64_t head, int64_t first);
+    void (*attend_block)(const Attention&, int64_t kv_head, int64_t first);
 };
 
 }  // namespace llmqat
