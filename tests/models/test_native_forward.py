@@ -33,7 +33,7 @@ GEMMA3 = {
 CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
 
 
-def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, **config):
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
     """A tiny random packed model whose biases and norms are not trivial."""
     torch.manual_seed(0)
     plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
@@ -45,7 +45,8 @@ def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, **confi
                 parameter += 0.3 * torch.randn_like(parameter)
     model.to(dtype)
     calibration = [torch.arange(16)[None]]
-    llmqat.prepare(model, scheme or QuantScheme(4, 32), calibration=calibration, kv_bits=kv_bits)
+    scheme = scheme or QuantScheme(4, 32)
+    llmqat.prepare(model, scheme, calibration=calibration, kv_bits=kv_bits, lm_head_bits=lm_head_bits)
     return convert(model)
 
 

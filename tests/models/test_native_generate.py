@@ -9,6 +9,7 @@ from llmqat.kernels import native
 from llmqat.models.native_families import FAMILIES
 from llmqat.models.native_forward import accelerate_forward
 from llmqat.models.native_generate import accelerate_generate
+from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
 from tests.models.test_native_forward import packed_model
 
@@ -199,3 +200,24 @@ def test_threads_come_back():
     with pytest.raises(RuntimeError, match="interrupted"), native.own_threads():
         raise RuntimeError("interrupted")
     assert torch.get_num_threads() == total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_head_and_embedding(dtype, steps):
+    model = native_blocks(dtype=dtype, lm_head_bits=8, tie_word_embeddings=True)
+    assert isinstance(model.model.embed_tokens, PackedEmbedding)
+    expected = generate(model)
+    accelerate_generate(model)
+    assert torch.equal(generate(model), expected)
+    assert len(steps) == 19
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.embed_tokens"])
+def test_hooks_are_called(path, steps):
+    """Steps call what is packed directly, unless somebody listens."""
+    model, calls = native_blocks(lm_head_bits=8, tie_word_embeddings=True), []
+    accelerate_generate(model)
+    model.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    generate(model, max_new_tokens=5)
+    assert len(calls) == 5
+    assert len(steps) == 4
