@@ -63,20 +63,11 @@ def packed_linear(
     return _InferenceOnly.apply(y, x) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-any-return]
 
 
-def _run(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    act_bits: int | None,
-) -> Tensor:
-    _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
-    if native.supports(x, weight_scale, in_features):
-        return native.linear(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
-    return reference(x, weight_packed, weight_scale, weight_zero_point, bias, bits, in_features, act_bits)
+def _run(x: Tensor, *layer: Any) -> Tensor:
+    _check(x, *layer)
+    _, weight_scale, _, _, _, in_features, _ = layer
+    run = native.linear if native.supports(x, weight_scale, in_features) else reference
+    return run(x, *layer)
 
 
 def reference(
@@ -114,8 +105,10 @@ def _check(
     weight_packed: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
+    _: Tensor | None,
     bits: int,
     in_features: int,
+    *__: int | None,
 ) -> None:
     """Shapes and dtypes, once, before any pointer is read."""
     out_features, words = weight_packed.shape
@@ -141,17 +134,8 @@ def _check(
             torch._check(False, message)
 
 
-def _shape(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    act_bits: int | None,
-) -> Tensor:
-    _check(x, weight_packed, weight_scale, weight_zero_point, bits, in_features)
+def _shape(x: Tensor, weight_packed: Tensor, *layer: Any) -> Tensor:
+    _check(x, weight_packed, *layer)
     return x.new_empty(*x.shape[:-1], weight_packed.shape[0])
 
 
