@@ -77,9 +77,6 @@ def library() -> ctypes.CDLL | None:
 
 _threads = threading.local()
 
-# Microseconds that an idle thread of the kernels looks for work before it sleeps: beside torch's threads, and alone.
-SPIN, SPIN_ALONE = 50, 1000
-
 
 def threads() -> int:
     """Threads of the next kernel called from this thread: torch's number, unless `own_threads` keeps torch to one."""
@@ -90,25 +87,16 @@ def threads() -> int:
 def own_threads() -> Iterator[None]:
     """Leave torch's threads to the kernels; operators of torch run on one meanwhile.
 
-    Workers of torch's OpenMP pool spin for milliseconds after each parallel operator, on the cores of the kernels. With
-    none of them about, those of the kernels can wait awake for what comes after a few of torch's operators.
+    Workers of torch's OpenMP pool spin for milliseconds after each parallel operator, on the cores of the kernels.
     """
     before, total = getattr(_threads, "own", None), torch.get_num_threads()
     _threads.own = before or total
     torch.set_num_threads(1)
-    _spin(SPIN_ALONE)
     try:
         yield
     finally:
         _threads.own = before
         torch.set_num_threads(total)
-        _spin(SPIN)
-
-
-def _spin(microseconds: int) -> None:
-    kernels = library()
-    if kernels is not None:
-        kernels.llmqat_set_spin(microseconds)
 
 
 def available() -> list[str]:

@@ -106,7 +106,6 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
 extern "C" {
 
 void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }
-void llmqat_set_spin(int32_t microseconds) { llmqat::set_spin(microseconds); }
 
 void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype) {
     llmqat::Job job = {matrix, {y, matrix->out, dtype}};

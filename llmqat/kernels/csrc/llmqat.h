@@ -33,8 +33,6 @@ int32_t llmqat_has_isa(int32_t isa);
 int32_t llmqat_use_isa(int32_t isa);
 // Number of threads of the next calls, the calling one included.
 void llmqat_set_threads(int32_t threads);
-// How long an idle thread looks for work before it sleeps; waking it takes as long as a small layer.
-void llmqat_set_spin(int32_t microseconds);
 // y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Groups are of a multiple of 16 weights, or one a
 // row.
 void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);

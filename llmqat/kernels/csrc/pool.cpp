@@ -11,7 +11,7 @@
 namespace llmqat {
 namespace {
 
-std::atomic<int> spin_microseconds{50};
+constexpr auto SPIN = std::chrono::microseconds(50);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -21,17 +21,16 @@ inline void pause() {
 #endif
 }
 
-// Spin until `ready()`, not for ever; the clock is read rarely, it costs as much as the wait.
+// Spin until `ready()`, at most SPIN; the clock is read rarely, it costs as much as the wait.
 template <class Ready>
 bool spin(Ready&& ready) {
-    const auto start = std::chrono::steady_clock::now();
-    const std::chrono::microseconds most(spin_microseconds.load(std::memory_order_relaxed));
+    auto start = std::chrono::steady_clock::now();
     do {
         for (int i = 0; i < 64; ++i) {
             if (ready()) return true;
             pause();
         }
-    } while (std::chrono::steady_clock::now() - start < most);
+    } while (std::chrono::steady_clock::now() - start < SPIN);
     return ready();
 }
 
@@ -111,7 +110,6 @@ Pool& the_pool() {
 
 void set_threads(int threads) { wanted_threads.store(threads < 1 ? 1 : threads); }
 int threads() { return wanted_threads.load(); }
-void set_spin(int microseconds) { spin_microseconds.store(microseconds); }
 
 void parallel(int64_t chunks, Task task, void* context) {
     int wanted = wanted_threads.load(std::memory_order_relaxed);

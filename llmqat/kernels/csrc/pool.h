@@ -1,8 +1,8 @@
 // A thread pool that survives a busy machine.
 //
 // Work is cut into chunks that threads claim one by one, and a call ends when its chunks are done - not when every
-// thread has been scheduled, which is what makes OpenMP collapse beside one foreign process. Idle threads spin for the
-// gap between two layers, then sleep.
+// thread has been scheduled, which is what makes OpenMP collapse beside one foreign process. Idle threads spin for some
+// tens of microseconds (the gap between two layers), then sleep.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,6 @@ using Task = void (*)(void* context, int64_t chunk);
 
 void set_threads(int threads);
 int threads();
-void set_spin(int microseconds);  // how long an idle thread looks for work before it sleeps
 
 // Run task(context, i) for i in [0, chunks), on the calling thread and the pool. Calls from a task run serially.
 void parallel(int64_t chunks, Task task, void* context);
