@@ -249,14 +249,16 @@ void decode_nibbles(const Block& b, int64_t n, int64_t k0, int64_t k1, uint8_t* 
     const __m512i low = _mm512_set1_epi8(15);
     for (int64_t k = k0; k < k1; k += 128, tiles += 2048) {
         alignas(64) float z[2][16];
-        for (int r = 0; r < 16; ++r)
-            for (int t = 0; t < 2; ++t) z[t][r] = b.rows[n + r].zero[w.groups == 1 ? 0 : (k + 64 * t) / b.rows[n].unit];
+        for (int t = 0; t < 2; ++t) {
+            const int64_t entry = w.groups == 1 ? 0 : (k + 64 * t) / b.rows[n].unit;
+            for (int r = 0; r < 16; ++r) z[t][r] = b.rows[n + r].zero[entry];
+        }
         const __m512i zero[2] = {repeat_bytes(_mm512_load_ps(z[0])), repeat_bytes(_mm512_load_ps(z[1]))};
         const int64_t left = row_bytes - k / 2;
         transpose(
             [&](int i) {
                 const uint8_t* codes = w.codes + b.row(n + i) * w.row_bytes + k / 2;
-                return left >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(low_bytes(left > 0 ? left : 0), codes);
+                return left >= 64 ? line_of<false>(codes, left) : line_of<true>(codes, left);
             },
             [&](int d, __m512i codes) {
                 auto centered = [&](__m512i bits) {

@@ -17,9 +17,10 @@ namespace {
 #include "avx512_integer.inc"
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
-    if (in.path == Path::INTEGER) pack_integer(w, in, m, row);
-    if (in.path == Path::BFLOAT) pack_bfloat(w, in, m, row);
-    if (in.fixed && !pack_fixed(w, in, m, row)) *in.rough = true;
+    if (in.path == Path::INTEGER) return pack_integer(w, in, m, row);
+    if (in.path != Path::BFLOAT) return;
+    if (!in.fixed) pack_bfloat(w, in, m, row);
+    else if (!pack_fixed(w, in, m, row)) *in.rough = true;
 }
 
 template <class F>
@@ -36,7 +37,7 @@ bool no_tiles(const Matrix&, Path, int64_t) { return false; }
 
 void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
     if (in.path == Path::FLOAT) return float_rows(w, in, out, n0, n1);
-    if (in.fixed && !*in.rough) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, n0, n1);
+    if (in.fixed) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, n0, n1);
     by_bits(w.bits, [&](auto bits) {
         (in.path == Path::INTEGER ? integer_rows_vnni<bits.value> : bfloat_rows<bits.value>)(w, in, out, n0, n1);
     });

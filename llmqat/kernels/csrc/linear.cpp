@@ -34,18 +34,20 @@ void prepare_token(const Variant& v, const Matrix& w, const Input& in, const voi
     v.pack(w, in, m, row);
 }
 
-Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype) {
-    thread_local Scratch floats, parts, fixed, unit, excess, q, q_scale, lane_sum;
+// fixed: as integers, if the variant wants that.
+Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype, bool fixed) {
+    thread_local Scratch floats, parts, integers, unit, excess, q, q_scale, lane_sum;
     thread_local std::atomic<bool> rough;
     Input in = {};
     in.path = path_of(w, v, dtype), in.tiled = v.tiles(w, in.path, m);
     in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
     in.planes = planes_of(dtype);
     size_t elements = size_t(in.m_pad * in.k_pad);
-    if (in.path != Path::INTEGER && !in.tiled) in.x = floats.get<float>(elements);
     if (in.path == Path::BFLOAT && in.tiled) in.parts = parts.get<uint16_t>(elements * size_t(in.planes));
-    if (in.path == Path::BFLOAT && !in.tiled && dtype == LLMQAT_BFLOAT16 && v.fixed && v.fixed(w)) {
-        in.fixed = fixed.get<int16_t>(elements), in.unit = unit.get<float>(elements / K_PAD);
+    fixed = fixed && in.path == Path::BFLOAT && !in.tiled && dtype == LLMQAT_BFLOAT16 && v.fixed && v.fixed(w);
+    if (in.path != Path::INTEGER && !in.tiled && !fixed) in.x = floats.get<float>(elements);
+    if (fixed) {
+        in.fixed = integers.get<int16_t>(elements), in.unit = unit.get<float>(elements / K_PAD);
         in.excess = excess.get<int32_t>(elements / 4), in.rough = &rough;
         rough = false;
     }
@@ -88,7 +90,8 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
         count = shared;
     }
     const Variant& v = variant();
-    Input in = prepare(v, *jobs[0].w, x, m, dtype);
+    Input in = prepare(v, *jobs[0].w, x, m, dtype, true);
+    if (in.fixed && *in.rough) in = prepare(v, *jobs[0].w, x, m, dtype, false);
     int64_t total = 0, first[MAX_JOBS + 1] = {};
     for (int j = 0; j < count; ++j) total += jobs[j].w->out;
     int64_t step = chunk_rows(*jobs[0].w, in, total);

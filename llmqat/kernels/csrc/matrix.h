@@ -56,7 +56,7 @@ struct Input {
     int planes;       // BFLOAT tiled: number of bfloat16 parts that add up to a value
     float* x;         // FLOAT and BFLOAT: (m, k_pad), the order within 128 is the variant's
     uint16_t* parts;  // BFLOAT tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
-    int16_t* fixed;   // BFLOAT, if the variant wants it: (m, k_pad) as integers of `unit`, the order within 128 is the variant's
+    int16_t* fixed;   // BFLOAT, instead of x where the variant wants it: (m, k_pad) integers of `unit`, in its order within 128
     float* unit;      // with `fixed`: (m, k_pad / 128)
     int32_t* excess;  // with `fixed`: (m, k_pad / 128, 32), the variant's
     std::atomic<bool>* rough;  // with `fixed`: whether it holds too little of some token
