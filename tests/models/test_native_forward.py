@@ -57,25 +57,25 @@ def both(model, run):
     return expected, run()
 
 
-def median_error(model, logits_of):
-    """Of native logits, relative to those of transformers in the same precision, over five prompts, one of them long.
-
-    The median, because here and there an int8 code of equal distance to both sides rounds the other way.
-    """
+def errors(model, logits_of):
+    """Of native logits, relative to those of transformers in the same precision: five prompts, a long one first."""
     prompts = [torch.randint(0, 128, (1, tokens)) for tokens in (75, 9, 9, 9, 9)]
     with torch.no_grad():
         expected, logits = both(model, lambda: [logits_of(ids).double() for ids in prompts])
         model.double()
         exact = [logits_of(ids) for ids in prompts]
-    errors = [(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in zip(logits, expected, exact, strict=True)]
-    return float(torch.stack(errors).median())
+    pairs = zip(logits, expected, exact, strict=True)
+    return torch.stack([(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in pairs])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_logits(family, act_bits, calls):
     model = packed_model(family, QuantScheme(4, 32, act_bits=act_bits))
-    assert median_error(model, lambda ids: model(ids).logits) <= 2
+    found = errors(model, lambda ids: model(ids).logits)
+    # An int8 code of equal distance to both sides may round the other way; over the long prompt that does not matter.
+    assert found[0] <= 2
+    assert (found.median() if act_bits else found.max()) <= 2
     assert calls == [75, 9, 9, 9, 9]
 
 
@@ -83,7 +83,7 @@ def test_logits(family, act_bits, calls):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_activations(dtype, family, calls):
     model = packed_model(family, dtype=dtype)
-    assert median_error(model, lambda ids: model(ids).logits) <= 2
+    assert errors(model, lambda ids: model(ids).logits).max() <= 2
     assert calls == [75, 9, 9, 9, 9]
 
 

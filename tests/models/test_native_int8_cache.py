@@ -13,7 +13,7 @@ from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.kv_cache import Int8Cache
 from llmqat.quant.affine import quantize_activation
 from llmqat.scheme import QuantScheme
-from tests.models.test_native_forward import median_error, packed_model
+from tests.models.test_native_forward import errors, packed_model
 from tests.models.test_native_generate import OPTIONS, PROMPT, generate
 
 IDS = torch.arange(75)[None] * 7 % 128
@@ -64,7 +64,7 @@ def test_logits(dtype, isa, calls):
         pieces = (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1))
         return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
 
-    assert median_error(model, stepwise) <= 2
+    assert errors(model, stepwise).median() <= 2  # a code may round the other way
     assert calls == [37, *[1] * 38, *[4, *[1] * 5] * 4]
 
 
