@@ -356,10 +356,10 @@ void tiled_rows(const Matrix& w, const Input& in, const Output& out, int64_t n0,
     (in.path == Path::INTEGER ? integer_tiles<BITS> : bfloat_tiles<BITS>)(w, in, out, n0, n1);
 }
 
-void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    if (!in.tiled) return avx512_variant()->rows(w, in, out, n0, n1);
-    for (; n0 < n1; n0 += MAX_ROWS) {
-        int64_t end = n0 + MAX_ROWS < n1 ? n0 + MAX_ROWS : n1;
+void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs) {
+    if (!in.tiled) return avx512_variant()->rows(w, in, out, runs);
+    for (int64_t n0 = runs.begin; n0 < runs.end; n0 += MAX_ROWS) {
+        int64_t end = n0 + MAX_ROWS < runs.end ? n0 + MAX_ROWS : runs.end;
         switch (w.bits) {
             case 2: tiled_rows<2>(w, in, out, n0, end); break;
             case 3: tiled_rows<3>(w, in, out, n0, end); break;

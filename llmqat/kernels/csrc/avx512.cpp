@@ -35,11 +35,11 @@ void by_bits(int bits, F&& f) {
 
 bool no_tiles(const Matrix&, Path, int64_t) { return false; }
 
-void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    if (in.path == Path::FLOAT) return float_rows(w, in, out, n0, n1);
-    if (in.fixed) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, n0, n1);
+void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs) {
+    if (in.path == Path::FLOAT) return float_rows(w, in, out, runs);
+    if (in.fixed) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, runs);
     by_bits(w.bits, [&](auto bits) {
-        (in.path == Path::INTEGER ? integer_rows_vnni<bits.value> : bfloat_rows<bits.value>)(w, in, out, n0, n1);
+        (in.path == Path::INTEGER ? integer_rows_vnni<bits.value> : bfloat_rows<bits.value>)(w, in, out, runs);
     });
 }
 

@@ -63,14 +63,42 @@ Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32
     return in;
 }
 
-// Rows a thread takes at a time: enough bytes to amortize the claim and to keep streams long, and at least some chunks
-// for every thread. Tiles come in 32 rows.
-int64_t chunk_rows(const Matrix& w, const Input& in, int64_t total_rows) {
-    constexpr int64_t BYTES = 512 << 10, CHUNKS_PER_THREAD = 4;
-    if (in.tiled) return in.m >= 128 && total_rows >= 128 * 4 * threads() ? 128 : 32;
-    int64_t by_size = BYTES / std::max<int64_t>(w.row_bytes, 1), by_share = total_rows / (threads() * CHUNKS_PER_THREAD);
-    return round_up(std::max<int64_t>(std::min(by_size, by_share), 4), 4);
-}
+// How the rows of layers that share an input become tasks: as many equal shares as threads, each of the same rows of every
+// layer. A share is cut into blocks, and these into slices of their runs: a thread reads on where its last slice ended, and
+// the last slices are small enough for the threads to end together.
+class Tasks {
+public:
+    Tasks(const Job* jobs, int count, const Input& in) : jobs_(jobs), count_(count), shares_(in.tiled ? 1 : threads()) {
+        constexpr int64_t BYTES = 512 << 10;
+        int64_t total = 0;
+        for (int j = 0; j < count; ++j) total += jobs[j].w->out;
+        if (in.tiled) block_ = in.m >= 128 && total >= 128 * 4 * threads() ? 128 : 32;
+        else block_ = round_up(std::max<int64_t>(BYTES / std::max<int64_t>(jobs[0].w->row_bytes, 1), 1), RUNS * SLICES);
+        slices_ = in.tiled ? 1 : SLICES;
+        for (int j = 0; j < count; ++j) first_[j + 1] = first_[j] + (share_rows(j) + block_ - 1) / block_ * slices_;
+    }
+
+    int64_t count() const { return shares_ * first_[count_]; }
+
+    template <class Use>
+    void run(int64_t task, Use&& use) const {
+        const int64_t share = task / first_[count_], i = task % first_[count_];
+        int j = 0;
+        while (i >= first_[j + 1]) ++j;
+        const int64_t block = (i - first_[j]) / slices_, slice = (i - first_[j]) % slices_, rows = share_rows(j);
+        const int64_t out = std::min((share + 1) * rows, jobs_[j].w->out), begin = share * rows + block * block_;
+        const int64_t end = std::min(begin + block_, out), length = Runs::length(end - begin);
+        if (begin < end) use(jobs_[j], Runs{begin, end, length * slice / slices_, length * (slice + 1) / slices_});
+    }
+
+private:
+    static constexpr int MAX_JOBS = 8, SLICES = 2;
+    const Job* jobs_;
+    int count_;
+    int64_t shares_, block_, slices_, first_[MAX_JOBS + 1] = {};
+
+    int64_t share_rows(int job) const { return (jobs_[job].w->out + shares_ - 1) / shares_; }
+};
 
 // Whether two layers read their input in the same form.
 bool share_input(const Matrix& a, const Matrix& b) {
@@ -81,7 +109,6 @@ bool share_input(const Matrix& a, const Matrix& b) {
 }  // namespace
 
 void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype) {
-    constexpr int MAX_JOBS = 8;
     if (m == 0 || count == 0) return;
     int shared = 1;
     while (shared < count && share_input(*jobs[0].w, *jobs[shared].w)) ++shared;
@@ -92,15 +119,9 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
     const Variant& v = variant();
     Input in = prepare(v, *jobs[0].w, x, m, dtype, true);
     if (in.fixed && *in.rough) in = prepare(v, *jobs[0].w, x, m, dtype, false);
-    int64_t total = 0, first[MAX_JOBS + 1] = {};
-    for (int j = 0; j < count; ++j) total += jobs[j].w->out;
-    int64_t step = chunk_rows(*jobs[0].w, in, total);
-    for (int j = 0; j < count; ++j) first[j + 1] = first[j] + (jobs[j].w->out + step - 1) / step;
-    parallel_for(first[count], [&](int64_t chunk) {
-        int j = 0;
-        while (chunk >= first[j + 1]) ++j;
-        int64_t n0 = (chunk - first[j]) * step;
-        v.rows(*jobs[j].w, in, jobs[j].out, n0, std::min(n0 + step, jobs[j].w->out));
+    const Tasks tasks(jobs, count, in);
+    parallel_for(tasks.count(), [&](int64_t i) {
+        tasks.run(i, [&](const Job& job, const Runs& runs) { v.rows(*job.w, in, job.out, runs); });
     });
 }
 

@@ -65,6 +65,25 @@ struct Input {
     float* lane_sum;  // INTEGER, if the variant wants it: (m, k_pad / 64, 16)
 };
 
+// Rows of a layer for one task: numbers [first, last) of each of RUNS runs that divide the rows [begin, end). Several runs
+// keep the memory busy, and the next task of a thread goes on where they stopped.
+constexpr int64_t RUNS = 4;
+struct Runs {
+    int64_t begin, end, first, last;
+
+    static int64_t length(int64_t rows) { return (rows + RUNS - 1) / RUNS; }
+    static Runs all(int64_t begin, int64_t end) { return {begin, end, 0, length(end - begin)}; }
+
+    // Number i of a run; beyond `end` there is none.
+    int64_t row(int64_t run, int64_t i) const { return begin + run * length(end - begin) + i; }
+
+    template <class Use>
+    void each(Use&& use) const {
+        for (int64_t run = 0; run < RUNS; ++run)
+            for (int64_t i = first; i < last && row(run, i) < end; ++i) use(row(run, i));
+    }
+};
+
 struct Output {
     void* y;  // (m, stride) elements of dtype
     int64_t stride;
@@ -78,8 +97,8 @@ struct Variant {
     float (*quantize)(const float* x, int64_t k, int8_t* q);  // int8 codes of a token, and its scale
     // Write token m, `row` of k_pad values, in the form that `rows` reads. In Path::FLOAT, `row` is where it goes.
     void (*pack)(const Matrix&, const Input&, int64_t m, const float* row);
-    // Outputs [n0, n1) of all tokens.
-    void (*rows)(const Matrix&, const Input&, const Output&, int64_t n0, int64_t n1);
+    // These outputs of all tokens. Tiled, they are all of [begin, end).
+    void (*rows)(const Matrix&, const Input&, const Output&, const Runs&);
     const Steps* steps;
     bool (*fixed)(const Matrix&) = nullptr;  // whether it wants bfloat16 activations as integers too
 };

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -36,10 +37,18 @@ bool spin(Ready&& ready) {
 
 thread_local bool inside = false;  // a task: its calls run serially
 
+constexpr int MAX_SHARES = 256;
+
+// The chunks of one thread, which takes those of others when it has done its own.
+struct alignas(64) Share {
+    // The number of chunks not claimed yet. What else describes a call changes only while it is not positive, so whoever
+    // takes a positive count may read that: the call cannot end before that chunk is done.
+    std::atomic<int64_t> unclaimed{0};
+    int64_t end = 0;
+};
+
 struct Pool {
-    // The number of chunks not claimed yet. Task and context change only while it is not positive, so whoever takes a
-    // positive count may read them: the call cannot end before that chunk is done.
-    alignas(64) std::atomic<int64_t> unclaimed{0};
+    Share shares[MAX_SHARES];
     alignas(64) std::atomic<int64_t> done{0};
     alignas(64) std::atomic<uint32_t> calls{0};
     std::atomic<int> sleeping{0};
@@ -47,17 +56,26 @@ struct Pool {
     std::mutex owner;
     Task task = nullptr;
     void* context = nullptr;
-    int64_t chunks = 0;
     int workers = 0;
 
-    void work() {
-        for (;;) {
-            if (unclaimed.load(std::memory_order_relaxed) <= 0) return;
-            int64_t left = unclaimed.fetch_sub(1, std::memory_order_acquire);
-            if (left <= 0) return;
-            task(context, chunks - left);
-            done.fetch_add(1, std::memory_order_release);
+    int count_shares() const { return std::min(active.load(std::memory_order_relaxed) + 1, MAX_SHARES); }
+
+    // What the thread has done it adds up at the end: that counter belongs to all of them.
+    void work_from(int first) {
+        const int threads = count_shares();
+        int64_t mine = 0;
+        for (int i = 0; i < threads; ++i) mine += work(shares[(first + i) % threads]);
+        if (mine) done.fetch_add(mine, std::memory_order_release);
+    }
+
+    int64_t work(Share& share) {
+        int64_t count = 0;
+        for (; share.unclaimed.load(std::memory_order_relaxed) > 0; ++count) {
+            const int64_t left = share.unclaimed.fetch_sub(1, std::memory_order_acquire);
+            if (left <= 0) break;
+            task(context, share.end - left);
         }
+        return count;
     }
 
     void serve(int id) {
@@ -70,7 +88,7 @@ struct Pool {
                 sleeping.fetch_sub(1);
             }
             seen = calls.load(std::memory_order_acquire);
-            if (id < active.load(std::memory_order_relaxed)) work();
+            if (id < active.load(std::memory_order_relaxed)) work_from(id + 1);
         }
     }
 
@@ -80,12 +98,17 @@ struct Pool {
     }
 
     void run(int64_t count, Task f, void* data) {
-        task = f, context = data, chunks = count;
+        task = f, context = data;
         done.store(0, std::memory_order_relaxed);
-        unclaimed.store(count, std::memory_order_release);
+        const int64_t threads = count_shares();
+        for (int64_t i = 0; i < threads; ++i) {
+            const int64_t begin = count * i / threads, end = count * (i + 1) / threads;
+            shares[i].end = end;
+            shares[i].unclaimed.store(end - begin, std::memory_order_release);
+        }
         calls.fetch_add(1);
         if (sleeping.load() > 0) calls.notify_all();
-        work();
+        work_from(0);
         auto finished = [&] { return done.load(std::memory_order_acquire) == count; };
         while (!spin(finished)) std::this_thread::yield();
     }

@@ -1,8 +1,9 @@
 // A thread pool that survives a busy machine.
 //
-// Work is cut into chunks that threads claim one by one, and a call ends when its chunks are done - not when every
-// thread has been scheduled, which is what makes OpenMP collapse beside one foreign process. Idle threads spin for some
-// tens of microseconds (the gap between two layers), then sleep.
+// Work is cut into chunks, in as many equal shares as there are threads. A thread claims those of its share one by one,
+// then those of others, and a call ends when its chunks are done - not when every thread has been scheduled, which is what
+// makes OpenMP collapse beside one foreign process. Idle threads spin for some tens of microseconds (the gap between two
+// layers), then sleep.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@ namespace {
 
 bool no_tiles(const Matrix&, Path, int64_t) { return false; }
 
-void rows(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
-    (in.path == Path::INTEGER ? integer_rows : float_rows)(w, in, out, n0, n1);
+void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs) {
+    (in.path == Path::INTEGER ? integer_rows : float_rows)(w, in, out, runs);
 }
 
 constexpr Variant VARIANT = {false, no_tiles, quantize_row, pack_row, rows, &STEPS};
