@@ -54,21 +54,19 @@ struct Pass {
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t dim = d.head_dim;
         const llmqat_rotary& table = rotary[block.rotary];
-        parallel_for(m, [&](int64_t t) {
+        const int64_t group = d.heads / d.kv_heads;
+        parallel_for(m * d.kv_heads, [&](int64_t i) {
+            const int64_t t = i / d.kv_heads, row = i % d.kv_heads * capacity + past + t;
             Rope r = {b.q, block.q_norm, table.cosine, table.sine, b.q, 0, 0, t, dim, table.dim, d.eps, d.norm_offset,
                       d.dtype};
-            for (int64_t h = 0; h < d.heads; ++h) {
-                r.from_start = r.to_start = (t * d.heads + h) * dim;
+            for (int64_t h = i * group; h < (i + 1) * group; ++h) {
+                r.from_start = r.to_start = h * dim;
                 steps.rope(r);
             }
-            r.from = r.to = b.k, r.norm = block.k_norm;
-            for (int64_t h = 0; h < d.kv_heads; ++h) {
-                const int64_t from = (t * d.kv_heads + h) * dim, row = h * capacity + past + t;
-                r.from_start = r.to_start = from;
-                steps.rope(r);
-                steps.cache(b.k, from, dim, d.dtype, keys(cache), row);
-                steps.cache(b.v, from, dim, d.dtype, values(cache), row);
-            }
+            r.from = r.to = b.k, r.norm = block.k_norm, r.from_start = r.to_start = i * dim;
+            steps.rope(r);
+            steps.cache(b.k, i * dim, dim, d.dtype, keys(cache), row);
+            steps.cache(b.v, i * dim, dim, d.dtype, values(cache), row);
         });
     }
 
@@ -90,6 +88,14 @@ struct Pass {
         });
     }
 
+    void gate() const {
+        constexpr int64_t PART = 1024;
+        const int64_t total = m * d.intermediate;
+        parallel_for((total + PART - 1) / PART, [&](int64_t i) {
+            steps.gate(d.activation, b.gate, b.up, i * PART, std::min(PART, total - i * PART), d.dtype);
+        });
+    }
+
     void block(const llmqat_block& block, const llmqat_cache& cache) const {
         norm(hidden, block.input_norm, b.normed);
         const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
@@ -102,9 +108,7 @@ struct Pass {
         norm(hidden, block.mlp_norm, b.normed);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
         linear(gated, 2, b.normed, m, d.dtype);
-        parallel_for(m, [&](int64_t t) {
-            steps.gate(d.activation, b.gate, b.up, t * d.intermediate, d.intermediate, d.dtype);
-        });
+        gate();
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
         add(block.mlp_out_norm);
