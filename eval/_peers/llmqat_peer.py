@@ -1,5 +1,9 @@
-"""llmqat itself, through its public surface: a layer by `prepare` and `convert`, a model by `pack` and `load`."""
+"""llmqat itself, through its public surface: a layer by `prepare` and `convert`, a model by `pack` and `load`.
 
+Layers lie on 2 MiB pages, where `load` puts those of a model.
+"""
+
+import ctypes
 import os
 import shutil
 import time
@@ -7,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import llmqat
+from llmqat.errors import LlmqatError
+from llmqat.kernels import native
 
 from . import torch_peers
 from .shapes import GROUP_SIZE, MODELS
@@ -62,6 +68,15 @@ class Worker(torch_peers.Worker):
         llmqat.prepare(model, scheme, init="rtn", storage_dtype=self.dtype)
         return llmqat.convert(model).layer
 
+    def open_layer(self, out: int, inner: int, rows: list[int], cold_bytes: int) -> dict[str, Any]:
+        """As for any peer, on large pages."""
+        opened = super().open_layer(out, inner, rows, cold_bytes)
+        parts = [(layer, name) for layer in self.layers for name in ("weight_packed", "weight_scale")]
+        moved = native.onto_huge_pages([getattr(layer, name) for layer, name in parts])
+        for (layer, name), tensor in zip(parts, moved, strict=True):
+            setattr(layer, name, tensor)
+        return opened
+
     def path(self, shape: str) -> Path:
         """Where the packed model of a shape is."""
         return self.directory / f"{shape}-int4-g{GROUP_SIZE}-a{self.scheme.act_bits or 16}-head{HEAD_BITS}"
@@ -82,3 +97,26 @@ class Worker(torch_peers.Worker):
     def load(self, shape: str) -> Any:
         """The packed model, by `llmqat.load`."""
         return llmqat.load(self.path(shape))
+
+
+class KernelWorker(Worker):
+    """Its layers in the library, one call after the other, without the operator: what the native decoder sees."""
+
+    def open_layer(self, out: int, inner: int, rows: list[int], cold_bytes: int) -> dict[str, Any]:
+        """As through the operator, and the structs that the library reads."""
+        opened = super().open_layer(out, inner, rows, cold_bytes)
+        if native.library() is None:
+            raise LlmqatError(native.explain())
+        self.matrices = (native.Matrix * len(self.layers))(*(native.matrix(*x.arguments()) for x in self.layers))
+        self.output = torch.empty(max(rows), out, dtype=self.dtype)
+        return opened
+
+    def run_layers(self, x: Tensor, count: int) -> None:
+        """The next `count` copies of the layer."""
+        kernels, dtype = native.library(), native.DTYPES[x.dtype]
+        kernels.llmqat_set_threads(native.threads())
+        while count:
+            calls = min(count, len(self.layers) - self.turn)
+            first = ctypes.addressof(self.matrices) + self.turn * ctypes.sizeof(native.Matrix)
+            kernels.llmqat_linears(first, calls, x.data_ptr(), self.output.data_ptr(), len(x), dtype)
+            self.turn, count = (self.turn + calls) % len(self.layers), count - calls

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .catalog import A8, A16, BF16, PEERS, Q4_0, READ
+from .catalog import A8, A8_KERNEL, A16, A16_KERNEL, BF16, PEERS, Q4_0, READ
 
 SMALL_M = 16  # up to here a layer is bound by memory: tables give GB/s, above GFLOP/s
 
@@ -23,6 +23,8 @@ class Target:
 
 
 LAYER_TARGETS = (
+    Target(A8_KERNEL, READ, 0.92, {"m": 1}),
+    Target(A16_KERNEL, READ, 0.80, {"m": 1}),
     Target(A8, READ, 0.92, {"m": 1}),
     Target(A16, READ, 0.80, {"m": 1}),
     Target(A8, BF16, 1.4, {"m": 512}),

@@ -170,17 +170,21 @@ class Worker:
     @torch.inference_mode()
     def time_layer(self, rows: int, seconds: float) -> float:
         """Seconds a call, over at least `seconds`, each call on the next copy."""
-        x, layers, calls, check = self.inputs[rows], self.layers, 0, 1
+        x, calls, check = self.inputs[rows], 0, 1
         started = time.perf_counter()
         while True:
-            for _ in range(check):
-                self.turn = (self.turn + 1) % len(layers)
-                layers[self.turn](x)
+            self.run_layers(x, check)
             calls += check
             taken = time.perf_counter() - started
             if taken >= seconds:
                 return taken / calls
             check = max(1, min(calls, int(calls * (seconds - taken) / taken)))
+
+    def run_layers(self, x: Tensor, count: int) -> None:
+        """The next `count` copies of the layer."""
+        for _ in range(count):
+            self.turn = (self.turn + 1) % len(self.layers)
+            self.layers[self.turn](x)
 
     def build_model(self, shape: str) -> dict[str, Any]:
         """Nothing: the weights are made in memory."""

@@ -19,7 +19,8 @@ from .catalog import PEERS
 def start(name: str, threads: int, directory: Path) -> tuple[Any, dict[str, Any]]:
     """The worker object of a peer, and what the report says about it."""
     peer = PEERS[name]
-    worker = import_module(f"{__package__}.{peer.module}").Worker(threads=threads, directory=directory, **peer.options)
+    kind = getattr(import_module(f"{__package__}.{peer.module}"), peer.worker)
+    worker = kind(threads=threads, directory=directory, **peer.options)
     try:
         found = version(peer.package)
     except PackageNotFoundError:  # llmqat run from its source tree

@@ -136,6 +136,10 @@ void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t 
     llmqat::linear(&job, 1, x, m, dtype);
 }
 
+void llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype) {
+    for (int64_t i = 0; i < count; ++i) llmqat_linear(matrices + i, x, y, m, dtype);
+}
+
 void llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype) {
     const llmqat::Steps& steps = *llmqat::variant().steps;
     llmqat::parallel_for(count, [&](int64_t i) { steps.row(*matrix, index[i], y, i * matrix->in, dtype); });

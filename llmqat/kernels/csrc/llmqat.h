@@ -36,6 +36,8 @@ void llmqat_set_threads(int32_t threads);
 // y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Groups are of a multiple of 16 weights, or one a
 // row.
 void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
+// The same for `count` matrices one after another, each on this x and into this y: what a kernel costs without its callers.
+void llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype);
 // y (count, in): the rows `index` of W_hat.
 void llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype);
 // Bytes per second of reading `bytes` from `data` once with the threads of the pool.
