@@ -5,6 +5,7 @@
 """
 
 import ctypes
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ import llmqat.kernels
 from llmqat.errors import LlmqatError
 
 LIBRARY = "_kernels.so"
+SOURCES = Path(__file__).with_name("csrc")  # of an editable install
 # Names by the number of `llmqat_isa` in csrc/llmqat.h.
 ISAS = ("portable", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "amx")
 REFERENCE = "reference"
@@ -52,7 +54,8 @@ def library() -> ctypes.CDLL | None:
     """The loaded library with the instruction set that `LLMQAT_KERNELS` asks for, by default the best; else None.
 
     Raises:
-        LlmqatError: if `LLMQAT_KERNELS` names no kernel, or one that cannot run here.
+        LlmqatError: if `LLMQAT_KERNELS` names no kernel, or one that cannot run here; or if the library was built from
+            other sources than those beside this file.
     """
     wanted = os.environ.get("LLMQAT_KERNELS", "")
     if wanted not in ("", REFERENCE, *ISAS):
@@ -63,6 +66,8 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         raise LlmqatError(f"LLMQAT_KERNELS={wanted}, but llmqat was installed without a C++ compiler; install it again")
     loaded = ctypes.CDLL(str(path))
+    if not _fits(loaded, SOURCES):
+        raise LlmqatError(f"{path} was built from other sources than these: install llmqat again")
     loaded.llmqat_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     loaded.llmqat_linear.restype = loaded.llmqat_decode.restype = loaded.llmqat_rows.restype = None
     loaded.llmqat_linears.argtypes = [ctypes.c_void_p, ctypes.c_int64, *loaded.llmqat_linear.argtypes[1:]]
@@ -75,6 +80,18 @@ def library() -> ctypes.CDLL | None:
     if not wanted:
         loaded.llmqat_use_isa(loaded.llmqat_best_isa())
     return loaded
+
+
+def _fits(loaded: ctypes.CDLL, sources: Path) -> bool:
+    """Whether `loaded` has the interface of `sources`, as after an update without an install; without sources, it has."""
+    headers = [sources / name for name in ("llmqat.h", "decoder.h")]
+    if not all(header.exists() for header in headers):
+        return True
+    if not hasattr(loaded, "llmqat_interface"):
+        return False
+    loaded.llmqat_interface.restype = ctypes.c_char_p
+    interface: bytes = loaded.llmqat_interface()
+    return interface.decode() == "".join(hashlib.sha256(header.read_bytes()).hexdigest() for header in headers)
 
 
 _threads = threading.local()

@@ -85,6 +85,21 @@ def test_kernel_that_cannot_run_here(monkeypatch):
     native.library.cache_clear()
 
 
+def test_library_of_another_interface(monkeypatch, tmp_path):
+    for header in ("llmqat.h", "decoder.h"):
+        (tmp_path / header).write_bytes((native.SOURCES / header).read_bytes())
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        native.library.cache_clear()
+        (tmp_path / "decoder.h").write_text("struct llmqat_block {};")
+        with pytest.raises(LlmqatError, match="built from other sources than these: install llmqat again"):
+            native.library()
+    finally:
+        native.library.cache_clear()
+
+
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "library_path", lambda: None)
     native.library.cache_clear()

@@ -87,6 +87,8 @@ const Variant& variant() {
 
 extern "C" {
 
+const char* llmqat_interface() { return LLMQAT_INTERFACE; }
+
 int32_t llmqat_best_isa() {
     int32_t isa = LLMQAT_AMX;
     while (isa > LLMQAT_PORTABLE && !llmqat::find(isa)) --isa;

@@ -25,6 +25,8 @@ static_assert(sizeof(llmqat_matrix) == 80, "native.py lays this struct out by ha
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
+// SHA-256 of llmqat.h and of decoder.h, in hexadecimal.
+const char* llmqat_interface();
 // Best instruction set of this machine, whatever was forced.
 int32_t llmqat_best_isa();
 // Whether `isa` can run here and was compiled in.
