@@ -46,6 +46,11 @@ class _Rotary(ctypes.Structure):
 Rotary = Sequence[tuple[Tensor, Tensor]]
 
 
+def rotary_structs(tables: Rotary) -> Any:
+    """What the library gets of contiguous tables ``(m, dim)``: keep them alive while it is used."""
+    return (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes and constants of a decoder.
@@ -115,7 +120,7 @@ class NativeDecoder:
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
         kinds = (native.DTYPES[norm.dtype], shape.activation)
-        self._model = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *kinds)
+        self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *kinds)
 
     def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
@@ -131,15 +136,14 @@ class NativeDecoder:
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
-        pointers = (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
         library.llmqat_set_threads(native.threads())
         library.llmqat_decode(
-            ctypes.byref(self._model),
+            ctypes.byref(self.struct),
             cache.pointers,
             ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
-            pointers,
+            rotary_structs(tables),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
@@ -188,9 +192,10 @@ class CacheBuffers:
         def empty(width: int, kind: torch.dtype) -> Tensor:
             return torch.empty(kv_heads, capacity, width, dtype=kind)
 
-        self.blocks = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
-        self._pointers = None
-        for kept, block in zip(old, self.blocks, strict=False):
+        grown = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
+        for kept, block in zip(old, grown, strict=False):
             for sources, targets in zip(kept, block, strict=True):
                 for source, target in zip(sources, targets, strict=True):
                     target[:, : self.length] = source[:, : self.length]
+        self._pointers = None
+        self.blocks = grown  # at the end: an interruption leaves what was

@@ -73,6 +73,9 @@ def library() -> ctypes.CDLL | None:
     loaded.llmqat_linears.argtypes = [ctypes.c_void_p, ctypes.c_int64, *loaded.llmqat_linear.argtypes[1:]]
     loaded.llmqat_linears.restype = None
     loaded.llmqat_rows.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
+    loaded.llmqat_next_token.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    loaded.llmqat_argmax.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    loaded.llmqat_next_token.restype = loaded.llmqat_argmax.restype = ctypes.c_int64
     loaded.llmqat_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.llmqat_read_bandwidth.restype = ctypes.c_double
     if wanted and loaded.llmqat_use_isa(ISAS.index(wanted)):
@@ -226,6 +229,14 @@ def linear(
 def rows(index: Tensor, *arguments: Any) -> Tensor:
     """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of its scales; `arguments` are those of `matrix`."""
     return Layer(*arguments).rows(index.contiguous())
+
+
+def argmax(x: Tensor) -> int:
+    """Where the largest value of `x` ``(n,)``, contiguous, is: of equal ones the first, and a NaN before all others."""
+    kernels = library()
+    assert kernels is not None
+    kernels.llmqat_set_threads(threads())
+    return int(kernels.llmqat_argmax(x.data_ptr(), x.numel(), DTYPES[x.dtype]))
 
 
 def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,20 +5,18 @@ cores that the kernels need. This one calls the same logits processors and stopp
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from llmqat.kernels import native
-from llmqat.models.native_families import FAMILIES, cap_of
-from llmqat.models.native_forward import decoder_of, reserve, rotary_tables, show, takes
-from llmqat.nn.embedding import PackedEmbedding
-from llmqat.nn.packed_linear import PackedLinear
+from llmqat.models.native_forward import show, takes
+from llmqat.models.native_step import GreedyStep, Step
 
-# Kinds of rotary embedding whose tables do not depend on how long the sequence is.
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 # What `generate` hands its sampling loop for a plain text model.
 PLAIN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -53,17 +51,19 @@ class NativeSampling:
             )
         cache = model_kwargs["past_key_values"]
         logits = self(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        sample = generation_config.do_sample
         with native.own_threads():
             step = Step(self, cache)
-            while True:
-                token = _choose(logits, input_ids, logits_processor, generation_config.do_sample)
-                input_ids = torch.cat([input_ids, token], 1)
-                if streamer is not None:
-                    streamer.put(token[0])
-                if stopping_criteria(input_ids, None).all():
-                    break
-                logits = step(token)
-            show(step.buffers, cache)
+            foreseen = not sample and not logits_processor and _foreseen(stopping_criteria)
+            greedy = GreedyStep.of(self, step) if foreseen else None
+            try:
+                if greedy is None:
+                    choose = functools.partial(_choose, processors=logits_processor, sample=sample)
+                    input_ids = _choose_all(step, choose, logits, input_ids, stopping_criteria, streamer)
+                else:
+                    input_ids = _follow(greedy, native.argmax(logits[0]), input_ids, stopping_criteria, streamer)
+            finally:
+                show(step.buffers, cache)
         if streamer is not None:
             streamer.end()
         return input_ids
@@ -91,6 +91,20 @@ def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
     return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
 
+def _choose_all(
+    step: Step, choose: Callable[[Tensor, Tensor], Tensor], logits: Tensor, ids: Tensor, criteria: Any, streamer: Any
+) -> Tensor:
+    """`ids` ``(1, n)`` and the tokens that `choose` takes, from `logits` on."""
+    while True:
+        token = choose(logits, ids)
+        ids = torch.cat([ids, token], 1)
+        if streamer is not None:
+            streamer.put(token[0])
+        if criteria(ids, None).all():
+            return ids
+        logits = step(token)
+
+
 def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) -> Tensor:
     """The next token ``(1, 1)``."""
     scores = processors(input_ids, logits.to(torch.float32, copy=True))
@@ -99,55 +113,29 @@ def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) ->
     return torch.tensor([[scores[0].numpy().argmax()]])  # torch's own takes 25 times as long on one thread
 
 
-def _head(module: Any) -> Callable[[Tensor], Tensor]:
-    """What `module` computes for contiguous hidden states, without the operator's detours if it is packed."""
-    if not isinstance(module, PackedLinear) or module.input_scale is not None or _hooked(module):
-        return module
-    runs = native.supports(module.weight_scale, module.weight_scale, module.in_features)
-    return native.Layer(*module.arguments()).linear if runs else module
+def _follow(step: GreedyStep, token: int, prompt: Tensor, criteria: Any, streamer: Any) -> Tensor:
+    """`prompt` ``(1, n)``, `token` and those that follow; the criteria are asked when they may say something."""
+    ids, quiet, ends = prompt[0].tolist(), _quiet_length(criteria), _end_tokens(criteria)
+    while True:
+        ids.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+        if (token in ends or len(ids) > quiet) and criteria(torch.tensor([ids]), None).all():
+            return torch.tensor([ids])
+        token = step(token)
 
 
-def _embed(module: Any) -> Callable[[Tensor], Tensor]:
-    """What `module` looks up for token ids ``(n,)``, likewise."""
-    if not isinstance(module, PackedEmbedding) or module.embed_scale is not None or _hooked(module):
-        return module
-    head: Any = module.head()
-    runs = native.supports(head.weight_scale, head.weight_scale, head.in_features)
-    same = head.weight_scale.dtype == module.compute.dtype
-    return native.Layer(*head.arguments()).rows if runs and same else module
+def _foreseen(criteria: Any) -> bool:
+    """Whether it is known what `criteria` look at: the length and the last token."""
+    return all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in criteria)
 
 
-def _hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _quiet_length(criteria: Any) -> float:
+    """Up to this length none of them stops, or warns of one that the model was not trained for."""
+    lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
+    warned = [one.max_position_embeddings for one in lengths if one.max_position_embeddings is not None]
+    return min([one.max_length - 1 for one in lengths] + warned, default=math.inf)
 
 
-class Step:
-    """One token through the model: what changes from call to call is its row of the embedding and its position."""
-
-    def __init__(self, model: Any, cache: Any) -> None:
-        self.stack = model.model
-        self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.lm_head)
-        self.decoder, self.buffers = decoder_of(self.stack), cache.llmqat_buffers
-        config = self.stack.config
-        self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
-        types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
-        self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
-        self.tables: list[tuple[Tensor, Tensor]] = []
-
-    def rotary(self, embeds: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
-        """Rows of the rotary tables ``(1, dim)``, from tables for the whole buffer where those stay the same."""
-        if not self.fixed:
-            return rotary_tables(self.stack, embeds, torch.tensor([[position]]))
-        if not self.tables or self.tables[0][0].shape[0] <= position:
-            self.tables = rotary_tables(self.stack, embeds, torch.arange(self.buffers.capacity)[None])
-        return [(cosine[position : position + 1], sine[position : position + 1]) for cosine, sine in self.tables]
-
-    def __call__(self, token: Tensor) -> Tensor:
-        """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
-        past = self.buffers.length
-        reserve(self.buffers, self.decoder, past + 1)
-        embeds = self.embed(token[0])
-        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past))
-        self.buffers.length = past + 1
-        logits: Tensor = self.head(hidden)
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+def _end_tokens(criteria: Any) -> set[int]:
+    return {token for one in criteria if type(one) is EosTokenCriteria for token in one.eos_token_id.flatten().tolist()}

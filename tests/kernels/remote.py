@@ -6,7 +6,7 @@ import subprocess
 
 from llmqat.kernels.native import Matrix
 
-HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS = range(6)
+HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS, ARGMAX = range(7)
 WIDTHS = (4, 2, 2)  # bytes of an element, by the number of its dtype
 
 
@@ -47,6 +47,10 @@ class RemoteKernels:
     def llmqat_rows(self, matrix: int, index: int, count: int, y: int, dtype: int) -> None:
         w = Matrix.from_address(matrix)
         self._with_layer(ROWS, w, (index, count * 8), (y, getattr(w, "in")), count, dtype)
+
+    def llmqat_argmax(self, x: int, count: int, dtype: int) -> int:
+        sent = (b"",) * 4 + (ctypes.string_at(x, count * WIDTHS[dtype]),)
+        return int.from_bytes(self._call(ARGMAX, count, 8, dtype, sent), "little")
 
     def _with_layer(self, operation: int, w: Matrix, sent: tuple, got: tuple, tokens: int, dtype: int) -> None:
         """`sent`: address and bytes of the input; `got`: address and width of the output."""

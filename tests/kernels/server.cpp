@@ -13,14 +13,14 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "llmqat.h"
+#include "decoder.h"
 
 namespace {
 
-enum Operation : int64_t { HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS };
+enum Operation : int64_t { HAS_ISA, BEST_ISA, USE_ISA, SET_THREADS, LINEAR, ROWS, ARGMAX };
 
 struct Request {
-    int64_t operation, argument;  // LINEAR and ROWS: the argument is the number of tokens
+    int64_t operation, argument;  // LINEAR and ROWS: the argument is the number of tokens; ARGMAX: of values
     int64_t dtype;
     int64_t bytes[6];      // codes, scale, zero points, bias, x or row numbers: they follow; y: the answer
     llmqat_matrix matrix;  // pointers are those of the client
@@ -72,7 +72,8 @@ void with_layer(void* library, Request& r) {
     w.bias = w.bias ? bias.data : nullptr;
     const auto dtype = int32_t(r.dtype);
     if (r.operation == LINEAR) KERNEL(llmqat_linear)(&w, x.data, y.data, r.argument, dtype);
-    else KERNEL(llmqat_rows)(&w, reinterpret_cast<int64_t*>(x.data), r.argument, y.data, dtype);
+    else if (r.operation == ROWS) KERNEL(llmqat_rows)(&w, reinterpret_cast<int64_t*>(x.data), r.argument, y.data, dtype);
+    else *reinterpret_cast<int64_t*>(y.data) = KERNEL(llmqat_argmax)(x.data, r.argument, dtype);
     y.write();
 }
 

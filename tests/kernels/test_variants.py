@@ -70,6 +70,44 @@ def test_rows_are_those_of_w_hat(isa, bits, symmetric, stored):
         assert torch.equal(native.rows(index, *packed, None, bits, shape[1], None), w_hat[index].to(stored))
 
 
+COUNTS = (1, 7, 31, 64, 65, 500, 2048, 2049, 9000)  # of values: parts of a vector, and more than one chunk
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_is_that_of_numpy(isa, dtype):
+    """Ties, zeros of both signs, infinities, in all places."""
+    generator, infinity = torch.Generator().manual_seed(0), float("inf")
+    pools = [
+        [-3.0, -2.5, -2.5, -7.0],
+        [-1.0, -0.0, 0.0, -5e-8],
+        [1.5, 60000.0, 2.0, -60000.0],
+        [infinity, -infinity, 3.0, 2.0],
+        [-infinity, -infinity],
+    ]
+    for count in COUNTS:
+        for pool in pools:
+            x = torch.full((count,), min(pool), dtype=dtype)
+            for _ in range(4):
+                places = torch.randint(count, (max(count // 400, 2),), generator=generator)
+                chosen = torch.randint(len(pool), places.shape, generator=generator)
+                x[places] = torch.tensor(pool, dtype=dtype)[chosen]
+                assert native.argmax(x) == x.float().numpy().argmax(), (count, pool, places, chosen)
+        x = torch.randn(count, generator=generator).to(dtype)
+        assert native.argmax(x) == x.float().numpy().argmax()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_argmax_finds_the_first_nan(isa, dtype):
+    """Of either sign, before infinities."""
+    negative = torch.tensor(-1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    for count in COUNTS:
+        for nan in (negative, torch.tensor(float("nan"), dtype=dtype)):
+            x = torch.full((count,), float("inf"), dtype=dtype)
+            for place in (count - 1, count // 2, count // 3, 0):
+                x[place] = nan
+                assert native.argmax(x) == place == x.float().numpy().argmax(), (count, nan)
+
+
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("shape", LONG_GROUPS, ids=str)
 def test_long_groups(isa, bits, symmetric, shape, act_bits):

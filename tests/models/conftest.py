@@ -15,7 +15,7 @@ from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.kernels.decoder import NativeDecoder
-from llmqat.models.native_generate import Step
+from llmqat.models.native_step import GreedyStep, Step
 from llmqat.models.patcher import plain_model, prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
@@ -62,16 +62,30 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens that the native loop went on from."""
-    seen, plain = [], Step.__call__
+def count(monkeypatch: pytest.MonkeyPatch, kind: type, seen: list[int]) -> None:
+    """Record the tokens that this kind of step goes on from."""
+    plain: Callable[..., Any] = kind.__call__  # type: ignore[operator]
 
-    def counted(self: Step, token: Tensor) -> Tensor:
+    def counted(self: Any, token: Any) -> Any:
         seen.append(int(token))
         return plain(self, token)
 
-    monkeypatch.setattr(Step, "__call__", counted)
+    monkeypatch.setattr(kind, "__call__", counted)
+
+
+@pytest.fixture
+def greedy_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that the native loop went on from, each in one call of the library."""
+    seen: list[int] = []
+    count(monkeypatch, GreedyStep, seen)
+    return seen
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that the native loop went on from, by its operators."""
+    seen: list[int] = []
+    count(monkeypatch, Step, seen)
     return seen
 
 

@@ -1,6 +1,8 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 
 #include "cpu.h"
 #include "linear.h"
@@ -115,13 +117,70 @@ struct Pass {
     }
 };
 
+// Embeddings in, last norm out: see llmqat_decode.
+void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+            const llmqat_rotary* rotary, void* hidden) {
+    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, hidden};
+    for (int64_t i = 0; i < d.count; ++i) pass.block(d.blocks[i], cache[i]);
+    pass.norm(hidden, d.norm, hidden);
+}
+
+void embed(const llmqat_greedy& g, int64_t token) {
+    const llmqat_decoder& d = *g.decoder;
+    if (g.embedding) return variant().steps->row(*g.embedding, token, g.hidden, 0, d.dtype);
+    const int64_t bytes = d.hidden * width(d.dtype);
+    std::memcpy(g.hidden, static_cast<const char*>(g.embedding_rows) + token * bytes, size_t(bytes));
+}
+
+// The tables from `position` on.
+const llmqat_rotary* rotary_at(const llmqat_greedy& g, int64_t position) {
+    thread_local Scratch scratch;
+    llmqat_rotary* tables = scratch.get<llmqat_rotary>(size_t(g.rotary_tables));
+    for (int64_t i = 0; i < g.rotary_tables; ++i) {
+        const llmqat_rotary& whole = g.rotary[i];
+        const int64_t bytes = position * whole.dim * width(g.decoder->dtype);
+        tables[i] = {static_cast<const char*>(whole.cosine) + bytes, static_cast<const char*>(whole.sine) + bytes, whole.dim};
+    }
+    return tables;
+}
+
+int64_t argmax(const void* x, int64_t count, int32_t dtype) {
+    constexpr int64_t CHUNK = 2048;
+    thread_local Scratch scratch;
+    const Steps& steps = *variant().steps;
+    const int64_t chunks = (count + CHUNK - 1) / CHUNK;
+    float* largest = scratch.get<float>(size_t(chunks));
+    parallel_for(chunks, [&](int64_t i) {
+        largest[i] = steps.largest(x, i * CHUNK, std::min(CHUNK, count - i * CHUNK), dtype);
+    });
+    const float* best = std::max_element(largest, largest + chunks, [](float a, float b) {
+        return a < b || (!std::isnan(a) && std::isnan(b));
+    });
+    auto found = [&](float value) { return value == *best || (std::isnan(value) && std::isnan(*best)); };
+    int64_t i = (best - largest) * CHUNK;
+    while (!found(load(x, i, dtype))) ++i;
+    return i;
+}
+
 }  // namespace
 }  // namespace llmqat
 
-extern "C" void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past,
-                              int64_t m, const llmqat_rotary* rotary, void* hidden) {
-    using namespace llmqat;
-    Pass pass = {*model, *variant().steps, Buffers(*model, m), m, past, capacity, rotary, hidden};
-    for (int64_t i = 0; i < model->count; ++i) pass.block(model->blocks[i], cache[i]);
-    pass.norm(hidden, model->norm, hidden);
+extern "C" {
+
+void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+                   const llmqat_rotary* rotary, void* hidden) {
+    llmqat::decode(*model, cache, capacity, past, m, rotary, hidden);
+}
+
+int64_t llmqat_next_token(const llmqat_greedy* model, int64_t token, int64_t past) {
+    const llmqat_greedy& g = *model;
+    const int32_t dtype = g.decoder->dtype;
+    llmqat::set_threads(int(g.threads));
+    llmqat::embed(g, token);
+    llmqat::decode(*g.decoder, g.cache, g.capacity, past, 1, llmqat::rotary_at(g, past), g.hidden);
+    llmqat_linear(g.head, g.hidden, g.logits, 1, dtype);
+    return llmqat::argmax(g.logits, g.head->out, dtype);
+}
+
+int64_t llmqat_argmax(const void* x, int64_t count, int32_t dtype) { return llmqat::argmax(x, count, dtype); }
 }

@@ -34,6 +34,19 @@ struct llmqat_rotary {
     int64_t dim;
 };
 
+// Greedy decoding of one sequence: what stays the same from token to token.
+struct llmqat_greedy {
+    const llmqat_decoder* decoder;
+    const llmqat_matrix* embedding;  // packed; or null:
+    const void* embedding_rows;      // (vocabulary, hidden) in the decoder's dtype
+    const llmqat_matrix* head;
+    const llmqat_cache* cache;
+    const llmqat_rotary* rotary;     // tables of all positions there is room for, (capacity, dim)
+    int64_t rotary_tables, capacity, threads;
+    void *hidden, *logits;           // (hidden,) and (vocabulary,) in the decoder's dtype: written by each token
+};
+static_assert(sizeof(llmqat_greedy) == 88, "greedy.py lays this struct out by hand");
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
@@ -41,6 +54,10 @@ extern "C" {
 // hidden (m, hidden) of m new tokens in place: embeddings in, last norm out.
 void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
                    const llmqat_rotary* rotary, void* hidden);
+// The token that follows `token`: the one of the largest logit. The cache holds `past` tokens and has room for one more.
+int64_t llmqat_next_token(const llmqat_greedy* model, int64_t token, int64_t past);
+// Where the largest of `count` values is, as numpy has it: of equal ones the first, and a NaN before all others.
+int64_t llmqat_argmax(const void* x, int64_t count, int32_t dtype);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

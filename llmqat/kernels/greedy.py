@@ -1,0 +1,59 @@
+"""Greedy decoding through ctypes: from a token to the next one in one call (`llmqat_greedy` of csrc/decoder.h)."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmqat.kernels import native
+from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, rotary_structs
+
+
+class _Greedy(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("decoder", "embedding", "embedding_rows", "head", "cache", "rotary")),
+        *((name, ctypes.c_int64) for name in ("rotary_tables", "capacity", "threads")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "logits")),
+    )
+
+
+class GreedyDecoder:
+    """Embedding, blocks, last norm, head and the choice of the largest logit, of one token a call.
+
+    It borrows the tensors of the model and of the cache: `use` a cache again when its buffers have grown.
+    """
+
+    def __init__(self, decoder: NativeDecoder, embedding: tuple[Any, ...] | Tensor, head: tuple[Any, ...]) -> None:
+        """Arguments of `native.matrix` of both ends, or float rows ``(vocabulary, hidden)`` in the decoder's dtype."""
+        library = native.library()
+        assert library is not None
+        self._next, self._head = library.llmqat_next_token, native.matrix(*head)
+        packed = None if isinstance(embedding, Tensor) else native.matrix(*embedding)
+        rows = embedding.data_ptr() if isinstance(embedding, Tensor) else None
+        hidden, logits = (torch.empty(n, dtype=decoder.dtype) for n in (decoder.shape.hidden, self._head.out))
+        self._struct = _Greedy(
+            decoder=ctypes.addressof(decoder.struct),
+            embedding=None if packed is None else ctypes.addressof(packed),
+            embedding_rows=rows,
+            head=ctypes.addressof(self._head),
+            threads=native.threads(),
+            hidden=hidden.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        self._address = ctypes.addressof(self._struct)
+        self._kept = decoder, embedding, packed, head, hidden, logits
+        self._used: tuple[Any, ...] = ()
+
+    def use(self, cache: CacheBuffers, rotary: Rotary) -> None:
+        """Go on in `cache`, with tables ``(capacity, dim)`` in the decoder's dtype of all positions it has room for."""
+        tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
+        pointers = rotary_structs(tables)
+        self._used = tables, pointers, cache.pointers, cache.blocks
+        self._struct.cache, self._struct.capacity = ctypes.addressof(cache.pointers), cache.capacity
+        self._struct.rotary, self._struct.rotary_tables = ctypes.addressof(pointers), len(tables)
+
+    def __call__(self, token: int, past: int) -> int:
+        """The token after `token`, which goes behind the `past` tokens in the cache: there has to be room."""
+        following: int = self._next(self._address, token, past)
+        return following
