@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import llmqat
-from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 
 from . import torch_peers
@@ -106,7 +105,7 @@ class KernelWorker(Worker):
         """As through the operator, and the structs that the library reads."""
         opened = super().open_layer(out, inner, rows, cold_bytes)
         if native.library() is None:
-            raise LlmqatError(native.explain())
+            raise llmqat.LlmqatError(native.explain())
         self.matrices = (native.Matrix * len(self.layers))(*(native.matrix(*x.arguments()) for x in self.layers))
         self.output = torch.empty(max(rows), out, dtype=self.dtype)
         return opened
