@@ -86,7 +86,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _fits(loaded: ctypes.CDLL, sources: Path) -> bool:
-    """Whether `loaded` has the interface of `sources`: not after an update without an install. Without sources, it has."""
+    """Whether `loaded` has the interface of `sources`, if there are any: not after an update without an install."""
     headers = [sources / name for name in ("llmqat.h", "decoder.h")]
     if not all(header.exists() for header in headers):
         return True
