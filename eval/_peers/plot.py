@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from .catalog import A8, A16, ATEN, BF16, BITSANDBYTES, FP32, GPTQMODEL, READ
+from .catalog import A8, A8_KERNEL, A16, A16_KERNEL, ATEN, BF16, BITSANDBYTES, FP32, GPTQMODEL, READ
 
 STYLES = {
     A8: ("C3", "-", 2.2),
     A16: ("C1", "-", 2.2),
+    A8_KERNEL: ("C3", "--", 1.2),
+    A16_KERNEL: ("C1", "--", 1.2),
     BF16: ("C0", "-", 1.2),
     FP32: ("C0", ":", 1.2),
     ATEN: ("C2", "-", 1.2),
