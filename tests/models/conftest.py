@@ -1,6 +1,6 @@
 """What preparing, training, packing and loading a tiny model of each family gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
+from llmqat.kernels import native
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.models.native_step import GreedyStep, Step
 from llmqat.models.patcher import plain_model, prepare, quantized_layers
@@ -47,6 +48,15 @@ class Outcome:
     equal: bool
     transformers: bool
     within_bound: bool
+
+
+@pytest.fixture(params=native.available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set of this machine, in use."""
+    library: Any = native.library()
+    library.llmqat_use_isa(native.ISAS.index(request.param))
+    yield request.param
+    library.llmqat_use_isa(library.llmqat_best_isa())
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import torch
 from transformers import DynamicCache
 
 import llmqat
-from llmqat.kernels import native
 from llmqat.models.float_view import disable_quantizers
 from llmqat.models.native_families import FAMILIES
 from llmqat.models.native_forward import accelerate_forward
@@ -27,15 +26,6 @@ def filled(model, ids=IDS):
     """The cache that a forward over `ids` starts."""
     with torch.no_grad():
         return model(ids, use_cache=True).past_key_values
-
-
-@pytest.fixture(params=native.available())
-def isa(request):
-    """One instruction set of this machine, in use."""
-    library = native.library()
-    library.llmqat_use_isa(native.ISAS.index(request.param))
-    yield request.param
-    library.llmqat_use_isa(library.llmqat_best_isa())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,22 +5,12 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria
 
-from llmqat.kernels import native
 from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
 from tests.models.test_native_generate import PROMPT, generate, native_blocks
 
 PROMPT_LENGTH = PROMPT.shape[1]
-
-
-@pytest.fixture(params=native.available())
-def isa(request):
-    """One instruction set of this machine, in use."""
-    library = native.library()
-    library.llmqat_use_isa(native.ISAS.index(request.param))
-    yield request.param
-    library.llmqat_use_isa(library.llmqat_best_isa())
 
 
 def greedy_model(family="llama", tied=True, **options):
