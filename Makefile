@@ -23,13 +23,14 @@ test: $(DEV)/.package  ## run all tests
 	$(DEV_BIN)/python -m pytest
 
 # Without the sweep of errors: the other tests visit the same loops and tails.
-test-asan: $(DEV)/.package  ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under AddressSanitizer and UndefinedBehaviorSanitizer
 	trap 'rm -f llmqat/kernels/_kernels.so' EXIT; \
 	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
 	cmake --install build/asan --prefix . && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not error_is_that" \
-	  tests/kernels/test_native.py tests/kernels/test_variants.py
+	  tests/kernels/test_native.py tests/kernels/test_variants.py \
+	  tests/models/test_native_generate.py tests/models/test_native_int8_cache.py tests/models/test_native_step.py
 
 # One processor for each variant: the best one it has is the one that has to run.
 test-aarch64: $(DEV)/.package  ## cross-compile the kernels for aarch64 and test them under qemu
