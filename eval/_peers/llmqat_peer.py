@@ -70,10 +70,7 @@ class Worker(torch_peers.Worker):
     def open_layer(self, out: int, inner: int, rows: list[int], cold_bytes: int) -> dict[str, Any]:
         """As for any peer, on large pages."""
         opened = super().open_layer(out, inner, rows, cold_bytes)
-        parts = [(layer, name) for layer in self.layers for name in ("weight_packed", "weight_scale")]
-        moved = native.onto_huge_pages([getattr(layer, name) for layer, name in parts])
-        for (layer, name), tensor in zip(parts, moved, strict=True):
-            setattr(layer, name, tensor)
+        native.use_huge_pages(self.layers)
         return opened
 
     def path(self, shape: str) -> Path:

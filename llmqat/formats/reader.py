@@ -17,7 +17,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
-from llmqat.kernels.native import onto_huge_pages
+from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.int8_activations import serve_int8_activations
 from llmqat.models.native_forward import accelerate_forward
@@ -154,21 +154,12 @@ def load_packed(
         serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    _use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
+    use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
     if activations is not None:
         serve_int8_activations(model)
     if accelerate_forward(model):
         accelerate_generate(model)
     return model
-
-
-def _use_huge_pages(layers: list[PackedLinear]) -> None:
-    """Move what the kernels read."""
-    names = ("weight_packed", "weight_scale", "weight_zero_point")
-    places = [(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
-    moved = onto_huge_pages([getattr(layer, name) for layer, name in places])
-    for (layer, name), tensor in zip(places, moved, strict=True):
-        setattr(layer, name, tensor)
 
 
 def _architecture(directory: Path) -> tuple[Any, Any]:

@@ -239,6 +239,15 @@ def argmax(x: Tensor) -> int:
     return int(kernels.llmqat_argmax(x.data_ptr(), x.numel(), DTYPES[x.dtype]))
 
 
+def use_huge_pages(layers: Sequence[Any]) -> None:
+    """Move what the kernels read of packed layers, by `onto_huge_pages`."""
+    names = ("weight_packed", "weight_scale", "weight_zero_point")
+    places = [(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
+    moved = onto_huge_pages([getattr(layer, name) for layer, name in places])
+    for (layer, name), tensor in zip(places, moved, strict=True):
+        setattr(layer, name, tensor)
+
+
 def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same values side by side on pages of 2 MiB, where Linux gives them: reading them misses the page tables less.
 
