@@ -56,13 +56,18 @@ def test_families_over_grown_buffers(family, steps):
     assert len(steps) == 399
 
 
-@pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn"])
-def test_rotary_embeddings(rope_type, steps):
-    """A dynamic one changes while the sequence outgrows the length that the model was trained for."""
+def rope_options(rope_type):
+    """Options of a model with this kind of rotary embedding; 40 tokens are more than a dynamic one was trained for."""
     parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
     if rope_type != "default":
         parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
-    model = native_blocks(rope_parameters=parameters, max_position_embeddings=16 if rope_type == "dynamic" else 64)
+    return {"rope_parameters": parameters, "max_position_embeddings": 16 if rope_type == "dynamic" else 64}
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn"])
+def test_rotary_embeddings(rope_type, steps):
+    """A dynamic one changes while the sequence outgrows the length that the model was trained for."""
+    model = native_blocks(**rope_options(rope_type))
     expected = generate(model, max_new_tokens=40)
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=40), expected)

@@ -8,7 +8,7 @@ from transformers.generation import stopping_criteria
 from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
-from tests.models.test_native_generate import PROMPT, generate, native_blocks
+from tests.models.test_native_generate import PROMPT, generate, native_blocks, rope_options
 
 PROMPT_LENGTH = PROMPT.shape[1]
 
@@ -85,10 +85,7 @@ def test_the_cache_over_grown_buffers(family, kv_bits, steps, greedy_steps):
 @pytest.mark.parametrize("rope_type", ["default", "linear", "yarn", "dynamic"])
 def test_rotary_embeddings(rope_type, steps, greedy_steps):
     """A dynamic one changes with the length, and stays with the general loop."""
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
-    if rope_type != "default":
-        parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
-    model = greedy_model(rope_parameters=parameters, max_position_embeddings=16 if rope_type == "dynamic" else 64)
+    model = greedy_model(**rope_options(rope_type))
     expected = generate(model, max_new_tokens=40)
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=40), expected)
