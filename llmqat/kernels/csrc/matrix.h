@@ -72,7 +72,6 @@ struct Runs {
     int64_t begin, end, first, last;
 
     static int64_t length(int64_t rows) { return (rows + RUNS - 1) / RUNS; }
-    static Runs all(int64_t begin, int64_t end) { return {begin, end, 0, length(end - begin)}; }
 
     // Number i of a run; beyond `end` there is none.
     int64_t row(int64_t run, int64_t i) const { return begin + run * length(end - begin) + i; }
