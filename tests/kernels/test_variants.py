@@ -115,6 +115,27 @@ def test_long_groups(isa, bits, symmetric, shape, act_bits):
         assert error_ratio(shape, bits, symmetric, torch.float32, torch.float32, act_bits, tokens) <= 2, tokens
 
 
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("shape", [(70, 1152, 128), (33, 704, 64), (130, 640, 320), (40, 1100, -1)], ids=str)
+def test_many_tokens(isa, bits, symmetric, shape, act_bits):
+    for tokens in (128, 145, 270):
+        ratio = error_ratio(shape, bits, symmetric, torch.bfloat16, torch.bfloat16, act_bits, tokens)
+        assert ratio <= 2, tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("size", [2.0**-140, 2.0**-126, 1e-30, 1.0, 0.01, 2e36])
+def test_activations_round_as_in_training(isa, size, tokens):
+    """Ties and their neighbours, and scales whose inverse is no float32: the codes are those of torch."""
+    eye, scheme = torch.eye(300, dtype=torch.int32), QuantScheme(8, -1)
+    ties = torch.cat([torch.arange(-127, 127) + 0.5, torch.tensor([127.0, -127.0, 0.0, -0.0])])
+    rows = [ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1)]
+    x = torch.stack([torch.nn.functional.pad(rows[i % 3] * size / (1 + i // 3), (0, 42)) for i in range(tokens)])
+    packed = pack_rows(to_unsigned(eye, scheme), 8)
+    y = ops.packed_linear(x, packed, torch.ones(300, 1), None, None, 8, 300, 8)
+    assert torch.equal(y, fake_quantize_activation(x))
+
+
 def test_scales_of_all_sizes(isa, bits, symmetric):
     """Zero, negative, and so small or large that a table of the codes' values leaves the usual exponents."""
     packed, codes, zero_point, _ = packed_layer(40, 256, QuantScheme(bits, 128, symmetric), torch.bfloat16)

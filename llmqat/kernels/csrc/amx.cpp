@@ -1,5 +1,6 @@
 // Intel AMX: 16-token tiles. Weights of up to 128 rows by 512 columns are decoded once into tiles that stay in cache
 // while all tokens pass. Few tokens go to the AVX-512 kernels, which read memory as fast as it comes.
+#include <algorithm>
 #include <type_traits>
 
 #include "avx512.h"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int64_t MAX_ROWS = 128, K_BLOCK = 512;
 
-// Palette 1: tiles 0..3 sums, 4 and 5 activations, 6 and 7 weights. The configuration lives in read-only memory: GCC
+// Palette 1: tiles 0..3 sums, 4 and 5 activations, 6 and 7 weights; with HALF 0 and 1, 2 and 3, 4..7. The configuration lives in read-only memory: GCC
 // before 13 tells its optimizer that LDTILECFG reads 8 bytes, and drops stores to the rest of one built on the stack.
 struct alignas(64) TileConfig {
     uint8_t palette, start_row, reserved[14];
@@ -20,12 +21,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-constexpr TileConfig config(uint16_t a_row_bytes) {
+constexpr TileConfig config(uint16_t columns) {
     TileConfig c = {};
     c.palette = 1;
     for (int t = 0; t < 8; ++t) c.row_bytes[t] = 64, c.rows[t] = 16;
-    c.row_bytes[4] = c.row_bytes[5] = a_row_bytes;
-    c.rows[6] = c.rows[7] = uint8_t(a_row_bytes / 4);
+    if (columns == 64) return c;
+    c.row_bytes[2] = c.row_bytes[3] = columns;
+    for (int t = 4; t < 8; ++t) c.rows[t] = uint8_t(columns / 4);
     return c;
 }
 alignas(64) constexpr TileConfig FULL = config(64), HALF = config(32);
@@ -38,6 +40,9 @@ inline void load_tile(const void* from, int64_t stride) {
 template <int TILE>
 inline void store_tile(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+__attribute__((always_inline)) inline void prefetch_tile_quarter(const void* at) {
+    for (int i = 0; i < 256; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 2);
 }
 inline void zero_tiles() {
     _tile_zero(0);
@@ -79,7 +84,9 @@ struct Block {
     RowScales* rows;
     uint8_t* line;   // decoded rows of 16: (16, line_bytes)
     uint8_t* tiles;  // (padded / 16, K_BLOCK * width / 64, 1024): width bytes a weight
-    float* sums;     // (m_pad, padded)
+    float* sums;     // (padded / 32, m_pad, 32)
+
+    float* sums_of(int64_t m, int64_t n) const { return sums + (n / 32 * in.m_pad + m) * 32 + n % 32; }
 
     int64_t row(int64_t n) const { return n0 + n < n1 ? n0 + n : n1 - 1; }
 
@@ -117,19 +124,32 @@ void tile_lines(const Block& b, int64_t deep, uint8_t* tiles) {
                   [&](int r, __m512i row) { _mm512_store_si512(tiles + 64 * r, row); });
 }
 
-// Both paths walk the same way: decode K_BLOCK columns, then every pair of token tiles meets every pair of row tiles.
+// What meets at a time: tokens [m0, m1), columns [k0, k1), rows [n, n + 32), whose decoded tiles are at `weights` and 1024 *
+// `deep` bytes behind. Which tokens and columns come after it the second-level cache is asked for, each rows for a quarter.
+struct Part {
+    int64_t m0, m1, k0, k1, n, deep, next_m, next_k;
+    const uint8_t* weights;
+
+    int64_t quarter(int64_t size) const { return n / 32 % 4 * size / 4; }
+};
+
+// Both paths walk the same way: decode K_BLOCK columns, then every `tokens` tokens meet every pair of row tiles.
 template <class Decode, class Multiply>
-void walk(const Block& b, int width, Decode&& decode, Multiply&& multiply) {
-    for (int64_t k0 = 0; k0 < b.in.k_pad; k0 += K_BLOCK) {
-        int64_t k1 = k0 + K_BLOCK < b.in.k_pad ? k0 + K_BLOCK : b.in.k_pad;
+void walk(const Block& b, int width, int64_t tokens, Decode&& decode, Multiply&& multiply) {
+    const int64_t m_pad = b.in.m_pad, k_pad = b.in.k_pad;
+    for (int64_t k0 = 0; k0 < k_pad; k0 += K_BLOCK) {
+        int64_t k1 = std::min(k0 + K_BLOCK, k_pad);
         int64_t deep = (k1 - k0) * width / 64;
         for (int64_t n = 0; n < b.padded; n += 16) {
             for (int64_t r = n; r < n + 16 && k1 < b.w.in; ++r) b.prefetch(r, k1);
             decode(n, k0, k1, b.tiles + n / 16 * deep * 1024);
         }
-        for (int64_t m = 0; m < b.in.m_pad; m += 32)
+        for (int64_t m0 = 0, m1; m0 < m_pad; m0 = m1) {
+            m1 = std::min(m0 + tokens, m_pad);
+            const int64_t next_k = m1 < m_pad ? k0 : k1 % k_pad;
             for (int64_t n = 0; n < b.padded; n += 32)
-                multiply(k0, k1, m, n, b.tiles + n / 16 * deep * 1024, deep, b.in.m_pad - m >= 32);
+                multiply(Part{m0, m1, k0, k1, n, deep, m1 % m_pad, next_k, b.tiles + n / 16 * deep * 1024});
+        }
     }
 }
 
@@ -139,7 +159,7 @@ void finish(const Block& b, const Output& out, const float* scale) {
         for (int64_t n = 0; n < b.n1 - b.n0; ++n) bias[n] = bias_at(b.w, b.n0 + n);
     for (int64_t m = 0; m < b.in.m; ++m)
         for (int64_t n = 0; n < b.n1 - b.n0; n += 16) {
-            __m512 sum = _mm512_loadu_ps(b.sums + m * b.padded + n), shift = _mm512_loadu_ps(bias + n);
+            __m512 sum = _mm512_load_ps(b.sums_of(m, n)), shift = _mm512_loadu_ps(bias + n);
             sum = scale ? _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[m]), shift) : _mm512_add_ps(sum, shift);
             store_lanes(out, m * out.stride + b.n0 + n, low_lanes(b.n1 - b.n0 - n), sum);
         }
@@ -149,7 +169,7 @@ template <int BITS>
 void bfloat_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n0, int64_t n1) {
     _tile_loadconfig(&FULL);
     Block b = make_block(w, in, n0, n1, bfloat_unit(w));
-    const int64_t k_tiles = in.k_pad / 32, plane = in.m_pad / 16 * k_tiles;
+    const int64_t k_tiles = in.k_pad / 32;
     auto decode = [&](int64_t n, int64_t k0, int64_t k1, uint8_t* tiles) {
         for (int r = 0; r < 16; r += 4) {
             const uint8_t* row[4];
@@ -163,25 +183,31 @@ void bfloat_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n
         }
         tile_lines(b, (k1 - k0) / 32, tiles);
     };
-    auto multiply = [&](int64_t k0, int64_t, int64_t m, int64_t n, const uint8_t* weights, int64_t deep, bool pair) {
-        float* sums = b.sums + m * b.padded + n;
-        const int64_t stride = b.padded * 4;
-        if (k0 == 0) {
+    auto multiply = [&](const Part& part) {
+        float* sums = b.sums_of(part.m0, part.n);
+        const int64_t stride = 128;
+        const bool pair = part.m1 - part.m0 > 16;
+        if (part.k0 == 0) {
             zero_tiles();
         } else {
             load_tile<0>(sums, stride);
             load_tile<1>(sums + 16, stride);
             if (pair) {
-                load_tile<2>(sums + 16 * b.padded, stride);
-                load_tile<3>(sums + 16 * b.padded + 16, stride);
+                load_tile<2>(sums + 16 * 32, stride);
+                load_tile<3>(sums + 16 * 32 + 16, stride);
             }
         }
+        auto tokens = [&](int plane, int64_t m, int64_t k) {
+            return in.parts + ((plane * in.m_pad + m) / 16 * k_tiles + k / 32) * 512;
+        };
         for (int p = 0; p < in.planes; ++p) {
-            const uint16_t* x = in.parts + (p * plane + m / 16 * k_tiles + k0 / 32) * 512;
-            for (int64_t t = 0; t < deep; ++t) {
+            const uint16_t *x = tokens(p, part.m0, part.k0), *next = tokens(p, part.next_m, part.next_k) + part.quarter(512);
+            for (int64_t t = 0; t < part.deep; ++t) {
+                prefetch_tile_quarter(next + t * 512);
+                prefetch_tile_quarter(next + (k_tiles + t) * 512);
                 load_tile<4>(x + t * 512, 64);
-                load_tile<6>(weights + t * 1024, 64);
-                load_tile<7>(weights + (deep + t) * 1024, 64);
+                load_tile<6>(part.weights + t * 1024, 64);
+                load_tile<7>(part.weights + (part.deep + t) * 1024, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
                 if (pair) {
@@ -194,22 +220,84 @@ void bfloat_tiles(const Matrix& w, const Input& in, const Output& out, int64_t n
         store_tile<0>(sums, stride);
         store_tile<1>(sums + 16, stride);
         if (pair) {
-            store_tile<2>(sums + 16 * b.padded, stride);
-            store_tile<3>(sums + 16 * b.padded + 16, stride);
+            store_tile<2>(sums + 16 * 32, stride);
+            store_tile<3>(sums + 16 * 32 + 16, stride);
         }
     };
-    walk(b, 2, decode, multiply);
+    walk(b, 2, 32, decode, multiply);
     finish(b, out, nullptr);
     _tile_release();
 }
 
-// sums (16 tokens, padded) += exact * scale of its row, for one tile of int32.
-inline void add_scaled(const int32_t* exact, __m512 scale, float* sums, int64_t stride, bool first) {
+// What tiles 0 and 1 have stored, 16 tokens by 16 rows each, and where it belongs.
+struct Stored {
+    int32_t *exact, *spare;  // (2, 16, 16), and as much for the next
+    float* sums;             // (16, 32)
+    const float* scales;
+};
+
+// sums += exact * scale, of one of the two tiles.
+template <int TILE>
+inline void add_scaled(const Stored& s) {
+    const __m512 scale = _mm512_loadu_ps(s.scales + 16 * TILE);
     for (int r = 0; r < 16; ++r) {
-        __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(exact + 16 * r));
-        float* at = sums + r * stride;
-        _mm512_storeu_ps(at, first ? _mm512_mul_ps(value, scale) : _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(at)));
+        const __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(s.exact + 256 * TILE + 16 * r));
+        float* at = s.sums + 32 * r + 16 * TILE;
+        _mm512_store_ps(at, _mm512_fmadd_ps(value, scale, _mm512_load_ps(at)));
     }
+}
+
+// Columns of one scale.
+struct Columns {
+    const int8_t *x, *next;       // their tiles in the first 16 tokens, and in the tokens that come next
+    int64_t x_stride;             // from two tiles to the next two
+    const uint8_t *left, *right;  // their tiles in both halves of the rows
+    int64_t tile_bytes, pairs;
+};
+
+// How many they are: those of one or two tiles stay in tiles 4..7 while all tokens pass.
+enum class Span { TILE, PAIR, PAIRS };
+
+// `tokens` times `c`, for `sums` and `scales`. While the tiles multiply, the vector units scale the sums before theirs:
+// `last` waits for that, and what is returned.
+template <Span SPAN>
+Stored multiply_columns(const Columns& c, int64_t tokens, float* sums, const float* scales, Stored last) {
+    auto load_weights = [&](int64_t pair) {
+        load_tile<4>(c.left + pair * 2048, 64);
+        load_tile<6>(c.right + pair * 2048, 64);
+        if (SPAN == Span::TILE) return;
+        load_tile<5>(c.left + pair * 2048 + c.tile_bytes, 64);
+        load_tile<7>(c.right + pair * 2048 + c.tile_bytes, 64);
+    };
+    auto multiply = [&](const int8_t* x, const int8_t* next) {
+        prefetch_tile_quarter(next);
+        load_tile<2>(x, 64);
+        _tile_dpbssd(0, 2, 4);
+        _tile_dpbssd(1, 2, 6);
+        if (SPAN == Span::TILE) return;
+        prefetch_tile_quarter(next + 1024);
+        load_tile<3>(x + 1024, 64);
+        _tile_dpbssd(0, 3, 5);
+        _tile_dpbssd(1, 3, 7);
+    };
+    if (SPAN != Span::PAIRS) load_weights(0);
+    for (int64_t m = 0; m < tokens; m += 16) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (SPAN != Span::PAIRS) multiply(c.x + m * 128, c.next + m * 128);
+        else
+            for (int64_t i = 0; i < c.pairs; ++i) {
+                load_weights(i);
+                multiply(c.x + m * 128 + i * c.x_stride, c.next + m * 128 + i * c.x_stride);
+            }
+        const Stored now = {last.spare, last.exact, sums + m * 32, scales};
+        add_scaled<0>(last);
+        store_tile<0>(now.exact, 64);
+        add_scaled<1>(last);
+        store_tile<1>(now.exact + 256, 64);
+        last = now;
+    }
+    return last;
 }
 
 // Units of the tiles: whole groups if 64 divides them, or 32 weights; 16 are too few.
@@ -276,7 +364,7 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     _tile_loadconfig(step == 32 ? &HALF : &FULL);
     Block b = make_block(w, in, n0, n1, unit);
     thread_local Scratch scale_scratch;
-    const int64_t units = units_of(w, unit), k_tiles = in.k_pad / 64;
+    const int64_t units = units_of(w, unit);
     float* scales = scale_scratch.get<float>(size_t(units * b.padded));  // transposed: (units, padded)
     for (int64_t n = 0; n < b.padded; ++n)
         for (int64_t u = 0; u < units; ++u) scales[u * b.padded + n] = b.rows[n].scale[u];
@@ -284,44 +372,31 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
         if (BITS == 4 && step == 64) decode_nibbles(b, n, k0, k1, tiles);
         else decode_integers<BITS>(b, n, k0, k1, step, tiles);
     };
-    alignas(64) int32_t exact[4][256];
-    auto multiply = [&](int64_t k0, int64_t k1, int64_t m, int64_t n, const uint8_t* weights, int64_t deep, bool pair) {
-        const int8_t* x = in.q + (m / 16 * k_tiles + k0 / 64) * 1024;
-        float* sums = b.sums + m * b.padded + n;
-        for (int64_t k = k0; k < k1 && k < w.in;) {  // beyond `in` there are no scales
-            int64_t u = w.groups == 1 ? 0 : k / unit, end = w.groups == 1 ? k1 : (u + 1) * unit;
-            if (end > k1) end = k1;
-            bool first = k == 0;
-            zero_tiles();
-            for (; k < end; k += step) {
-                int64_t t = (k - k0) / 64, half = (k - k0) % 64;
-                const uint8_t* tile = weights + t * 1024 + half * 16;
-                load_tile<4>(x + t * 1024 + half, 64);
-                load_tile<6>(tile, 64);
-                load_tile<7>(tile + deep * 1024, 64);
-                _tile_dpbssd(0, 4, 6);
-                _tile_dpbssd(1, 4, 7);
-                if (pair) {
-                    load_tile<5>(x + (k_tiles + t) * 1024 + half, 64);
-                    _tile_dpbssd(2, 5, 6);
-                    _tile_dpbssd(3, 5, 7);
-                }
-            }
-            store_tile<0>(exact[0], 64);
-            store_tile<1>(exact[1], 64);
-            if (pair) {
-                store_tile<2>(exact[2], 64);
-                store_tile<3>(exact[3], 64);
-            }
-            __m512 left = _mm512_loadu_ps(scales + u * b.padded + n), right = _mm512_loadu_ps(scales + u * b.padded + n + 16);
-            for (int i = 0; i < (pair ? 2 : 1); ++i) {
-                float* at = sums + i * 16 * b.padded;
-                add_scaled(exact[2 * i], left, at, b.padded, first);
-                add_scaled(exact[2 * i + 1], right, at + 16, b.padded, first);
-            }
+    alignas(64) int32_t exact[2][512] = {};
+    alignas(64) float nowhere[512] = {};
+    Stored last = {exact[0], exact[1], nowhere, nowhere};
+    auto multiply = [&](const Part& part) {
+        const int64_t tokens = part.m1 - part.m0, k1 = std::min(part.k1, w.in);  // beyond `in` there are no scales
+        float* sums = b.sums_of(part.m0, part.n);
+        if (part.k0 == 0) std::fill(sums, sums + tokens * 32, 0.0f);
+        for (int64_t k = part.k0, end; k < k1; k = end) {
+            const int64_t u = w.groups == 1 ? 0 : k / unit, left = (w.groups == 1 ? k1 : std::min((u + 1) * unit, k1)) - k;
+            const int64_t pairs = k % 128 || left <= step ? 0 : std::max<int64_t>(left / 128, 1);
+            end = k + std::min(left, pairs ? pairs * 128 : step);
+            const int64_t slice = in.m_pad * 128, in_slice = k % 128 / 64 * 1024 + k % 64;
+            const uint8_t* tiles = part.weights + (k - part.k0) / 64 * 1024 + k % 64 * 16;
+            const Columns columns = {in.q + k / 128 * slice + part.m0 * 128 + in_slice,
+                                     in.q + (k - part.k0 + part.next_k) / 128 * slice + part.next_m * 128 + part.quarter(1024),
+                                     slice, tiles, tiles + part.deep * 1024, 16 * step, pairs};
+            auto multiply_them = pairs == 0   ? multiply_columns<Span::TILE>
+                                 : pairs == 1 ? multiply_columns<Span::PAIR>
+                                              : multiply_columns<Span::PAIRS>;
+            last = multiply_them(columns, tokens, sums, scales + u * b.padded + part.n, last);
         }
     };
-    walk(b, 1, decode, multiply);
+    walk(b, 1, 128, decode, multiply);
+    add_scaled<0>(last);
+    add_scaled<1>(last);
     finish(b, out, in.q_scale);
     _tile_release();
 }
@@ -341,7 +416,7 @@ void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     int8_t* codes = scratch.get<int8_t>(size_t(in.k_pad));
     in.q_scale[m] = quantize_lanes(row, in.k_pad, codes);
     for (int64_t k = 0; k < in.k_pad; k += 64)
-        std::memcpy(in.q + ((m / 16 * (in.k_pad / 64) + k / 64) * 16 + m % 16) * 64, codes + k, 64);
+        std::memcpy(in.q + (((k / 128 * in.m_pad / 16 + m / 16) * 2 + k / 64 % 2) * 16 + m % 16) * 64, codes + k, 64);
 }
 
 bool tiles(const Matrix& w, Path path, int64_t m) {
