@@ -258,10 +258,11 @@ struct Columns {
 // How many they are: those of one or two tiles stay in tiles 4..7 while all tokens pass.
 enum class Span { TILE, PAIR, PAIRS };
 
-// `tokens` times `c`, for `sums` and `scales`. While the tiles multiply, the vector units scale the sums before theirs:
-// `last` waits for that, and what is returned.
+// `tokens` times `c`, for `sums` and `scales`. While the tiles multiply, the vector units scale the sums before theirs;
+// `waiting` are the last ones.
 template <Span SPAN>
-Stored multiply_columns(const Columns& c, int64_t tokens, float* sums, const float* scales, Stored last) {
+void multiply_columns(const Columns& c, int64_t tokens, float* sums, const float* scales, Stored& waiting) {
+    Stored last = waiting;
     auto load_weights = [&](int64_t pair) {
         load_tile<4>(c.left + pair * 2048, 64);
         load_tile<6>(c.right + pair * 2048, 64);
@@ -297,7 +298,7 @@ Stored multiply_columns(const Columns& c, int64_t tokens, float* sums, const flo
         store_tile<1>(now.exact + 256, 64);
         last = now;
     }
-    return last;
+    waiting = last;
 }
 
 // Units of the tiles: whole groups if 64 divides them, or 32 weights; 16 are too few.
@@ -374,7 +375,7 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
     };
     alignas(64) int32_t exact[2][512] = {};
     alignas(64) float nowhere[512] = {};
-    Stored last = {exact[0], exact[1], nowhere, nowhere};
+    Stored waiting = {exact[0], exact[1], nowhere, nowhere};
     auto multiply = [&](const Part& part) {
         const int64_t tokens = part.m1 - part.m0, k1 = std::min(part.k1, w.in);  // beyond `in` there are no scales
         float* sums = b.sums_of(part.m0, part.n);
@@ -391,12 +392,12 @@ void integer_tiles(const Matrix& w, const Input& in, const Output& out, int64_t 
             auto multiply_them = pairs == 0   ? multiply_columns<Span::TILE>
                                  : pairs == 1 ? multiply_columns<Span::PAIR>
                                               : multiply_columns<Span::PAIRS>;
-            last = multiply_them(columns, tokens, sums, scales + u * b.padded + part.n, last);
+            multiply_them(columns, tokens, sums, scales + u * b.padded + part.n, waiting);
         }
     };
     walk(b, 1, 128, decode, multiply);
-    add_scaled<0>(last);
-    add_scaled<1>(last);
+    add_scaled<0>(waiting);
+    add_scaled<1>(waiting);
     finish(b, out, in.q_scale);
     _tile_release();
 }
