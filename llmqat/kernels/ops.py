@@ -3,7 +3,6 @@
 On a CPU the compiled kernels of `native` run under this same operator; nothing above this layer knows which one runs.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,24 +113,18 @@ def _check(
     out_features, words = weight_packed.shape
     groups, width = weight_scale.shape[1], packed_width(in_features, bits)
     zeros = (packed_width(out_features, bits), groups)
-    conditions: tuple[tuple[bool, Callable[[], str]], ...] = (
-        (weight_packed.dtype == torch.int32, lambda: f"weight_packed must be int32 words, got {weight_packed.dtype}"),
-        (x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the packed weight {in_features}"),
-        (words == width, lambda: f"{in_features} codes of {bits} bits take {width} words a row, got {words}"),
-        (
-            weight_scale.shape[0] == out_features and in_features % groups == 0,
-            lambda: (
-                f"weight_scale {tuple(weight_scale.shape)} does not fit a weight of ({out_features}, {in_features})"
-            ),
-        ),
-        (
-            weight_zero_point is None or weight_zero_point.shape == zeros,
-            lambda: f"weight_zero_point must be packed along the rows: {zeros}",
-        ),
-    )
-    for holds, message in conditions:  # torch._check takes microseconds for each
-        if not holds:
-            torch._check(False, message)
+    if weight_packed.dtype != torch.int32:
+        raise RuntimeError(f"weight_packed must be int32 words, got {weight_packed.dtype}")
+    if x.shape[-1] != in_features:
+        raise RuntimeError(f"x has {x.shape[-1]} features, the packed weight {in_features}")
+    if words != width:
+        raise RuntimeError(f"{in_features} codes of {bits} bits take {width} words a row, got {words}")
+    if weight_scale.shape[0] != out_features or in_features % groups:
+        raise RuntimeError(
+            f"weight_scale {tuple(weight_scale.shape)} does not fit a weight of ({out_features}, {in_features})"
+        )
+    if weight_zero_point is not None and weight_zero_point.shape != zeros:
+        raise RuntimeError(f"weight_zero_point must be packed along the rows: {zeros}")
 
 
 def _shape(x: Tensor, weight_packed: Tensor, *layer: Any) -> Tensor:

@@ -97,14 +97,16 @@ class PackedLinear(nn.Module):
 
     def arguments(self) -> tuple[Any, ...]:
         """What the operator takes after `x`; with static activations it takes them quantized already."""
-        tensors = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias)
-        act_bits = self.scheme.act_bits if self.input_scale is None else None
+        own = self._buffers  # attributes of a module are found by a slow search
+        tensors = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["bias"])
+        act_bits = self.scheme.act_bits if own["input_scale"] is None else None
         return (*tensors, self.scheme.bits, self.in_features, act_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
-        if self.input_scale is not None:
-            x = fake_quantize_static(x, self.input_scale)
+        input_scale = self._buffers["input_scale"]
+        if input_scale is not None:
+            x = fake_quantize_static(x, input_scale)
         y: Tensor = ops.packed_linear(x, *self.arguments())
         return y
 

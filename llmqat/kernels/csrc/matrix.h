@@ -60,7 +60,7 @@ struct Input {
     float* unit;      // with `fixed`: (m, k_pad / 128)
     int32_t* excess;  // with `fixed`: (m, k_pad / 128, 32), the variant's
     std::atomic<bool>* rough;  // with `fixed`: whether it holds too little of some token
-    int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (m_pad / 16, k_pad / 64, 16, 64)
+    int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (k_pad / 128, m_pad / 16, 2, 16, 64)
     float* q_scale;   // INTEGER: (m_pad,)
     float* lane_sum;  // INTEGER, if the variant wants it: (m, k_pad / 64, 16)
 };
