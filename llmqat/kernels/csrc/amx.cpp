@@ -105,6 +105,7 @@ void finish(const Block& b, const Output& out, const float* scale) {
 
 #include "amx_float.inc"
 #include "amx_integer.inc"
+#include "amx_attend.inc"
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     if (!in.tiled) return avx512_variant()->pack(w, in, m, row);
@@ -139,7 +140,12 @@ void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs)
 }  // namespace
 
 const Variant* amx_variant() {
-    static const Variant VARIANT = {true, tiles, quantize_lanes, pack, rows, avx512_variant()->steps, avx512_variant()->fixed};
+    static const Steps STEPS = [] {
+        Steps steps = *avx512_variant()->steps;
+        steps.attend_block = attend_tiles;
+        return steps;
+    }();
+    static const Variant VARIANT = {true, tiles, quantize_lanes, pack, rows, &STEPS, avx512_variant()->fixed};
     return &VARIANT;
 }
 
