@@ -117,10 +117,8 @@ def test_long_groups(isa, bits, symmetric, shape, act_bits):
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("shape", [(70, 1152, 128), (33, 704, 64), (130, 640, 320), (40, 1100, -1)], ids=str)
-def test_many_tokens(isa, bits, symmetric, shape, act_bits):
-    for tokens in (128, 145, 270):
-        ratio = error_ratio(shape, bits, symmetric, torch.bfloat16, torch.bfloat16, act_bits, tokens)
-        assert ratio <= 2, tokens
+def test_many_tokens(isa, shape, act_bits):
+    assert error_ratio(shape, 4, True, torch.bfloat16, torch.bfloat16, act_bits, tokens=145) <= 2
 
 
 @pytest.mark.parametrize("tokens", [1, 20])

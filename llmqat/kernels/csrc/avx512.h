@@ -9,13 +9,14 @@
 namespace llmqat {
 namespace {
 
-inline __mmask64 low_bytes(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
-inline __mmask16 low_lanes(int64_t count) { return count >= 16 ? __mmask16(0xffff) : __mmask16((1 << count) - 1); }
+// The first `count` of a vector: all or none of them, where that is above or below.
+inline __mmask64 low_bytes(int64_t count) { return count >= 64 ? ~__mmask64(0) : count > 0 ? (__mmask64(1) << count) - 1 : 0; }
+inline __mmask16 low_lanes(int64_t count) { return __mmask16(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0); }
 
 // 64 bytes of a row, of which `left` remain in it: those beyond read as zero where TAIL.
 template <bool TAIL>
 inline __m512i line_of(const uint8_t* p, int64_t left) {
-    return TAIL ? _mm512_maskz_loadu_epi8(low_bytes(left > 0 ? left : 0), p) : _mm512_loadu_si512(p);
+    return TAIL ? _mm512_maskz_loadu_epi8(low_bytes(left), p) : _mm512_loadu_si512(p);
 }
 
 // Sixteen scales of a row as float32, from element i of the matrix's scales.
