@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), help="default: all")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every peer")
     parser.add_argument("--repeats", type=int, help="rounds (default: 7)")
+    parser.add_argument("--prompts", type=int, nargs="+", help="prompt lengths of prefills (default: 128 512 2000)")
     parser.add_argument("--foreign", type=float, default=0.06, help="greatest foreign share of the machine in a sample")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for quiet before each retake")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: the figures mean nothing")
@@ -148,7 +149,8 @@ def main() -> None:
             if environment is not None:
                 environments.install(environment, args.peer_envs)
     settings = QUICK if args.quick else Settings()
-    settings = dataclasses.replace(settings, repeats=args.repeats or settings.repeats)
+    given = {"repeats": args.repeats, "prompts": args.prompts and tuple(args.prompts)}
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
     peers = args.peers if READ in args.peers else [READ, *args.peers]
     args.peers = [name for name in PEERS if name in peers]
     start = functools.partial(Client, threads=args.threads, runs=args.runs, environments_at=args.peer_envs)

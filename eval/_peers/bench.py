@@ -27,7 +27,7 @@ class Settings:
     seconds: float = 0.3
     cold_bytes: int = 512 << 20
     rows: tuple[int, ...] = (1, 4, 16, 128, 512)
-    prompts: tuple[int, ...] = (128, 512)
+    prompts: tuple[int, ...] = (128, 512, 2000)
     new_tokens: int = 48
     decode_prompt: int = 16
 
