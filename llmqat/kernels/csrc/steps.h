@@ -46,6 +46,9 @@ struct Attention {
     int32_t dtype;
 };
 
+// First token that the query at `position` sees.
+inline int64_t seen_from(const Attention& a, int64_t position) { return position >= a.window ? position + 1 - a.window : 0; }
+
 struct Steps {
     void (*load)(const void* from, int64_t start, int64_t count, int32_t dtype, float* to);
     void (*row)(const llmqat_matrix&, int64_t n, void* y, int64_t start, int32_t dtype);
