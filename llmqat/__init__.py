@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmqat.errors import LlmqatError
 from llmqat.scheme import QuantScheme
+from llmqat.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from llmqat.api import (
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
         windows,
         write_page,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FloatCopy",

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import follow_activations, observe_activations
 from llmqat.config import TrainConfig
+from llmqat.data.corpus import load_corpus
+from llmqat.data.tokens import blocks, encode, sequences
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
-from llmqat.inspection import Inspection
-from llmqat.inspection import inspect as inspect_recipe
 from llmqat.machine import environment
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Windows, evaluate, windows
@@ -26,10 +26,10 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
-from llmqat.page.render import write_page
-from llmqat.scores import scoreboard
-from llmqat.train.corpus import load_corpus
-from llmqat.train.data import blocks, encode, sequences
+from llmqat.report.page.render import write_page
+from llmqat.report.plan import Inspection
+from llmqat.report.plan import inspect as inspect_recipe
+from llmqat.report.scoreboard import scoreboard
 from llmqat.train.loop import TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 

@@ -38,7 +38,7 @@ TINY = {
 
 
 # Processes of their own for a second's price: forked from a server that has the libraries loaded.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["llmqat.pipeline", "datasets", "pytest"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["llmqat.pipeline.run", "datasets", "pytest"])
 
 COMMON = {
     "vocab_size": 128,
@@ -224,7 +224,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def papers_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """A Hub that holds the sets of `llmqat.train.named_sets`, in small: the texts of each split by ``"c4 train"`` (set
+    """A Hub that holds the sets of `llmqat.data.named_sets`, in small: the texts of each split by ``"c4 train"`` (set
     and split), the names papers use for what they score. ``"asked"`` lists what was loaded."""
     import datasets
 
@@ -283,7 +283,7 @@ def small_recipe(model_dir: Path, text_file: Path) -> Callable[..., Recipe]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_recipe: Callable[..., Recipe]) -> Path:
     """The directory of a finished LoRA run; not to be written to."""
-    from llmqat.pipeline import run
+    from llmqat.pipeline.run import run
 
     directory = tmp_path_factory.mktemp("runs") / "finished"
     run(small_recipe(directory, {"train.mode": "lora"}))

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from llmqat.cli_options import bundled_recipes
+from llmqat.cli.recipes import bundled_recipes
 from llmqat.config import DEFAULT_LR, Recipe, from_dict, from_yaml, resolve, to_yaml
 from llmqat.errors import LlmqatError
 

@@ -18,7 +18,8 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-from llmqat.cli import build_parser
+from llmqat.cli.commands import COMMANDS
+from llmqat.cli.parser import build_parser
 from llmqat.config import to_yaml
 from llmqat.formats.verify import verify
 
@@ -247,7 +248,7 @@ def test_documented_commands_are_understood(command):
     launcher = launch_command_parser().parse_args([*words[:split], "script.py"])
     config = load_config_from_file(str(ROOT / launcher.config_file))
     assert config.num_processes > 1
-    build_parser().parse_args(words[split + 2 :])
+    build_parser(COMMANDS).parse_args(words[split + 2 :])
 
 
 def test_every_launcher_configuration_loads():

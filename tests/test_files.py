@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmqat import pipeline
-from llmqat.cli import main, quiet_libraries
+from llmqat.cli import main
+from llmqat.cli.entry import quiet_libraries
 from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, replacing
 from llmqat.formats.verify import verify
+from llmqat.pipeline import run as pipeline
 from llmqat.train import checkpoint
 
 

@@ -19,14 +19,14 @@ from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
-from llmqat.models.int8_activations import serve_int8_activations
-from llmqat.models.native_forward import accelerate_forward
-from llmqat.models.native_generate import accelerate_generate
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
+from llmqat.serve.activations import serve_int8_activations
+from llmqat.serve.forward import accelerate_forward
+from llmqat.serve.generate import accelerate_generate
 
 PACKED = ".weight_packed"
 

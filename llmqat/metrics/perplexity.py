@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmqat.data.chat import chat_rows, is_chat, positions, token_count, unstack
+from llmqat.data.layouts import Document
 from llmqat.errors import LlmqatError
 from llmqat.metrics.layer_error import LayerErrors
 from llmqat.progress import track
-from llmqat.train.chat import chat_rows, is_chat, positions, token_count, unstack
-from llmqat.train.layouts import Document
 
 BATCH_TOKENS = 4096
 BOOTSTRAP_SAMPLES = 10_000

@@ -1,4 +1,4 @@
-"""Evaluation windows of the datasets known by one word, as papers cut them (`llmqat.train.named_sets`)."""
+"""Evaluation windows of the datasets known by one word, as papers cut them (`llmqat.data.named_sets`)."""
 
 import random
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.data.corpus import load_corpus
+from llmqat.data.layouts import Document
+from llmqat.data.named_sets import PUBLISHED_WINDOW, named_set
 from llmqat.errors import LlmqatError
 from llmqat.metrics.perplexity import Windows, encode_opened, windows, with_bos
-from llmqat.train.corpus import load_corpus
-from llmqat.train.layouts import Document
-from llmqat.train.named_sets import PUBLISHED_WINDOW, named_set
 
 
 def scored_windows(

@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
         weight_shape: int64, ``[out, in]``.
         bias: ``(out,)`` or None.
         input_scale: ``(1,)``, of static int8 activations, or None.
-        trained_scheme: what it was trained with, where it runs another one (llmqat/models/int8_activations.py).
+        trained_scheme: what it was trained with, where it runs another one (llmqat/serve/activations.py).
     """
 
     weight_packed: Tensor

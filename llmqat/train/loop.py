@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from llmqat.algorithms.activation_ranges import follow_activations
 from llmqat.config import TrainConfig
+from llmqat.data.chat import positions, token_count, unstack
+from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.nn.dtensor import whole
 from llmqat.progress import Meter
 from llmqat.train import checkpoint
-from llmqat.train.chat import positions, token_count, unstack
-from llmqat.train.data import EndlessSampler
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
 from llmqat.train.sharding import load_whole_state, prepare_model, whole_state

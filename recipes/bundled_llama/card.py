@@ -65,7 +65,7 @@ project so that every command runs on a machine with no network. It writes recog
 - **Data**: the source text of Python {version}'s standard library without test suites and generated tables
   ({sum(map(len, corpus.train)) / 1e6:.2f} M characters in {len(corpus.train)} files for training;
   {len(corpus.validation)} files for validation and {len(corpus.test)} for test were never seen; the split is by file
-  name, see `llmqat/train/stdlib_corpus.py`). The standard library is under the PSF licence.
+  name, see `llmqat/data/stdlib.py`). The standard library is under the PSF licence.
 - **Tokenizer**: byte-level BPE of {tokenizer.vocab_size} tokens, trained on the same training files.
 - **Training**: `recipes/bundled_llama/train.py`, {last["step"]} steps, {last["tokens"]:,} tokens. Validation loss by
   step: {curve}.

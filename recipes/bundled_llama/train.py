@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmqat.train.stdlib_corpus import stdlib_texts
+from llmqat.data.stdlib import stdlib_texts
 
 VOCAB_SIZE = 4096
 BLOCK = 512

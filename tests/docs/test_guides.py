@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llmqat.cli import build_parser
+from llmqat.cli.commands import COMMANDS
+from llmqat.cli.parser import build_parser
 from llmqat.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +136,7 @@ def test_links_lead_somewhere(page):
 def test_flags_exist(page):
     """Those that the text names by themselves, and those of commands that are not run."""
     text = page.read_text(encoding="utf-8")
-    (choices,) = (action for action in build_parser()._actions if isinstance(action, _SubParsersAction))
+    (choices,) = (action for action in build_parser(COMMANDS)._actions if isinstance(action, _SubParsersAction))
     known = {flag for sub in choices.choices.values() for action in sub._actions for flag in action.option_strings}
     commands = [line for line in text.splitlines() if line.startswith("llmqat ")]
     named = [*re.findall(r"`(--[a-z][\w-]+)", text), *re.findall(r"(--[a-z][\w-]+)", "\n".join(commands))]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tokenizers import processors
 
+from llmqat.data.corpus import load_corpus
+from llmqat.data.named_sets import NAMED_SETS
 from llmqat.errors import LlmqatError
 from llmqat.metrics.perplexity import evaluate, windows
 from llmqat.metrics.published import scored_windows
-from llmqat.train.corpus import load_corpus
-from llmqat.train.named_sets import NAMED_SETS
 
 WINDOW = 32
 

@@ -1,6 +1,6 @@
 """What preparing, training, packing and loading a tiny model of each family gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
-from llmqat.kernels import native
-from llmqat.kernels.decoder import NativeDecoder
-from llmqat.models.native_step import GreedyStep, Step
 from llmqat.models.patcher import plain_model, prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
@@ -48,55 +45,6 @@ class Outcome:
     equal: bool
     transformers: bool
     within_bound: bool
-
-
-@pytest.fixture(params=native.available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set of this machine, in use."""
-    library: Any = native.library()
-    library.llmqat_use_isa(native.ISAS.index(request.param))
-    yield request.param
-    library.llmqat_use_isa(library.llmqat_best_isa())
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each call of the native decoder got."""
-    seen, plain = [], NativeDecoder.__call__
-
-    def counted(self: NativeDecoder, hidden: Tensor, *args: Any) -> Tensor:
-        seen.append(hidden.shape[0])
-        return plain(self, hidden, *args)
-
-    monkeypatch.setattr(NativeDecoder, "__call__", counted)
-    return seen
-
-
-def count(monkeypatch: pytest.MonkeyPatch, kind: type, seen: list[int]) -> None:
-    """Record the tokens that this kind of step goes on from."""
-    plain: Callable[..., Any] = kind.__call__  # type: ignore[operator]
-
-    def counted(self: Any, token: Any) -> Any:
-        seen.append(int(token))
-        return plain(self, token)
-
-    monkeypatch.setattr(kind, "__call__", counted)
-
-
-@pytest.fixture
-def greedy_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens that the native loop went on from, each in one call of the library."""
-    seen: list[int] = []
-    count(monkeypatch, GreedyStep, seen)
-    return seen
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens that the native loop went on from, by its operators."""
-    seen: list[int] = []
-    count(monkeypatch, Step, seen)
-    return seen
 
 
 def step(model: nn.Module, mode: str, ids: Tensor) -> bool:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 import llmqat
-from llmqat.cli_options import bundled_recipes, bundled_scripts, command_of
+from llmqat.cli.recipes import bundled_recipes, bundled_scripts, command_of
 from llmqat.config import from_yaml
 
 RECIPES = bundled_recipes()

@@ -1,0 +1,156 @@
+"""The parser of the command line: every sub-command, its help by example, and its flags."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
+from llmqat.config import BOS_RULES, DataConfig
+from llmqat.version import __version__
+
+FINETUNE = """\
+Fine-tune a model through its own integer grid, pack it, and prove and measure the packed file.
+
+  llmqat finetune --model llama --bits 4
+      the small Llama inside this package, on the source text of Python's standard library: no network needed
+  llmqat finetune --model meta-llama/Llama-3.2-1B --dataset wikitext:wikitext-2-raw-v1 --bits 4 --output out
+  llmqat finetune --model ./my-model --dataset my.jsonl --bits 4 --train lora --output out
+  llmqat finetune --model ./my-model --dataset chats.jsonl --bits 4 --output out
+      conversations (messages, prompt/completion, instruction/output): chat template, loss on the answers only
+  llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth auto --output out
+  llmqat finetune --output out --resume
+      go on after an interruption, with the options of the first call
+
+Writes to --output: the packed model (safetensors, config, tokenizer), recipe.yaml, report.json, report.html (look at it
+in a browser), README.md, and checkpoint/, which --resume needs and you may delete.
+"""
+QUANTIZE = """\
+Quantize without training: round to nearest or GPTQ, packed, verified and measured like a fine-tuned model.
+
+  llmqat quantize --model llama --bits 4 --output out
+  llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth auto --output out
+  llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
+  llmqat quantize --model ./large-model --bits 4 --low-memory --output out
+      one block of the model in memory at a time; nothing is measured: llmqat eval and llmqat verify do that afterwards
+  llmqat quantize --output out --resume
+      go on after an interruption, from the blocks that are done
+"""
+EVAL = """\
+Perplexity of a float or packed model, by the GPTQ protocol; against a float model also KL and top-1 agreement.
+
+  llmqat eval runs/llmqat
+  llmqat eval runs/llmqat --against llama --throughput
+  llmqat eval ./my-model --dataset wikitext2
+      as papers report it: windows of 2048; so are c4, c4-new, ptb and ptb-new, under the names of GPTQ's code
+  llmqat eval ./my-model --dataset my-org/my-texts --window 2048 --eval-tokens 400000
+"""
+VERIFY = """\
+Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
+
+  llmqat verify runs/llmqat
+"""
+REPORT = """\
+Write report.html of a finished run again, from its report.json and details.json: one page that needs nothing else.
+
+  llmqat report runs/llmqat
+"""
+GENERATE = """\
+Continue a text with a float or packed model.
+
+  llmqat generate runs/llmqat --prompt 'def read_lines(path):'
+  llmqat generate runs/chat --chat --prompt 'How do I make crepes?'
+"""
+INSPECT = """\
+The dry run: every linear layer, quantized or not and why, predicted size and memory. Takes the options of finetune.
+
+  llmqat inspect --model llama --bits 4
+  llmqat inspect --model ./my-model --group-size 64 --train lora
+  llmqat inspect --machine
+"""
+RECIPES = """\
+List the bundled recipes, or print one: YAML for --recipe, or a script to save and run.
+
+  llmqat recipes
+  llmqat recipes w4a8
+  llmqat finetune --recipe w4a8
+  llmqat recipes bert_classification > bert_classification.py
+"""
+
+EVAL_DATA_FIELDS = ("text_field", "rows", "streaming", "max_rows")
+
+
+def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
+    """All sub-commands with their flags; `commands` holds the function that runs each."""
+    parser = Parser(
+        prog="llmqat",
+        description="Fine-tune LLMs through their own integer grid, and ship exactly what was trained.",
+        epilog="llmqat COMMAND --help explains each by example.",
+    )
+    parser.add_argument("--version", action="version", version=f"llmqat {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> Parser:
+        sub: Parser = subparsers.add_parser(name, help=text.split("\n")[0], description=text)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=commands[name])
+        return sub
+
+    for name, text, skip in (("finetune", FINETUNE, ()), ("quantize", QUANTIZE, ()), ("inspect", INSPECT, ("eval",))):
+        sub = command(name, text)
+        add_recipe_flags(sub, skip)
+        if name != "inspect":
+            sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
+            sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
+        else:
+            sub.add_argument("--machine", action="store_true", help="which kernels run here, and why not others")
+        if name == "quantize":
+            sub.add_argument(
+                "--low-memory", action="store_true", help="block by block, for a model larger than memory; not measured"
+            )
+
+    sub = command("eval", EVAL)
+    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
+    add_scored_flags(sub)
+    sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
+    add_activations_flag(sub)
+    sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
+
+    sub = command("verify", VERIFY)
+    sub.add_argument("model", help="packed directory")
+    sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
+
+    sub = command("report", REPORT)
+    sub.add_argument("model", help="directory of a finished run")
+
+    sub = command("generate", GENERATE)
+    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument(
+        "--chat", action="store_true", help="answer the prompt, by the chat template; print the answer only"
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
+    add_activations_flag(sub)
+
+    sub = command("recipes", RECIPES)
+    sub.add_argument("name", nargs="?", help="recipe to print")
+    return parser
+
+
+def add_scored_flags(sub: Parser) -> None:
+    """Flags of what `llmqat eval` scores."""
+    sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
+    add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
+    sub.add_argument("--window", type=int, metavar="N", help="tokens per window (default: 512; named sets: 2048)")
+    sub.add_argument("--eval-tokens", type=int, metavar="N", help="tokens at most (default: 65536; named sets: all)")
+    sub.add_argument("--bos", choices=BOS_RULES, help="BOS rule (default: stream; named sets: tokenizer)")
+
+
+def add_activations_flag(parser: argparse.ArgumentParser) -> None:
+    """`--activations int8`."""
+    parser.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="of a model packed without --act-bits: faster, but not what was trained; eval says how far from it",
+    )

@@ -1,0 +1,125 @@
+"""`llmqat quantize --low-memory`: a model larger than memory, quantized block by block from its safetensors.
+
+The model is built on the meta device. What lies outside the blocks (embeddings, norms, output head) is read once; each
+block is read, put on its grid, written as a shard of its own, and freed. The functions are those of the ordinary way,
+and so are the bytes of the result.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmqat import config as config_module
+from llmqat.algorithms.calibration import BlockInputs, gptq_block
+from llmqat.config import Recipe
+from llmqat.errors import LlmqatError
+from llmqat.files import replacing
+from llmqat.formats import fingerprint
+from llmqat.formats.partial import PartialModel
+from llmqat.formats.writer import packed_state, save_shard, write_companions, write_index
+from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
+from llmqat.models.coverage import CoverageReport, check_coverage
+from llmqat.models.experts import splits
+from llmqat.models.loading import load_tokenizer
+from llmqat.models.patcher import put_on_grid
+from llmqat.models.planning import check_divisible, plan
+from llmqat.pipeline.inputs import calibration_batches, read, training_stream
+from llmqat.pipeline.run import fit_context
+from llmqat.pipeline.saved import RECIPE, check_output
+from llmqat.progress import say, track
+
+
+def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport:
+    """Quantize and pack a model with one block of it in memory at a time, without training.
+
+    In memory are, in float32: one block and its Hessians, the calibration activations, embeddings and output head.
+
+    Args:
+        recipe: what to do; ``train`` and ``eval`` are not looked at, except for the length of calibration sequences.
+        overwrite: the output directory may hold something.
+
+    Raises:
+        LlmqatError: if SmoothQuant, or more than the blocks, is asked for, the family has no row, or what
+            `llmqat.pipeline.run.run` raises.
+    """
+    if recipe.init.smooth is not None:
+        raise LlmqatError("SmoothQuant compares logits of the whole float model: leave out --smooth, or --low-memory")
+    if recipe.quant.lm_head_bits is not None or recipe.quant.kv_bits is not None:
+        raise LlmqatError("--low-memory quantizes the blocks alone: leave it out, or --lm-head-bits and --kv-bits")
+    if recipe.quant.act_static:
+        raise LlmqatError(
+            "static activation ranges are observed in the whole model: leave out --act-static, or --low-memory"
+        )
+    directory = Path(recipe.output)
+    check_output(directory, False, overwrite)
+    source = PartialModel(recipe.model)
+    recipe = config_module.resolve(recipe, sum(p.numel() for p in source.model.parameters()))
+    recipe = fit_context(recipe, getattr(source.model.config, "max_position_embeddings", None))
+    architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")
+    if splits(source.model):
+        raise LlmqatError("--low-memory does not know how to split fused experts yet: leave it out")
+    report = plan(source.model, recipe.scheme(), recipe.quant.overrides)
+    check_coverage(report, recipe.quant.min_coverage)
+    check_divisible(report)
+    tokenizer = load_tokenizer(recipe.model)
+    batches = calibration(tokenizer, recipe) if recipe.init.method == "gptq" else []
+    with replacing(directory) as scratch:
+        layers = Streaming(source, report, recipe.init.damp, scratch).run(batches)
+        write_companions(source.model, scratch, tokenizer, layers)
+        (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
+    say(report.summary())
+    if report.errors:
+        say(report.error_summary())
+    return report
+
+
+def calibration(tokenizer: Any, recipe: Recipe) -> list[Tensor]:
+    """The calibration batches of the ordinary way."""
+    corpus = read(recipe.data, recipe.data.calibration or recipe.data.dataset)
+    return calibration_batches(training_stream(tokenizer, corpus.train, recipe), recipe)
+
+
+class Streaming:
+    """State of one pass over the blocks; `run` writes a shard for each, and one for what lies outside."""
+
+    def __init__(self, source: PartialModel, report: CoverageReport, damp: float, scratch: Path) -> None:
+        self.source, self.report, self.damp, self.scratch = source, report, damp, scratch
+        architecture = ARCHITECTURES[source.model.config.model_type]
+        self.blocks = blocks_of(source.model, architecture)
+        self.path = blocks_path(source.model, architecture)
+        self.weight_map: dict[str, str] = {}
+        self.total_size = 0
+        self.layers: dict[str, dict[str, str | None]] = {}
+
+    def run(self, batches: list[Tensor]) -> dict[str, dict[str, str | None]]:
+        """Quantize and write all blocks, with GPTQ if there are calibration `batches`; returns their fingerprint."""
+        count = len(self.blocks)
+        self.source.read(f"{self.path}.", outside=True)
+        inputs = BlockInputs.capture(self.source.model, list(self.blocks), batches) if batches else None
+        for index, block in track(enumerate(self.blocks), "blocks", count):
+            prefix = f"{self.path}.{index}."
+            self.source.read(prefix)
+            self.quantize(block, prefix, inputs)
+            self.write(prefix, index + 1, count + 1)
+            block.to("meta")
+        self.write("", count + 1, count + 1)
+        write_index(self.scratch, {"total_size": self.total_size}, self.weight_map)
+        return self.layers
+
+    def quantize(self, block: nn.Module, prefix: str, inputs: BlockInputs | None) -> None:
+        """Put one block on its grid."""
+        layers = [layer for layer in self.report.quantized if layer.name.startswith(prefix)]
+        put_on_grid(self.source.model, layers, self.source.dtype)
+        if inputs is not None:
+            for error in gptq_block(block, inputs, self.damp, name=prefix.removesuffix(".")):
+                self.report.errors[error.layer] = (error.rtn, error.gptq)
+        self.layers |= fingerprint.fingerprint(self.source.model)
+
+    def write(self, prefix: str, number: int, count: int) -> None:
+        """Write the tensors whose names start with `prefix` and that are in memory."""
+        state = packed_state(self.source.model, prefix)
+        filename = f"model-{number:05}-of-{count:05}.safetensors"
+        save_shard(state, self.scratch / filename)
+        self.weight_map |= dict.fromkeys(state, filename)
+        self.total_size += sum(tensor.nbytes for tensor in state.values())

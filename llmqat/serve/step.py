@@ -1,0 +1,127 @@
+"""One token through a model whose blocks are native: to its logits, or straight to the token that follows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.kernels import native
+from llmqat.kernels.greedy import GreedyDecoder
+from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.serve.families import FAMILIES, cap_of
+from llmqat.serve.forward import decoder_of, reserve, rotary_tables
+
+# Kinds of rotary embedding whose tables do not depend on how long the sequence is.
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+def _packed_head(module: Any) -> tuple[Any, ...] | None:
+    """Arguments of `native.matrix`, if `module` is a packed head that the library computes and nobody listens to."""
+    if not isinstance(module, PackedLinear) or module.input_scale is not None or _hooked(module):
+        return None
+    runs = native.supports(module.weight_scale, module.weight_scale, module.in_features)
+    return module.arguments() if runs else None
+
+
+def _packed_rows(module: Any) -> tuple[Any, ...] | None:
+    """Likewise of a packed embedding, whose rows are those of its head."""
+    if not isinstance(module, PackedEmbedding) or module.embed_scale is not None or _hooked(module):
+        return None
+    head: Any = module.head()
+    return head.arguments() if native.supports(head.weight_scale, head.weight_scale, head.in_features) else None
+
+
+def _rows(module: Any, dtype: torch.dtype) -> tuple[Any, ...] | Tensor | None:
+    """What `GreedyDecoder` takes of an embedding, packed or plain, that looks up rows of `dtype`."""
+    packed = _packed_rows(module)
+    if packed is not None:
+        return packed if module.compute.dtype == dtype else None
+    if type(module) is not nn.Embedding or module.max_norm is not None or _hooked(module):
+        return None
+    weight = module.weight
+    return weight if weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous() else None
+
+
+def _hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _head(module: Any) -> Callable[[Tensor], Tensor]:
+    """What `module` computes for contiguous hidden states, without the operator's detours if it is packed."""
+    packed = _packed_head(module)
+    return module if packed is None else native.Layer(*packed).linear
+
+
+def _embed(module: Any) -> Callable[[Tensor], Tensor]:
+    """What `module` looks up for token ids ``(n,)``, likewise."""
+    packed = _packed_rows(module)
+    return module if packed is None or packed[1].dtype != module.compute.dtype else native.Layer(*packed).rows
+
+
+class Step:
+    """One token through the model: what changes from call to call is its row of the embedding and its position."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.stack = model.model
+        self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.lm_head)
+        self.decoder, self.buffers = decoder_of(self.stack), cache.llmqat_buffers
+        config = self.stack.config
+        self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
+        types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
+        self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
+        self.tables: list[tuple[Tensor, Tensor]] = []
+
+    def rotary(self, embeds: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
+        """Rows of the rotary tables ``(1, dim)``, from tables for the whole buffer where those stay the same."""
+        if not self.fixed:
+            return rotary_tables(self.stack, embeds, torch.tensor([[position]]))
+        if not self.tables or self.tables[0][0].shape[0] <= position:
+            self.tables = self.all_rotary(embeds)
+        return [(cosine[position : position + 1], sine[position : position + 1]) for cosine, sine in self.tables]
+
+    def all_rotary(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The rotary tables ``(capacity, dim)`` of the whole buffer, of the dtype of `like`."""
+        return rotary_tables(self.stack, like, torch.arange(self.buffers.capacity)[None])
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
+        past = self.buffers.length
+        reserve(self.buffers, self.decoder, past + 1)
+        embeds = self.embed(token[0])
+        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past))
+        self.buffers.length = past + 1
+        logits: Tensor = self.head(hidden)
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+class GreedyStep:
+    """`Step` and the choice of the largest logit in one call of the library: what Python does between two tokens, it
+    does on memory that the weights have just swept out of the processor's caches."""
+
+    def __init__(self, step: Step, greedy: GreedyDecoder) -> None:
+        self.step, self.greedy, self.buffers, self.room = step, greedy, step.buffers, 0
+
+    @classmethod
+    def of(cls, model: Any, step: Step) -> "GreedyStep | None":
+        """For `model`, of which `step` is; None where the library does not cover its embedding, head or positions."""
+        head, embedding = _packed_head(model.lm_head), _rows(model.model.embed_tokens, step.decoder.dtype)
+        if head is None or embedding is None or step.cap or not step.fixed:
+            return None
+        rows = embedding if isinstance(embedding, Tensor) else embedding[0]
+        return cls(step, GreedyDecoder(step.decoder, embedding, head)) if len(rows) >= len(head[0]) else None
+
+    def __call__(self, token: int) -> int:
+        """The token after `token`, which the cache then holds."""
+        past = self.buffers.length
+        if past >= self.room:
+            self._make_room(past + 1)
+        following = self.greedy(token, past)
+        self.buffers.length = past + 1
+        return following
+
+    def _make_room(self, tokens: int) -> None:
+        reserve(self.buffers, self.step.decoder, tokens)
+        self.greedy.use(self.buffers, self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype)))
+        self.room = self.buffers.capacity

@@ -1,0 +1,167 @@
+"""Bad input: one line that says what, which limit, and what to do; and nothing is harmed."""
+
+import re
+import shutil
+
+import pytest
+
+from llmqat.cli import main
+from llmqat.cli.commands import COMMANDS
+from llmqat.pipeline.saved import check_output
+
+
+def listing(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def truncated(model_dir, text_file, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "broken")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return ["--model", folder, "--dataset", text_file]
+
+
+def unknown_type(model_dir, text_file, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "foo"}')
+    return ["--model", tmp_path, "--dataset", text_file]
+
+
+def empty_text(model_dir, text_file, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    return ["--model", model_dir, "--dataset", tmp_path / "empty.txt"]
+
+
+def short_text(model_dir, text_file, tmp_path):
+    (tmp_path / "short.txt").write_text("ten bytes\n" * 20)
+    return ["--model", model_dir, "--dataset", tmp_path / "short.txt"]
+
+
+def typo(model_dir, text_file, tmp_path):
+    (tmp_path / "r.yaml").write_text("train:\n  lr: 2e-4\n")
+    return ["--model", model_dir, "--dataset", text_file, "--recipe", tmp_path / "r.yaml"]
+
+
+def options(*extra):
+    return lambda model_dir, text_file, tmp_path: ["--model", model_dir, "--dataset", text_file, *extra]
+
+
+BAD = {
+    "missing dataset": (options("--dataset", "none.txt"), "dataset none.txt does not exist; give an existing file"),
+    "empty dataset": (empty_text, "holds no text to train on; check the file, or --text-field"),
+    "short dataset": (
+        short_text,
+        "evaluation text has 11 tokens, fewer than one window of 32; give more text or a",
+    ),
+    "kind of dataset": (options("--dataset", __file__), r"cannot read .*\.py: llmqat knows \.txt"),
+    "missing model": (
+        options("--model", "./none"),
+        "model directory ./none does not exist; give a directory, a Hub id",
+    ),
+    "unknown model type": (unknown_type, "cannot use model .*`foo`"),
+    "truncated model": (truncated, "cannot load the weights of .*; copy or download the model again"),
+    "bits": (options("--bits", "5"), "--bits: invalid choice: 5"),
+    "no number": (options("--max-steps", "many"), "--max-steps: invalid int value: 'many'"),
+    "unknown flag": (options("--bitz", "4"), "unrecognized arguments: --bitz 4"),
+    "abbreviation": (options("--max-step", "4"), "unrecognized arguments: --max-step 4"),
+    "max steps": (options("--max-steps", "-1"), "train.max_steps must be at least 1, got -1"),
+    "group size 0": (options("--group-size", "0"), "group_size must be positive, or -1 for one group per row; got 0"),
+    "group size -2": (
+        options("--group-size", "-2"),
+        "group_size must be positive, or -1 for one group per row; got -2",
+    ),
+    "indivisible": (
+        options("--group-size", "48"),
+        r"group_size 48 does not divide 12 layers: model\.layers\.0\.self_attn\.q_proj \(in_features 64\), .*; give "
+        r"those one group per row with .*--override 'q_proj\$:group_size=-1'.* or choose a --group-size that",
+    ),
+    "smooth": (options("--smooth", "2"), "(alpha must lie between 0 and 1|init.smooth must be at most 1), got 2"),
+    "smooth word": (options("--smooth", "much"), "argument --smooth: expected a number or auto, got 'much'"),
+    "YAML number": (typo, "r.yaml: train.lr must be a number, got '2e-4' .text, to YAML.; write 2.0e-4"),
+    "recipe": (options("--recipe", "none"), "no recipe none: neither a file nor one of the bundled ones"),
+    "override": (options("--override", "down_proj"), "cannot read --override 'down_proj'; write 'PATTERN:float' or"),
+    "override field": (
+        options("--override", "down_proj$:bitz=8"),
+        "override 'down_proj.': write float, or any of bits,",
+    ),
+    "override bits": (options("--override", "down_proj$:bits=5"), "bits must be one of 2, 3, 4, 8, got 5"),
+    "override regex": (options("--override", "(:bits=8"), r"'\(' is no regular expression"),
+    "override nothing": (options("--override", "attn.c_proj:bits=8"), "override 'attn.c_proj' matches no linear layer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_harms_nothing(
+    name, model_dir, text_file, finished, tmp_path, capsys, call, small_flags
+):
+    arguments, message = BAD[name]
+    output = shutil.copytree(finished, tmp_path / "output")  # --overwrite must not damage it before the run can start
+    before = listing(output)
+    work = tmp_path / "work"
+    work.mkdir()
+    argv = ["finetune", *small_flags, *arguments(model_dir, text_file, work)]
+    assert call([*argv, "--output", output, "--overwrite"]) in (1, 2)
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("llmqat")]
+    assert len(errors) == 1
+    assert captured.err.splitlines()[-1] == errors[0]
+    assert re.search(message, errors[0]), errors[0]
+    assert "Traceback" not in captured.err
+    assert "unexpected" not in errors[0]
+    assert captured.out == ""
+    assert listing(output) == before
+    fresh = tmp_path / "fresh"
+    assert call([*argv, "--output", fresh]) in (1, 2)
+    check_output(fresh, False, False)  # the corrected command is not refused
+
+
+def test_output_below_a_file(model_dir, text_file, tmp_path, capsys, call):
+    (tmp_path / "file").write_text("mine")
+    argv = ["finetune", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "file" / "below"]
+    assert call(argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"llmqat: cannot write to .*: Not a directory; choose another --output", line)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["finetune", "--bits"], ["verify"], ["generate", "x"]])
+def test_wrong_arguments_exit_with_2(argv, capsys, call):
+    assert call(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("llmqat")
+    assert line.endswith("--help")
+
+
+def test_unexpected_errors(monkeypatch, capsys, call):
+    def fail(args):
+        raise ValueError("two\nlines")
+
+    monkeypatch.setitem(COMMANDS, "verify", fail)
+    assert call(["verify", "x"]) == 1
+    assert capsys.readouterr().err == "llmqat: unexpected ValueError: two lines; --debug shows where\n"
+    with pytest.raises(ValueError, match="two"):
+        main(["verify", "x", "--debug"])
+
+
+def test_errors_of_another_process_say_so(monkeypatch, capsys, call):
+    monkeypatch.setenv("RANK", "3")
+    assert call(["verify", "./none"]) == 1
+    assert capsys.readouterr().err.startswith("llmqat: process 3: model ./none is neither a local directory")
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [(["verify", "x"], ""), (["finetune"], "; the same command with --resume goes on from there")],
+)
+def test_interrupted(argv, advice, monkeypatch, capsys, call):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, argv[0], stop)
+    assert call(argv) == 1
+    assert capsys.readouterr().err == f"llmqat: interrupted{advice}\n"
+
+
+def test_low_memory_does_not_resume(model_dir, text_file, tmp_path, call, capsys):
+    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out"]
+    assert call([*argv, "--low-memory", "--resume"]) == 1
+    assert "--low-memory keeps nothing to go on from" in capsys.readouterr().err

@@ -1,0 +1,347 @@
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmqat.cli import main
+from llmqat.config import from_yaml
+from llmqat.errors import LlmqatError
+from llmqat.formats.reader import load_packed
+from llmqat.formats.verify import verify
+from llmqat.metrics.perplexity import evaluate
+from llmqat.models.float_view import FloatCopy
+from llmqat.models.loading import load_float
+from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.kv_cache import kv_bits_of
+from llmqat.pipeline.run import fit_context, run
+from llmqat.pipeline.saved import check_output
+from llmqat.train.loop import Trainer
+
+
+@pytest.fixture
+def go(small_recipe, tmp_path):
+    """``go(changes)``: run a small recipe to the end."""
+
+    def make(changes=None, name="out", **kwargs):
+        recipe = small_recipe(tmp_path / name, changes)
+        measured = run(recipe, **kwargs)
+        directory = tmp_path / name
+        return SimpleNamespace(
+            measured=measured,
+            directory=directory,
+            recipe=recipe,
+            report=json.loads((directory / "report.json").read_text()),
+        )
+
+    return make
+
+
+def comparable(report):
+    """What does not depend on the clock, the machine or the place."""
+    report = copy.deepcopy(report)
+    for key in ("seconds", "peak_memory_bytes"):
+        report["training"].pop(key)
+    report["recipe"].pop("output")
+    return {key: value for key, value in report.items() if key not in ("environment", "throughput")}
+
+
+def crash_after(monkeypatch, steps):
+    original = Trainer.step
+
+    def step(self, batches):
+        if self.result.steps == steps:
+            raise RuntimeError("power cut")
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def listing(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "scales"])
+def test_finetune(go, model_dir, mode):
+    done = go({"train.mode": mode, "eval.repeats": 1, "eval.prompt": 8, "eval.new_tokens": 4})
+    report = done.report
+    assert report["verify"]["codes_equal"] is report["verify"]["scales_equal"] is True
+    assert 0 < report["verify"]["max_logit_error"] <= report["verify"]["bound"] < 1e-3
+    ppl = report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    assert None not in (ppl["float"], ppl["rtn"], ppl["gptq"])
+    assert ppl["float_finetuned"] is None
+    assert len({ppl[row] for row in ("float", "rtn", "gptq")}) == 3
+    best = min(ppl["rtn"], ppl["gptq"])
+    if best > ppl["float"]:
+        assert report["gap_recovered"] == pytest.approx((best - ppl["packed"]) / (best - ppl["float"]))
+    assert report["tokens"] == {
+        "train": 4 * 4 * 32,
+        "calibration": 8 * 32,
+        "eval": 512,
+        "eval_sha256": done.measured.data.sha256,
+    }
+    assert report["training"]["steps"] == 4
+    assert min(report["training"]["seconds"], report["training"]["peak_memory_bytes"]) > 0
+    assert report["size"]["bits_per_weight"] == 4 + 16 / 32
+    assert report["size"]["packed_bytes"] * 16 == report["size"]["float_bytes"] * 4.5
+    assert report["coverage"]["skipped"] == [{"layer": "lm_head", "reason": "output head"}]
+    assert report["throughput"]["kernel"]
+    assert min(*report["throughput"]["packed"].values(), *report["throughput"]["float"].values()) > 0
+    saved = from_yaml(done.directory / "recipe.yaml")
+    assert saved.to_dict() == report["recipe"]
+    assert (saved.quant.group_size, saved.train.mode) == (32, mode)
+    names = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "fingerprint.json", "checkpoint"}
+    assert names <= {path.name for path in done.directory.iterdir()}
+    assert (done.directory / "adapter" / "adapter_model.safetensors").exists() == (mode == "lora")
+    assert verify(done.directory).ok
+    # What it was compared with, and taught by, is the float model: nothing that preparing did has moved it.
+    original, _ = load_float(str(model_dir), torch.float32)
+    assert ppl["float"] == pytest.approx(evaluate(original, done.measured.data).perplexity, rel=1e-6)
+    packed = evaluate(load_packed(done.directory, torch.float32), done.measured.data, FloatCopy(original))
+    assert report["kl_to_float"]["packed"] == pytest.approx(packed.kl_to_float, rel=1e-4)
+    assert report["top1_agreement"]["packed"] == pytest.approx(packed.top1_agreement)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.mode": "full"},
+        {"train.mode": "lora", "train.precision": "fp32", "quant.bits": 2},
+        {"train.mode": "scales", "init.smooth": "auto", "quant.symmetric": False},
+        {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},
+        {
+            "train.mode": "full",
+            "quant.act_bits": 8,
+            "quant.act_static": True,
+            "quant.observer": "moving_average",
+            "train.freeze_observers": 4,
+        },
+    ],
+    ids=["full", "lora-fp32", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
+)
+def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes):
+    changes = {"train.max_steps": 5, **changes}
+    whole = go(changes, "whole")
+    with monkeypatch.context() as patch:
+        # The float control trains first and to its end: it is not checkpointed, but what it measured is kept.
+        if "eval.control" in changes:
+            patch.setattr("llmqat.pipeline.run.Run.fit_control", patched_control(patch))
+        else:
+            crash_after(patch, 3)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go(changes, "cut")
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    assert main(["finetune", "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    resumed = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert comparable(resumed) == comparable(whole.report)
+    for name in ("model.safetensors", "config.json", "fingerprint.json", "details.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (whole.directory / name).read_bytes()
+    if changes["train.mode"] == "lora":
+        adapters = [load_file(d / "adapter" / "adapter_model.safetensors") for d in (whole.directory, tmp_path / "cut")]
+        assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
+
+
+def patched_control(patch):
+    """The real control, then a power cut in the third step of the real training."""
+    from llmqat.pipeline.run import Run
+
+    original = Run.fit_control
+
+    def fit_control(self, train):
+        row = original(self, train)
+        crash_after(patch, 3)
+        return row
+
+    return fit_control
+
+
+def test_resume_continues_the_recipe_it_has(go, finished, tmp_path, capsys):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    assert main(["finetune", "--output", str(directory), "--resume", "--bits", "8"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "but quant.bits is 8 now and was 4; give the same options, or start again with --overwrite" in error
+    assert listing(directory) == before
+
+
+def test_a_step_may_be_cut_otherwise_but_not_grow(finished, tmp_path, capsys):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    assert main(["finetune", "--output", str(directory), "--resume", "--batch-size", "8"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "a step took 4 sequences, and would take 8 now; the product of processes, --batch-size" in error
+    assert listing(directory) == before
+    assert main(["finetune", "--output", str(directory), "--resume", "--batch-size", "2", "--accumulation", "2"]) == 0
+    assert (directory / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
+def test_resume_of_a_finished_run_repeats_its_numbers(go, finished, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    report = json.loads((directory / "report.json").read_text())
+    assert main(["finetune", "--output", str(directory), "--resume"]) == 0
+    assert comparable(json.loads((directory / "report.json").read_text())) == comparable(report)
+    assert (directory / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_nothing_to_resume_starts_from_the_beginning(go, capsys):
+    done = go(resume=True)
+    assert "nothing to resume: starting from the beginning" in capsys.readouterr().err
+    assert done.report["training"]["steps"] == 4
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_quantize(go, method):
+    done = go({"init.method": method, "quant.bits": 3}, train=False)
+    ppl = done.report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl[method], rel=1e-3)  # packing rounds embeddings and norms to bfloat16
+    assert ppl["qat"] is ppl["float_finetuned"] is done.report["gap_recovered"] is None
+    assert (ppl["gptq"] is None) == (method == "rtn")
+    assert set(done.report["training"].values()) == {None}
+    assert done.report["tokens"]["train"] is None
+    assert done.report["tokens"]["calibration"] == (0 if method == "rtn" else 8 * 32)
+    assert verify(done.directory).ok
+    assert not (done.directory / "checkpoint" / "checkpoint.pt").exists()
+
+
+def test_quantize_resumes_gptq(go, tmp_path, monkeypatch):
+    import llmqat.algorithms.calibration as calibration
+
+    whole = go({"train.mode": "full"}, "whole", train=False)
+    original = calibration.gptq_block
+
+    def quantize_block(*args):
+        if args[-1] == "block 1":
+            raise RuntimeError("power cut")
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "gptq_block", quantize_block)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go({"train.mode": "full"}, "cut", train=False)
+    blocks = []
+    monkeypatch.setattr(calibration, "gptq_block", lambda *args: blocks.append(args[-1]) or original(*args))
+    assert main(["quantize", "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    assert blocks == ["block 1"]
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (whole.directory / "model.safetensors").read_bytes()
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert comparable(report) == comparable(whole.report)
+
+
+def test_quantize_does_not_resume_a_training_run(finished, tmp_path, capsys):
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    assert main(["quantize", "--output", str(directory), "--resume"]) == 1
+    assert "holds a training run; go on with llmqat finetune --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert listing(directory) == before
+
+
+def test_asymmetric_with_integer_activations(go):
+    done = go({"quant.symmetric": False, "quant.act_bits": 8, "init.smooth": 0.5, "quant.group_size": -1})
+    ppl = done.report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-3)  # a rounding of an activation may fall the other way
+    assert done.report["verify"]["codes_equal"] is True
+    config = json.loads((done.directory / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert config["input_activations"]["num_bits"] == 8
+    assert (config["weights"]["symmetric"], config["weights"]["strategy"]) == (False, "channel")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_static_activations(go, mode):
+    done = go({"quant.act_bits": 8, "quant.act_static": True, "train.mode": mode, "train.freeze_observers": 2})
+    ppl = done.report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    assert done.report["verify"]["max_logit_error"] <= done.report["verify"]["bound"]
+    tensors = load_file(done.directory / "model.safetensors")
+    scales = [tensor for name, tensor in tensors.items() if name.endswith(".input_scale")]
+    assert len(scales) == 14
+    assert all(scale.shape == (1,) and scale.dtype == torch.bfloat16 and scale > 0 for scale in scales)
+
+
+def test_cross_entropy_with_control(go):
+    report = go({"train.loss": "ce", "eval.control": True, "train.lr_float": 0.02, "train.max_steps": 8}).report
+    ppl = report["perplexity"]
+    assert ppl["float_finetuned"] < ppl["float"]  # random weights learn the text at once
+    assert ppl["packed"] < ppl["gptq"]
+
+
+def test_overrides(go):
+    done = go({"quant.overrides": {"down_proj$": {"bits": 8}, "layers.0.*o_proj$": "float"}})
+    skipped = {row["layer"]: row["reason"] for row in done.report["coverage"]["skipped"]}
+    assert skipped == {"model.layers.0.self_attn.o_proj": "override", "lm_head": "output head"}
+    assert done.report["verify"]["codes_equal"] is True
+    assert 4.5 < done.report["size"]["bits_per_weight"] < 8.5
+    AutoModelForCausalLM.from_pretrained(done.directory)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_quantized_head_and_cache(go, tied_dir, mode):
+    """On a model with a tied head: one matrix in the file, trained, and distilled from the float one."""
+    done = go(
+        {
+            "model": str(tied_dir),
+            "quant.lm_head_bits": 8,
+            "quant.kv_bits": 8,
+            "train.mode": mode,
+            "eval.repeats": 1,
+            "eval.prompt": 8,
+            "eval.new_tokens": 4,
+        }
+    )
+    report = done.report
+    assert report["verify"]["codes_equal"] is report["verify"]["scales_equal"] is True
+    assert report["verify"]["max_logit_error"] <= report["verify"]["bound"]
+    ppl = report["perplexity"]
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    # Where no step beat the start, the two differ by the order in which the kernel sums.
+    assert report["kl_to_float"]["packed"] <= report["kl_to_float"]["gptq"] * (1 + 1e-5) < 0.05
+    assert report["coverage"]["skipped"] == []
+    assert verify(done.directory).layers == 15
+    loaded = load_packed(done.directory)
+    assert isinstance(loaded.model.embed_tokens, PackedEmbedding)
+    assert kv_bits_of(loaded) == 8
+    original, _ = load_float(str(tied_dir), torch.float32)
+    assert ppl["float"] == pytest.approx(evaluate(original, done.measured.data).perplexity, rel=1e-6)
+    if mode == "lora":
+        names = load_file(done.directory / "adapter" / "adapter_model.safetensors")
+        assert {name.rsplit(".", 2)[-2] for name in names} == {"lora_A", "lora_B"}
+
+
+def test_context_shortens_sequences(small_recipe, capsys):
+    recipe = small_recipe("x", {"train.length": 512, "eval.window": 100, "eval.prompt": 60, "eval.new_tokens": 10})
+    fitted = fit_context(recipe, 64)
+    assert (fitted.train.length, fitted.eval.window, fitted.eval.prompt, fitted.eval.new_tokens) == (64, 64, 54, 10)
+    assert "the model's context is 64 tokens: sequences and windows are cut to it" in capsys.readouterr().err
+    assert fit_context(small_recipe("x", {"eval.prompt": 8, "eval.new_tokens": 4}), 64).eval.prompt == 8
+    assert fit_context(recipe, None) == recipe
+    assert capsys.readouterr().err == ""
+    small = fit_context(recipe, 8)
+    assert small.eval.prompt + small.eval.new_tokens <= 8
+    assert min(small.eval.prompt, small.eval.new_tokens) >= 1
+
+
+def test_output_guards(go, finished, small_recipe, tmp_path):
+    with pytest.raises(
+        LlmqatError, match="is not empty; choose another --output, go on with --resume, or add --overwrite"
+    ):
+        run(small_recipe(finished))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LlmqatError, match=r"output .*file is a file; choose a directory"):
+        check_output(tmp_path / "file", True, True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", False, False)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_overwrite_starts_afresh(go, finished, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "out")
+    (directory / "notes.txt").write_text("mine")
+    done = go({"quant.bits": 8, "train.mode": "full"}, overwrite=True)
+    assert done.report["recipe"]["quant"]["bits"] == 8
+    assert verify(directory).ok
+    assert (directory / "notes.txt").read_text() == "mine"
+    assert not (directory / "adapter").exists(), "an adapter of the earlier run does not belong to this model"

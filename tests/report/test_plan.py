@@ -1,0 +1,39 @@
+import pytest
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from llmqat.config import Recipe
+from llmqat.errors import LlmqatError
+from llmqat.models.architectures import ARCHITECTURES, Architecture
+from llmqat.report.plan import describe, inspect
+
+
+@pytest.mark.parametrize(
+    ("model_type", "line"),
+    [
+        ("llama", "model family known: GPTQ and SmoothQuant apply"),
+        ("gpt2", "model family known: GPTQ and SmoothQuant apply"),
+        ("gpt_neox", "model family unknown: only --init rtn, and no --smooth"),
+    ],
+)
+def test_what_applies_to_a_family(tiny, tmp_path, model_type, line):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=128)) if model_type == "gpt_neox" else tiny(model_type)
+    model.save_pretrained(tmp_path)
+    recipe = Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16})
+    text = describe(inspect(recipe))
+    assert line in text.splitlines()
+    assert "layers that can be are 9" in text
+
+
+def test_a_family_without_exact_sites(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "llama", Architecture("model.layers"))
+    tiny("llama").save_pretrained(tmp_path)
+    recipe = Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16})
+    assert "model family known: GPTQ applies, and no --smooth" in describe(inspect(recipe)).splitlines()
+
+
+def test_coverage_is_checked_before_any_work(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    recipe = Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16, "quant.min_coverage": 1.0})
+    with pytest.raises(LlmqatError, match=r"100% are asked for; .* allow it with --min-coverage 0\.99"):
+        inspect(recipe)

@@ -1,0 +1,283 @@
+"""The native decoder gives the tokens and logits of the transformers code, and leaves it everything else."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import llmqat
+from llmqat.errors import LlmqatError
+from llmqat.kernels import native
+from llmqat.models.patcher import convert
+from llmqat.scheme import QuantScheme
+from llmqat.serve.families import FAMILIES
+from llmqat.serve.forward import accelerate_forward
+from tests.conftest import TINY
+
+# Caps that bite at the sizes of tiny random models, and windows shorter than the prompts of the tests.
+GEMMA2 = {
+    "attn_implementation": "eager",  # the only one of transformers that caps
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = {
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+
+
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
+    """A tiny random packed model whose biases and norms are not trivial."""
+    torch.manual_seed(0)
+    plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
+    config = TINY | plain | CONFIGS.get(family, {}) | config
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.to(dtype)
+    calibration = [torch.arange(16)[None]]
+    scheme = scheme or QuantScheme(4, 32)
+    llmqat.prepare(model, scheme, calibration=calibration, kv_bits=kv_bits, lm_head_bits=lm_head_bits)
+    return convert(model)
+
+
+def both(model, run):
+    """`run()` through transformers, then natively."""
+    expected = run()
+    assert accelerate_forward(model)
+    return expected, run()
+
+
+def errors(model, logits_of):
+    """Of native logits, relative to those of transformers in the same precision: five prompts, a long one first."""
+    prompts = [torch.randint(0, 128, (1, tokens)) for tokens in (75, 9, 9, 9, 9)]
+    with torch.no_grad():
+        expected, logits = both(model, lambda: [logits_of(ids).double() for ids in prompts])
+        model.double()
+        exact = [logits_of(ids) for ids in prompts]
+    pairs = zip(logits, expected, exact, strict=True)
+    return torch.stack([(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in pairs])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_logits(family, act_bits, calls):
+    model = packed_model(family, QuantScheme(4, 32, act_bits=act_bits))
+    found = errors(model, lambda ids: model(ids).logits)
+    # An int8 code of equal distance to both sides may round the other way; over the long prompt that does not matter.
+    assert found[0] <= 2
+    assert (found.median() if act_bits else found.max()) <= 2
+    assert calls == [75, 9, 9, 9, 9]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_activations(dtype, family, calls):
+    model = packed_model(family, dtype=dtype)
+    assert errors(model, lambda ids: model(ids).logits).max() <= 2
+    assert calls == [75, 9, 9, 9, 9]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens(family, calls):
+    model = packed_model(family)
+    prompt = torch.randint(0, 128, (1, 7))
+    expected, tokens = both(model, lambda: model.generate(prompt, max_new_tokens=300, do_sample=False, eos_token_id=-1))
+    assert torch.equal(tokens, expected)
+    assert calls == [7] + [1] * 299
+
+
+def test_fused_layers_with_zero_points(bits, calls):
+    """Their parts begin in the middle of the packed zero points."""
+    model = packed_model("phi3", QuantScheme(bits, 32, symmetric=False))
+    ids = torch.randint(0, 128, (1, 20))
+    with torch.no_grad():
+        expected, logits = both(model, lambda: model(ids).logits)
+    assert calls == [20]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"attn_logit_softcapping": None}, {"query_pre_attn_scalar": 20}], ids=str)
+def test_what_the_config_of_gemma_says(options, calls):
+    """Each matters at this size, and the native decoder follows it."""
+    ids = torch.randint(0, 128, (1, 40))
+    with torch.no_grad():
+        plain = packed_model("gemma2")(ids).logits
+        model = packed_model("gemma2", **options)
+        expected, logits = both(model, lambda: model(ids).logits)
+    assert calls == [40]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["window", "whole"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows(family, whole, calls):
+    """Prefill and decoding, over a cache that forgets and over one that does not."""
+    model = packed_model(family, **WINDOWS[family])
+    ids = torch.randint(0, 128, (1, 75))
+
+    def run():
+        cache = DynamicCache(config=None if whole else model.config)
+        logits = [model(piece, past_key_values=cache).logits for piece in (ids[:, :50], *ids[:, 50:].split(1, dim=1))]
+        return torch.cat(logits, 1), cache
+
+    with torch.no_grad():
+        (expected, theirs), (logits, cache) = both(model, run)
+        full = packed_model(family)(ids).logits
+    assert calls == [50] + [1] * 25
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(full[:, 8:], expected[:, 8:], rtol=1e-2, atol=1e-2)
+    for layer, known in zip(cache.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(layer.keys, known.keys, rtol=1e-4, atol=1e-4)
+        assert layer.get_seq_length() == known.get_seq_length() == 75
+
+
+def test_a_cache_that_records_the_past(calls):
+    """As assisted generation does, to go back beyond a window."""
+    model = packed_model("mistral", sliding_window=8)
+    ids = torch.randint(0, 128, (1, 30))
+
+    def run():
+        cache = DynamicCache(config=model.config)
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        model(ids[:, :20], past_key_values=cache)
+        cache.crop(-5)
+        return model(ids[:, 15:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        expected, logits = both(model, run)
+    assert calls == [20, 15]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, WINDOWS["mistral"]], ids=["full", "window"])
+def test_a_cache_moves_between_both(options, calls):
+    """Prefill here, continue there, and back: the cache is the same object."""
+    model = packed_model("mistral", **options)
+    ids = torch.randint(0, 128, (1, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :10], past_key_values=cache).logits
+        second = model(ids[:, 10:20], past_key_values=cache, output_hidden_states=True).logits
+        third = model(ids[:, 20:29], past_key_values=cache).logits
+        fourth = model(ids[:, 29:], past_key_values=cache).logits
+    assert calls == [10, 9, 1]
+    torch.testing.assert_close(torch.cat([first, second, third, fourth], 1), expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 30
+
+
+def test_a_copied_cache(calls):
+    """As a prompt that is computed once and gone on from more than once."""
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        prompt = DynamicCache(config=model.config)
+        model(ids[:, :8], past_key_values=prompt)
+        for _ in range(2):
+            cache = deepcopy(prompt)
+            logits = [model(token, past_key_values=cache).logits for token in ids[:, 8:].split(1, dim=1)]
+            torch.testing.assert_close(torch.cat(logits, 1), expected[:, 8:], rtol=1e-4, atol=1e-4)
+    assert calls == [8] + [1] * 8
+
+
+def test_a_cropped_cache(calls):
+    model = packed_model("llama")
+    ids = torch.randint(0, 128, (1, 12))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert accelerate_forward(model)
+        cache = DynamicCache(config=model.config)
+        model(torch.cat([ids[:, :8], ids[:, :3]], 1), past_key_values=cache)
+        cache.crop(-3)
+        torch.testing.assert_close(
+            model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:], rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_ids": torch.ones(2, 5, dtype=torch.long)},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
+        {"output_hidden_states": True},
+        {"past_key_values": "static"},
+    ],
+    ids=lambda a: next(iter(a)),
+)
+def test_what_transformers_keeps(arguments, calls):
+    model = packed_model("llama")
+    if arguments.get("past_key_values") == "static":
+        arguments = {"past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    assert accelerate_forward(model)
+    with torch.no_grad():
+        model(**{"input_ids": torch.ones(1, 5, dtype=torch.long)} | arguments)
+    assert calls == []
+
+
+def test_gradients_are_not_swallowed(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    with pytest.raises(LlmqatError, match="packed layers have no gradient"):
+        model(torch.ones(1, 5, dtype=torch.long)).logits.sum().backward()
+    assert calls == []
+
+
+def test_a_cast_model_runs_on_its_new_tensors(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    ids = torch.randint(0, 128, (1, 20))
+    with torch.no_grad():
+        full = model(ids).logits
+        half = model.bfloat16()(ids).logits
+    assert calls == [20, 20]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+
+
+def test_a_copy_runs_on_its_own_tensors(calls):
+    model = packed_model("llama")
+    assert accelerate_forward(model)
+    ids = torch.randint(0, 128, (1, 9))
+    with torch.no_grad():
+        model(ids)
+        twin = deepcopy(model)
+        expected = twin(ids).logits
+        for parameter in model.model.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(ids).logits, expected)
+    assert calls == [9, 9, 9]
+
+
+def test_models_that_do_not_fit(monkeypatch):
+    assert not accelerate_forward(packed_model("gpt_neox", head_dim=None))
+    assert not accelerate_forward(packed_model("gemma3_text", use_bidirectional_attention=True))
+    assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
+    assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
+    assert not accelerate_forward(packed_model("llama", QuantScheme(4, 32, act_bits=8, act_static=True)))
+    one_head = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 18}
+    assert accelerate_forward(packed_model("phi3", QuantScheme(4, -1), **one_head))
+    assert not accelerate_forward(packed_model("phi3", QuantScheme(4, -1, symmetric=False), **one_head)), "mid-word"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not accelerate_forward(packed_model("llama"))
