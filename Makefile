@@ -1,5 +1,6 @@
 # Everything a fresh machine needs is Python 3.11 or newer with pip, and make. Each target builds its own virtual
-# environment on first use and again when pyproject.toml changes; `rm -rf .venv .venv-dev` starts over.
+# environment on first use and again when pyproject.toml changes; `rm -rf .venv .venv-*` starts over. What they install is
+# what was tested: constraints/tested.txt.
 PYTHON ?= python3
 
 DEMO := .venv
@@ -8,10 +9,11 @@ DEV_BIN := $(DEV)/bin
 AARCH64_CXX := aarch64-linux-gnu-g++
 QEMU := qemu-aarch64-static
 PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
+CSRC_FILES := $(shell find llmqat/kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-asan test-aarch64 check style bench native
+.PHONY: help demo test test-asan test-aarch64 fuzz check style bench native constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +23,9 @@ demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ship
 
 test: $(DEV)/.package  ## run all tests
 	$(DEV_BIN)/python -m pytest
+
+fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES of them, 5000 unless set
+	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest tests/fuzz
 
 # Without the sweep of errors: the other tests visit the same loops and tails.
 test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -63,17 +68,20 @@ bench: $(DEV)/.bench  ## speed beside other tools, cost of training and perplexi
 	$(DEV_BIN)/python eval/training_cost.py
 	$(DEV_BIN)/python eval/perplexity.py
 
+constraints: | $(DEV)/bin/python  ## resolve constraints/*.txt anew, after a bound in pyproject.toml has moved
+	$(DEV_BIN)/python constraints/update.py
+
 # The demo is installed the way a user installs it, and again when a file of the package changes.
-$(DEMO)/.package: pyproject.toml $(PACKAGE_FILES) | $(DEMO)/bin/python
-	$(DEMO)/bin/python -m pip install .
+$(DEMO)/.package: pyproject.toml constraints/tested.txt $(PACKAGE_FILES) | $(DEMO)/bin/python
+	$(DEMO)/bin/python -m pip install --constraint constraints/tested.txt .
 	@touch $@
 
-$(DEV)/.package: pyproject.toml $(wildcard llmqat/kernels/csrc/*) | $(DEV)/bin/python
-	$(DEV_BIN)/python -m pip install --editable '.[test,check]'
+$(DEV)/.package: pyproject.toml constraints/tested.txt $(CSRC_FILES) | $(DEV)/bin/python
+	$(DEV_BIN)/python -m pip install --constraint constraints/tested.txt --editable '.[test,check]'
 	@touch $@
 
 $(DEV)/.bench: $(DEV)/.package
-	$(DEV_BIN)/python -m pip install --editable '.[bench]'
+	$(DEV_BIN)/python -m pip install --constraint constraints/tested.txt --editable '.[bench]'
 	@touch $@
 
 # A distribution may split ensurepip off venv; any pip can then put one into the new environment.
