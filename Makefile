@@ -1,11 +1,14 @@
 # Everything a fresh machine needs is Python 3.11 or newer with pip, and make. Each target builds its own virtual
 # environment on first use and again when pyproject.toml changes; `rm -rf .venv .venv-*` starts over. What they install is
-# what was tested: constraints/tested.txt.
+# what was tested: constraints/tested.txt, or constraints/oldest.txt for the lower bounds.
 PYTHON ?= python3
 
 DEMO := .venv
 DEV := .venv-dev
 DEV_BIN := $(DEV)/bin
+OLDEST := .venv-oldest
+OLDEST_TESTS := $(addprefix tests/,test_api.py cli/test_commands.py data formats metrics models nn pipeline/test_run.py \
+  recipes/test_trainers.py serve train)
 AARCH64_CXX := aarch64-linux-gnu-g++
 QEMU := qemu-aarch64-static
 PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
@@ -13,7 +16,7 @@ CSRC_FILES := $(shell find llmqat/kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-asan test-aarch64 fuzz check style bench native constraints
+.PHONY: help demo test test-oldest test-asan test-aarch64 fuzz check style bench native constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +26,9 @@ demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ship
 
 test: $(DEV)/.package  ## run all tests
 	$(DEV_BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.package  ## run what touches other libraries on the lower bounds of pyproject.toml
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 
 fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES of them, 5000 unless set
 	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest tests/fuzz
@@ -78,6 +84,10 @@ $(DEMO)/.package: pyproject.toml constraints/tested.txt $(PACKAGE_FILES) | $(DEM
 
 $(DEV)/.package: pyproject.toml constraints/tested.txt $(CSRC_FILES) | $(DEV)/bin/python
 	$(DEV_BIN)/python -m pip install --constraint constraints/tested.txt --editable '.[test,check]'
+	@touch $@
+
+$(OLDEST)/.package: pyproject.toml constraints/oldest.txt $(CSRC_FILES) | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --constraint constraints/oldest.txt --editable '.[test]'
 	@touch $@
 
 $(DEV)/.bench: $(DEV)/.package

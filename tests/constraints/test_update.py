@@ -72,7 +72,7 @@ def test_a_file_is_as_the_script_writes_it(name):
     )
 
 
-@pytest.mark.parametrize("name", ["tested.txt"])
+@pytest.mark.parametrize("name", ["tested.txt", "oldest.txt"])
 def test_make_installs_what_is_pinned(name):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     ours = [line for line in makefile.splitlines() if "pip install" in line and ("'.[" in line or line.endswith(" ."))]
