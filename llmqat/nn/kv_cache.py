@@ -6,7 +6,6 @@ straight through) whatever cache is in use, or none. `Int8Cache` stores the code
 same bits, because both call `quantize_activation` on the same tensors.
 """
 
-import inspect
 from copy import deepcopy
 from types import MethodType
 from typing import Any
@@ -22,12 +21,12 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from llmqat.compat import CACHE_NAMES, cache_name, cache_of, generate_cache_name
 from llmqat.errors import LlmqatError
 from llmqat.quant.affine import dequantize_activation, quantize_activation
 from llmqat.quant.fake_quant import fake_quant_activation
 
 KV_BITS = (8,)
-PAST = "past_key_values"
 
 
 class KVQuantizer(nn.Module):
@@ -62,11 +61,18 @@ class _Through:
 
 def _quantize_stored(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention layer."""
-    quantizer, cache = module.kv_quantizer, kwargs.get(PAST)
+    quantizer, cache = module.kv_quantizer, cache_of(kwargs)
     assert isinstance(quantizer, KVQuantizer)
     if quantizer.enabled and not isinstance(cache, Int8Cache):
-        kwargs[PAST] = _Through(cache)
+        _give_cache(module, kwargs, _Through(cache))
     return args, kwargs
+
+
+def _give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
+    """Let the arguments of a call of `module` hold `cache`, under the one name that its forward knows."""
+    for name in CACHE_NAMES:
+        kwargs.pop(name, None)
+    kwargs[str(cache_name(type(module).forward))] = cache
 
 
 def quantize_kv(model: PreTrainedModel, bits: int) -> None:
@@ -80,7 +86,7 @@ def quantize_kv(model: PreTrainedModel, bits: int) -> None:
     layers = [
         module
         for module in model.modules()
-        if type(module).__name__.endswith("Attention") and PAST in inspect.signature(module.forward).parameters
+        if type(module).__name__.endswith("Attention") and cache_name(type(module).forward)
     ]
     if not layers:
         raise LlmqatError(f"kv_bits is {bits}, but {type(model).__name__} has no attention with a cache; leave it out")
@@ -201,9 +207,9 @@ def _enabled(model: nn.Module) -> bool:
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`generate` on an `Int8Cache`, unless the caller chose another cache, or none."""
     config = kwargs.get("generation_config") or self.generation_config
-    chosen = kwargs.get("cache_implementation") or config.cache_implementation or kwargs.get(PAST)
+    chosen = kwargs.get("cache_implementation") or config.cache_implementation or cache_of(kwargs)
     if chosen is None and kwargs.get("use_cache", config.use_cache) is not False and _enabled(self):
-        kwargs[PAST] = Int8Cache(self.config)
+        kwargs[generate_cache_name()] = Int8Cache(self.config)
     return type(self).generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
@@ -211,8 +217,8 @@ def _start_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Forward pre-hook of the model below the head: where it would start a cache of its own, give it an `Int8Cache`."""
     use_cache = kwargs.get("use_cache")
     wanted = module.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
-    if wanted and kwargs.get(PAST) is None and not torch.is_grad_enabled() and _enabled(module):
-        kwargs[PAST] = Int8Cache(module.config)
+    if wanted and cache_of(kwargs) is None and not torch.is_grad_enabled() and _enabled(module):
+        _give_cache(module, kwargs, Int8Cache(module.config))
     return args, kwargs
 
 

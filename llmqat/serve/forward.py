@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llmqat.compat import cache_name, cache_of, output_with_cache, refuse_unknown_caches
 from llmqat.kernels import native
 from llmqat.kernels.decoder import UNLIMITED, Block, CacheBuffers, NativeDecoder, Shape, split_rows
 from llmqat.nn.kv_cache import Int8Cache, Int8Layer, quantizes_kv
@@ -195,31 +195,33 @@ def _forward(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
+    past_key_values: Any = None,
     **kwargs: Any,
 ) -> Any:
-    if not takes(self, input_ids, attention_mask, past_key_values, inputs_embeds, kwargs):
+    cache = cache_of({"cache": cache, "past_key_values": past_key_values})
+    refuse_unknown_caches(kwargs)
+    if not takes(self, input_ids, attention_mask, cache, inputs_embeds, kwargs):
         return type(self).forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{str(cache_name(type(self).forward)): cache},
             **kwargs,
         )
     embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     use_cache = self.config.use_cache if use_cache is None else use_cache
-    cache = past_key_values
     if use_cache and cache is None:
         cache = (Int8Cache if _stores_int8(self, None) else DynamicCache)(config=self.config)
     past = cache.get_seq_length() if cache is not None else 0
     if position_ids is None:
         position_ids = torch.arange(past, past + embeds.shape[1])[None]
-    return BaseModelOutputWithPast(_run(self, embeds, position_ids, cache, past), past_key_values=cache)
+    return output_with_cache(_run(self, embeds, position_ids, cache, past), cache)
 
 
 def takes(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from llmqat.compat import cache_of, generate_cache_name
 from llmqat.kernels import native
 from llmqat.serve.forward import show, takes
 from llmqat.serve.step import GreedyStep, Step
 
 # What `generate` hands its sampling loop for a plain text model.
-PLAIN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+PLAIN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 def accelerate_generate(model: Any) -> None:
@@ -49,8 +50,9 @@ class NativeSampling:
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        cache = model_kwargs["past_key_values"]
-        logits = self(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        cache = cache_of(model_kwargs)
+        keywords = {generate_cache_name(): cache, "use_cache": True, "logits_to_keep": 1}
+        logits = self(input_ids=input_ids, **keywords).logits[:, -1]
         sample = generation_config.do_sample
         with native.own_threads():
             step = Step(self, cache)
@@ -72,8 +74,10 @@ class NativeSampling:
 def _plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> bool:
     """Whether this call asks for tokens only, from one unpadded prompt and an empty cache."""
     given = {name for name, value in inputs.items() if value is not None}
-    cache = inputs.get("past_key_values")
-    if cache is None or cache.get_seq_length() or not inputs.get("use_cache") or given - PLAIN_INPUTS:
+    cache = cache_of(inputs)
+    if cache is None or cache.get_seq_length() or not inputs.get("use_cache"):
+        return False
+    if given - PLAIN_INPUTS - {generate_cache_name()}:
         return False
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
         return False
