@@ -119,7 +119,7 @@ def finetune(
     """
     recipe = config_module.from_dict({"train": {**(options or {}), "mode": mode}})
     config: TrainConfig = config_module.resolve(recipe, sum(p.numel() for p in model.parameters())).train
-    if next(quantized_layers(model), None) is None:
+    if not quantized_layers(model):
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
     select_trainable(model, mode, config.lr_scale > 0)
     view = _teacher(model, teacher)

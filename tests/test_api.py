@@ -19,7 +19,7 @@ OPTIONS = {"max_steps": 4, "batch_size": 4, "length": 16, "precision": "fp32", "
 
 
 def codes(model):
-    return {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+    return {name: layer.codes(adapters) for name, layer, adapters in quantized_layers(model)}
 
 
 def test_exports():

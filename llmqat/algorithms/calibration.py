@@ -246,11 +246,11 @@ def output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
 def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, damp: float, keep_float: bool, name: str) -> LayerError:
     """Put GPTQ's grid and latents in place, if `seen` is enough; report the error against round-to-nearest."""
     weight, scheme, H = layer.weight.detach(), layer.scheme, seen.H
-    s, z = choose_scale(weight, scheme, layer.scale_dtype)
+    s, z = choose_scale(weight, scheme, layer.storage_dtype)
     rtn = output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
     if not seen.enough:
         return LayerError(name, rtn, None)
-    result = gptq(weight, H, scheme, layer.scale_dtype, damp, name)
+    result = gptq(weight, H, scheme, layer.storage_dtype, damp, name)
     w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
     error = LayerError(name, rtn, output_error(weight, w_hat, H))
     layer.set_grid(result.scale, result.zero_point)
@@ -265,7 +265,7 @@ def _compensation(layer: FakeQuantLinear, latent: Tensor, codes: Tensor, w_hat: 
     """``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
     difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse."""
     weight = layer.weight.detach()
-    for dtype in (layer.scale_dtype, torch.float32):
+    for dtype in (layer.storage_dtype, torch.float32):
         layer.compensation = compensation = (latent - weight).to(dtype)
         moved = layer.codes() != codes
         layer.compensation = compensation = torch.where(moved, (w_hat.float() - weight).to(dtype), compensation)

@@ -45,7 +45,7 @@ class GPTQResult(NamedTuple):
 
 
 def search_scale(
-    weight: Tensor, importance: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype
+    weight: Tensor, importance: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of the least weighted error ``sum_j importance_j (W_j - W_hat_j)^2`` in each group.
 
@@ -53,13 +53,13 @@ def search_scale(
         weight: ``(out, in)``.
         importance: ``(in,)``, non-negative; ones for plain squared error.
         scheme: the grid.
-        scale_dtype: dtype in which scales are stored.
+        storage_dtype: dtype in which scales are stored.
     """
     best = scale = zero_point = None
     flips = (False, True) if scheme.symmetric else (False,)
     for shrink in SHRINK_GRID:
         for flip in flips:
-            s, z = choose_scale(weight, scheme, scale_dtype, shrink, flip)
+            s, z = choose_scale(weight, scheme, storage_dtype, shrink, flip)
             w_hat = dequantize(code_values(weight, s, z, scheme), s, z, scheme)
             error = grouped((w_hat.float() - weight).square_().mul_(importance), scheme).sum(-1)
             if best is None or scale is None:
@@ -108,7 +108,7 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     scheme: QuantScheme,
-    scale_dtype: torch.dtype,
+    storage_dtype: torch.dtype,
     damp: float = 0.01,
     layer: str = "layer",
 ) -> GPTQResult:
@@ -118,7 +118,7 @@ def gptq(
         weight: ``(out, in)``.
         hessian: ``(in, in)`` float32, symmetric, from the layer's calibration inputs.
         scheme: the grid.
-        scale_dtype: dtype in which scales are stored.
+        storage_dtype: dtype in which scales are stored.
         damp: added to the diagonal of H, as a fraction of its mean.
         layer: name for messages.
 
@@ -140,7 +140,7 @@ def gptq(
     H = H[perm][:, perm]
     U = inverse_cholesky(H, damp, layer)
     importance = 1 / U.square().sum(0)[inverse]  # diag(H^-1) is that of U^T U
-    scale, zero_point = search_scale(W, importance, scheme, scale_dtype)
+    scale, zero_point = search_scale(W, importance, scheme, storage_dtype)
 
     group = torch.div(perm, scheme.group_length(W.shape[1]), rounding_mode="floor")
     s = scale[:, group]

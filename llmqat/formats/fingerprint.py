@@ -25,9 +25,9 @@ def sha256(tensor: Tensor | None) -> str | None:
 def grids_of(model: nn.Module) -> dict[str, Grid]:
     """Codes, stored scale and zero point of every layer that is not on meta, as the model's own forward uses them."""
     return {
-        name: (layer.codes(**lora), layer.stored_scale(), layer.stored_zero_point())
-        for name, layer, lora in quantized_layers(model)
-        if not layer.weight.is_meta
+        on_grid.name: (on_grid.codes(), on_grid.layer.stored_scale(), on_grid.layer.stored_zero_point())
+        for on_grid in quantized_layers(model)
+        if not on_grid.layer.weight.is_meta
     }
 
 
@@ -37,9 +37,9 @@ def fingerprint(model: nn.Module) -> dict[str, dict[str, str | None]]:
         name: {"codes": sha256(codes), "scale": sha256(scale), "zero_point": sha256(zero_point)}
         for name, (codes, scale, zero_point) in grids_of(model).items()
     }
-    for name, layer, _ in quantized_layers(model):
-        if layer.scheme.act_static:
-            layers[name]["input_scale"] = sha256(layer.stored_act_scale())
+    for on_grid in quantized_layers(model):
+        if on_grid.layer.scheme.act_static:
+            layers[on_grid.name]["input_scale"] = sha256(on_grid.layer.stored_act_scale())
     return layers
 
 

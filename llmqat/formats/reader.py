@@ -206,8 +206,8 @@ def _empty_packed(old: nn.Module, layer: str, scheme: QuantScheme, tensors: dict
         tensors.update({stored[own]: tensor for own, tensor in turned.items()})
         if scheme.group_size >= in_features:  # the longest row's length: one group per row
             scheme = replace(scheme, group_size=-1)
-    scale_dtype = tensors[f"{layer}.weight_scale"].dtype
-    return PackedLinear(in_features, out_features, scheme, scale_dtype, old.bias is not None, "meta")
+    storage_dtype = tensors[f"{layer}.weight_scale"].dtype
+    return PackedLinear(in_features, out_features, scheme, storage_dtype, old.bias is not None, "meta")
 
 
 def _fill(

@@ -22,7 +22,6 @@ from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.nn.packed_linear import PackedLinear
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
@@ -34,9 +33,10 @@ def storage_dtype(model: torch.nn.Module) -> torch.dtype:
     Raises:
         LlmqatError: if no layer is quantized.
     """
-    for _, layer, _ in quantized_layers(model):
-        return layer.scale_dtype
-    raise LlmqatError("nothing to pack: no layer of this model is quantized; call llmqat.prepare first")
+    layers = quantized_layers(model)
+    if not layers:
+        raise LlmqatError("nothing to pack: no layer of this model is quantized; call llmqat.prepare first")
+    return layers[0].layer.storage_dtype
 
 
 def tied_head(model: torch.nn.Module) -> dict[str, str]:
@@ -57,8 +57,8 @@ def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
     that start with `prefix` are looked at, and tensors on the meta device are not there.
     """
     dtype = storage_dtype(model)
-    on_grid = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
-    layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own[0].weight.is_meta}
+    on_grid = {layer.name: layer for layer in quantized_layers(model)}
+    layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own.layer.weight.is_meta}
     lookups = tied_head(model)
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -68,10 +68,10 @@ def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
             continue
         seen.add(key)
         state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-    for name, (layer, lora) in layers.items():
-        tensors, name = PackedLinear.from_fake_quant(layer, **lora).state_dict(), lookups.get(name, name)
-        if layer.transposed:
-            tensors = turn(tensors, layer.scheme.bits)
+    for name, own in layers.items():
+        tensors, name = own.pack().state_dict(), lookups.get(name, name)
+        if own.layer.transposed:
+            tensors = turn(tensors, own.layer.scheme.bits)
         state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()})
     root = plain_model(model)
     return {file_name(root, name): tensor for name, tensor in state.items()}
@@ -80,7 +80,7 @@ def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
 def packed_config(model: torch.nn.Module) -> Any:
     """The model's config with its architecture, dtype and `quantization_config`."""
     root = plain_model(model)
-    layers, tied = {name: layer for name, layer, _ in quantized_layers(model)}, tied_head(model)
+    layers, tied = {on_grid.name: on_grid.layer for on_grid in quantized_layers(model)}, tied_head(model)
     ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, layers)]
     ignored += [file_name(root, name) for name in routers(root)]  # a Linear to other readers
     schemes = {tied.get(name, name): layer.scheme for name, layer in layers.items()}

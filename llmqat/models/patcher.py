@@ -1,8 +1,8 @@
 """`prepare`: put a model's linear layers on their grid. `convert`: turn them into what ships."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -23,6 +23,7 @@ from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 
 INITS = ("gptq", "rtn")
@@ -196,13 +197,37 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return root
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, FakeQuantLinear, dict[str, Any]]]:
-    """Every layer on a grid: its name in the plain model, the layer, and its adapters as arguments of the forward."""
+class OnGrid(NamedTuple):
+    """A layer on its grid, with all that its forward takes beside the input.
+
+    Attributes:
+        name: in the plain model, without peft's wrappers.
+        layer: the layer itself.
+        adapters: those inside its quantizer that are active now, or None.
+    """
+
+    name: str
+    layer: FakeQuantLinear
+    adapters: Adapters | None
+
+    def codes(self) -> Tensor:
+        """The codes of the forward, ``(out, in)``: int8 if symmetric, else uint8."""
+        return self.layer.codes(self.adapters)
+
+    def pack(self) -> PackedLinear:
+        """The layer that ships, on copies of this one's codes and scales."""
+        return PackedLinear.from_fake_quant(self.layer, self.adapters)
+
+
+def quantized_layers(model: nn.Module) -> list[OnGrid]:
+    """Every layer on a grid, in the order of the model."""
+    found = []
     for name, module in plain_model(model).named_modules():
         if isinstance(module, LoraFakeQuantLinear):
-            yield name, module.base_layer, module.adapters()
+            found.append(OnGrid(name, module.base_layer, module.adapters()))
         elif isinstance(module, FakeQuantLinear) and not name.endswith(".base_layer"):
-            yield name, module, {}
+            found.append(OnGrid(name, module, None))
+    return found
 
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
@@ -217,12 +242,12 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         LlmqatError: if no layer of the model is on a grid.
     """
-    layers = list(quantized_layers(model))
+    layers = quantized_layers(model)
     if not layers:
         raise LlmqatError("nothing to convert: no layer of this model is quantized; call llmqat.prepare first")
     root = plain_model(model)
-    for name, layer, lora in layers:
-        root.set_submodule(name, PackedLinear.from_fake_quant(layer, **lora))
+    for on_grid in layers:
+        root.set_submodule(on_grid.name, on_grid.pack())
     embedding = root.get_input_embeddings()
     if isinstance(embedding, FakeQuantEmbedding):
         root.set_input_embeddings(PackedEmbedding.from_fake_quant(embedding))
@@ -233,10 +258,10 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
 
 def float_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters outside the grid: norms, embeddings, the output head, biases; neither quantizers nor adapters."""
-    layers = [layer for _, layer, _ in quantized_layers(model)]
-    on_grid = {id(p) for layer in layers for p in (layer.weight, layer.scale, layer.zero_point)}
-    on_grid |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
-    return [p for p in plain_model(model).parameters() if id(p) not in on_grid]
+    layers = [on_grid.layer for on_grid in quantized_layers(model)]
+    trained = {id(p) for layer in layers for p in (layer.weight, layer.scale, layer.zero_point)}
+    trained |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
+    return [p for p in plain_model(model).parameters() if id(p) not in trained]
 
 
 @torch.no_grad()
@@ -245,6 +270,6 @@ def round_float_parts(model: nn.Module) -> None:
 
     Called once after training, so that what is measured and verified is to the bit what is written.
     """
-    dtype = next(layer.scale_dtype for _, layer, _ in quantized_layers(model))
+    dtype = quantized_layers(model)[0].layer.storage_dtype
     for parameter in float_parameters(model):
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)

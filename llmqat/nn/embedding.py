@@ -13,6 +13,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.fake_embedding import fake_quant_embedding
+from llmqat.quant.grid import Adapters
 
 
 class _TiedEmbedding(nn.Module):
@@ -84,34 +85,21 @@ class FakeQuantEmbedding(_TiedEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids of any shape to ``(*ids.shape, in)``."""
         head: nn.Module = self.head()
-        lora: dict[str, Any] = {}
+        adapters = None
         if isinstance(head, LoraFakeQuantLinear):
-            lora, head = head.adapters(), head.base_layer
+            adapters, head = head.adapters(), head.base_layer
         assert isinstance(head, FakeQuantLinear)
+        dtype = self.compute.dtype
         if not head.enabled:
-            return self.scaled(self._float_rows(ids, **lora).to(self.compute.dtype))
-        rows = fake_quant_embedding(
-            ids,
-            head.weight,
-            head.scale,
-            head.zero_point,
-            head.scheme,
-            head.scale_dtype,
-            self.compute.dtype,
-            padding_idx=self.padding_idx,
-            code_scale=head.code_scale,
-            compensation=head.compensation,
-            clip_mask=head.clip_mask,
-            **lora,
-        )
+            return self.scaled(self._float_rows(ids, adapters).to(dtype))
+        latent, clip_mask = head.latent(adapters), head.clip_mask
+        rows = fake_quant_embedding(ids, latent, head.grid, dtype, padding_idx=self.padding_idx, clip_mask=clip_mask)
         return self.scaled(rows)
 
-    def _float_rows(
-        self, ids: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, lora_scaling: float = 1.0
-    ) -> Tensor:
+    def _float_rows(self, ids: Tensor, adapters: Adapters | None) -> Tensor:
         """Rows of the float matrix, adapters beside it."""
         rows = embedding(ids, self.weight, self.padding_idx)
-        return rows if lora_a is None or lora_b is None else rows + lora_scaling * (lora_b[ids] @ lora_a)
+        return rows if adapters is None else rows + adapters.scaling * (adapters.b[ids] @ adapters.a)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Cast `compute` alone: the weight is the head's float32 master, and moves with it."""

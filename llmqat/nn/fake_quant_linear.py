@@ -10,15 +10,9 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.linear_like import is_transposed
-from llmqat.quant.affine import choose_scale, fake_quantize_activation, grouped, quantize, store
-from llmqat.quant.fake_quant import (
-    fake_quant_linear,
-    fake_quantize,
-    latent_rows,
-    rounded_zero_point,
-    row_chunks,
-    static_activation,
-)
+from llmqat.quant.affine import choose_scale, fake_quantize_activation, store
+from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
+from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
 from llmqat.scheme import QuantScheme
 
@@ -39,7 +33,7 @@ class FakeQuantLinear(nn.Module):
     Attributes:
         weight: ``(out, in)`` float32 master; the Parameter object of the layer it replaces.
         bias: ``(out,)`` or None; likewise.
-        scale: ``(out, groups)`` float32, rounded to `scale_dtype` in each forward.
+        scale: ``(out, groups)`` float32, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
         compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
@@ -59,12 +53,12 @@ class FakeQuantLinear(nn.Module):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         scheme: QuantScheme,
-        scale_dtype: torch.dtype,
+        storage_dtype: torch.dtype,
         clip_mask: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.scheme, self.scale_dtype, self.clip_mask, self.enabled = scheme, scale_dtype, clip_mask, True
+        self.scheme, self.storage_dtype, self.clip_mask, self.enabled = scheme, storage_dtype, clip_mask, True
         self.transposed = False
         self.weight, self.bias = weight, bias
         groups = self.in_features // scheme.group_length(self.in_features)
@@ -95,10 +89,10 @@ class FakeQuantLinear(nn.Module):
         assert self.act_scale is not None
         self.act_state.copy_(observe(self.observer, self.act_state, x))
         magnitude = observed_range(self.observer, self.act_state)
-        self.act_scale.copy_(store((magnitude / 127).float(), 0.0, self.scale_dtype))
+        self.act_scale.copy_(store((magnitude / 127).float(), 0.0, self.storage_dtype))
 
     def stored_act_scale(self) -> Tensor | None:
-        """The scale of static activations as it is stored, ``(1,)`` in `scale_dtype`, or None.
+        """The scale of static activations as it is stored, ``(1,)`` in `storage_dtype`, or None.
 
         Raises:
             LlmqatError: if nothing was observed yet.
@@ -109,7 +103,7 @@ class FakeQuantLinear(nn.Module):
             raise LlmqatError(
                 "static activations have no range yet; call llmqat.observe_activations(model, batches) after prepare"
             )
-        return self.act_scale.to(self.scale_dtype)
+        return self.act_scale.to(self.storage_dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the weight multiplies: `x` on the grid of the activations, if it has one."""
@@ -120,7 +114,7 @@ class FakeQuantLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, scheme: QuantScheme, scale_dtype: torch.dtype, clip_mask: bool = False
+        cls, linear: nn.Module, scheme: QuantScheme, storage_dtype: torch.dtype, clip_mask: bool = False
     ) -> Self:
         """Take over the Parameters of `linear` (the objects, made float32 and ``(out, in)``) with round-to-nearest
         scales."""
@@ -131,10 +125,10 @@ class FakeQuantLinear(nn.Module):
         assert bias is None or isinstance(bias, nn.Parameter)
         if is_transposed(linear):
             weight.data = weight.data.T.contiguous()
-        module = cls(weight, bias, scheme, scale_dtype, clip_mask)
+        module = cls(weight, bias, scheme, storage_dtype, clip_mask)
         module.transposed = is_transposed(linear)
         if not weight.is_meta:
-            module.set_grid(*choose_scale(weight.detach(), scheme, scale_dtype))
+            module.set_grid(*choose_scale(weight.detach(), scheme, storage_dtype))
         return module.train(linear.training)
 
     @torch.no_grad()
@@ -150,85 +144,55 @@ class FakeQuantLinear(nn.Module):
         if self.code_scale is None:
             self.code_scale = self.stored_scale().float().clone()
 
-    def latent(self) -> Tensor:
-        """The float32 weight that is quantized, ``(out, in)``: weight plus compensation, at full size."""
-        return latent_rows(slice(None), self.weight.detach(), self.compensation, None, None, 1.0)
+    def latent(self, adapters: Adapters | None = None) -> Latent:
+        """The weight that is quantized; with adapters if given."""
+        return Latent(self.weight, self.compensation, adapters)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the forward: scale and zero point as they train."""
+        return Grid(self.scale, self.zero_point, self.code_scale, self.scheme, self.storage_dtype)
 
     def stored_scale(self) -> Tensor:
-        """The scale as it is stored, ``(out, groups)`` in `scale_dtype`."""
-        return self.scale.detach().to(self.scale_dtype)
+        """The scale as it is stored, ``(out, groups)`` in `storage_dtype`."""
+        return self.scale.detach().to(self.storage_dtype)
 
     def stored_zero_point(self) -> Tensor | None:
         """The zero point as it is stored, uint8 ``(out, groups)``, or None."""
-        if self.zero_point is None:
-            return None
-        return rounded_zero_point(self.zero_point.detach(), self.scheme).to(torch.uint8)
+        zero_point = self.grid.stored().zero_point
+        return None if zero_point is None else zero_point.detach().to(torch.uint8)
 
-    @torch.no_grad()
-    def codes(self, **lora: Any) -> Tensor:
+    def codes(self, adapters: Adapters | None = None) -> Tensor:
         """The codes of this forward, ``(out, in)``: int8 if symmetric, else uint8; with adapters if given."""
-        s0 = self.stored_scale() if self.code_scale is None else self.code_scale
-        z = self.stored_zero_point()
-        dtype = torch.int8 if self.scheme.symmetric else torch.uint8
-        codes = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        adapters = (lora.get("lora_a"), lora.get("lora_b"), lora.get("lora_scaling", 1.0))
-        for rows in row_chunks(*self.weight.shape):
-            latent = latent_rows(rows, self.weight, self.compensation, *adapters)
-            codes[rows] = quantize(latent, s0[rows], None if z is None else z[rows], self.scheme)
-        return codes
+        return codes_of(self.latent(adapters), self.grid)
 
-    @torch.no_grad()
-    def clipped(self, **lora: Any) -> int:
-        """How many latent weights lie more than half a code beyond the ends of the grid."""
-        s0 = self.stored_scale() if self.code_scale is None else self.code_scale
-        z = self.stored_zero_point()
-        adapters = (lora.get("lora_a"), lora.get("lora_b"), lora.get("lora_scaling", 1.0))
-        count = 0
-        for rows in row_chunks(*self.weight.shape):
-            v = grouped(latent_rows(rows, self.weight, self.compensation, *adapters), self.scheme) / s0[rows, :, None]
-            u = v if z is None else v + z[rows, :, None]
-            count += int(((u < self.scheme.qmin - 0.5) | (u > self.scheme.qmax + 0.5)).sum())
-        return count
+    def clipped(self, adapters: Adapters | None = None) -> int:
+        """How many latent weights lie more than half a code beyond the ends of the grid; with adapters if given."""
+        return count_clipped(self.latent(adapters), self.grid)
 
-    @torch.no_grad()
     def quantized_weight(self) -> Tensor:
-        """``W_hat`` of this forward, ``(out, in)`` in `scale_dtype`."""
-        return fake_quantize(
-            self.weight, self.scale, self.zero_point, self.scheme, self.scale_dtype, self.code_scale, self.compensation
-        )
+        """``W_hat`` of this forward, ``(out, in)`` in `storage_dtype`."""
+        return fake_quantize(self.latent(), self.grid)
 
-    def forward(self, x: Tensor, **lora: Any) -> Tensor:
-        """``(..., in)`` to ``(..., out)``; `lora` are the adapter arguments of `fake_quant_linear`."""
+    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
+        """``(..., in)`` to ``(..., out)``; adapters, if given, lie inside the quantizer."""
         if self.observing and self.training and not _in_backward():
             self.observe(x)
         if not self.enabled:
-            return self.float_forward(x, **lora)
-        scheme = self.scheme
-        if scheme.act_static:
-            x, scheme = self.quantized_input(x), replace(scheme, act_bits=None, act_static=False)
-        return fake_quant_linear(
-            x,
-            self.weight,
-            self.scale,
-            self.zero_point,
-            self.bias,
-            scheme,
-            self.scale_dtype,
-            code_scale=self.code_scale,
-            compensation=self.compensation,
-            clip_mask=self.clip_mask,
-            **lora,
-        )
+            return self.float_forward(x, adapters)
+        grid = self.grid
+        if grid.scheme.act_static:
+            x = self.quantized_input(x)
+            grid = grid._replace(scheme=replace(grid.scheme, act_bits=None, act_static=False))
+        return fake_quant_linear(x, self.latent(adapters), grid, self.bias, clip_mask=self.clip_mask)
 
-    def float_forward(
-        self, x: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, lora_scaling: float = 1.0
-    ) -> Tensor:
+    def float_forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """The plain float layer, adapters beside it: no grid, no compensation."""
         y = nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if lora_a is None or lora_b is None:
+        if adapters is None:
             return y
-        thin = nn.functional.linear(x, lora_a.to(x.dtype))
-        return y + lora_scaling * nn.functional.linear(thin, lora_b.to(x.dtype))
+        a, b, scaling = adapters
+        return y + scaling * nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take over `code_scale` and `compensation` as they are in the state: there, or not."""

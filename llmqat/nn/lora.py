@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.fake_quant import latent_rows, row_chunks
+from llmqat.quant.grid import Adapters, Latent
 
 
 @contextmanager
@@ -74,18 +74,16 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
         assert isinstance(b, Tensor)
         return a, b
 
-    def adapters(self) -> dict[str, Any]:
-        """The active, unmerged adapters as arguments of `fake_quant_linear`: several are laid side by side along r."""
+    def adapters(self) -> Adapters | None:
+        """The active, unmerged adapters, several laid side by side along r; None if there are none."""
         names = [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
-        return {} if self.disable_adapters or not names else self._side_by_side(names)
+        return None if self.disable_adapters or not names else self._side_by_side(names)
 
-    def _side_by_side(self, names: list[str]) -> dict[str, Any]:
+    def _side_by_side(self, names: list[str]) -> Adapters:
         if len(names) == 1:
-            a, b = self.factors(names[0])
-            return {"lora_a": a, "lora_b": b, "lora_scaling": self.scaling[names[0]]}
+            return Adapters(*self.factors(names[0]), self.scaling[names[0]])
         scaled = [self.factors(name)[1] * self.scaling[name] for name in names]
-        stacked = torch.cat([self.factors(name)[0] for name in names])
-        return {"lora_a": stacked, "lora_b": torch.cat(scaled, dim=1), "lora_scaling": 1.0}
+        return Adapters(torch.cat([self.factors(name)[0] for name in names]), torch.cat(scaled, dim=1), 1.0)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """Weights of all adapters, active or not."""
@@ -93,7 +91,7 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        y: Tensor = self.base_layer(x, **self.adapters())
+        y: Tensor = self.base_layer(x, self.adapters())
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -118,9 +116,10 @@ class LoraFakeQuantLinear(nn.Module, LoraLayer):
             if not torch.isfinite(self.get_delta_weight(name)).all():
                 raise LlmqatError(f"adapter {name!r} holds non-finite weights; train again with a lower learning rate")
         if names:
-            weight, lora = self.base_layer.weight.data, self._side_by_side(names)
-            for rows in row_chunks(*weight.shape):
-                weight[rows] = latent_rows(rows, weight, None, **lora)
+            weight = self.base_layer.weight.data
+            merged = Latent(weight, None, self._side_by_side(names))
+            for rows in merged.chunks():
+                weight[rows] = merged.rows(rows)
             self.merged_adapters.extend(names)
 
     @torch.no_grad()

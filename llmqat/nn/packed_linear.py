@@ -10,6 +10,7 @@ from llmqat.kernels import native, ops
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
+from llmqat.quant.grid import Adapters
 from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_at, unpack_rows
 from llmqat.scheme import QuantScheme
 
@@ -40,7 +41,7 @@ class PackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         scheme: QuantScheme,
-        scale_dtype: torch.dtype,
+        storage_dtype: torch.dtype,
         bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -53,28 +54,28 @@ class PackedLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.register_buffer("weight_packed", empty(out_features, words, dtype=torch.int32))
-        self.register_buffer("weight_scale", empty(out_features, groups, dtype=scale_dtype))
+        self.register_buffer("weight_scale", empty(out_features, groups, dtype=storage_dtype))
         zero_point = None if scheme.symmetric else empty(zero_words, groups, dtype=torch.int32)
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
-        self.register_buffer("bias", empty(out_features, dtype=scale_dtype) if bias else None)
-        self.register_buffer("input_scale", empty(1, dtype=scale_dtype) if scheme.act_static else None)
+        self.register_buffer("bias", empty(out_features, dtype=storage_dtype) if bias else None)
+        self.register_buffer("input_scale", empty(1, dtype=storage_dtype) if scheme.act_static else None)
 
     @classmethod
     @torch.no_grad()
-    def from_fake_quant(cls, module: FakeQuantLinear, **lora: Any) -> Self:
-        """Pack the codes of `module`'s forward (with these adapters); nothing is quantized again."""
+    def from_fake_quant(cls, module: FakeQuantLinear, adapters: Adapters | None = None) -> Self:
+        """Pack the codes of `module`'s forward, with adapters if given; nothing is quantized again."""
         scheme, bits = module.scheme, module.scheme.bits
         packed = cls(
-            module.in_features, module.out_features, scheme, module.scale_dtype, module.bias is not None, "meta"
+            module.in_features, module.out_features, scheme, module.storage_dtype, module.bias is not None, "meta"
         )
-        packed.weight_packed = pack_rows(to_unsigned(module.codes(**lora), scheme), bits)
+        packed.weight_packed = pack_rows(to_unsigned(module.codes(adapters), scheme), bits)
         packed.weight_scale = module.stored_scale().clone()
         packed.weight_shape = torch.tensor([module.out_features, module.in_features])
         zero_point = module.stored_zero_point()
         if zero_point is not None:
             packed.weight_zero_point = pack_rows(zero_point.T.contiguous(), bits).T.contiguous()
-        packed.bias = None if module.bias is None else module.bias.detach().to(module.scale_dtype, copy=True)
+        packed.bias = None if module.bias is None else module.bias.detach().to(module.storage_dtype, copy=True)
         packed.input_scale = module.stored_act_scale()
         return packed
 

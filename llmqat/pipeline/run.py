@@ -40,7 +40,6 @@ from llmqat.models.patcher import (
     smoothable,
 )
 from llmqat.models.planning import check_divisible, plan
-from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.inputs import LEAST_TRAIN_TOKENS, calibration_batches, read, train_tokens, training_stream
 from llmqat.pipeline.saved import (
     ADAPTER,
@@ -341,7 +340,7 @@ class Run:
 
     def evaluate(self, name: str) -> Perplexity:
         """Perplexity of the current state, compared with the float model."""
-        layers = [layer for layer, _, _ in quantized_layers(self.model)]
+        layers = [on_grid.name for on_grid in quantized_layers(self.model)]
         return evaluate(self.model, self.test, self.reference, f"perplexity, {name}", layers)
 
 
@@ -363,10 +362,10 @@ def fit_context(recipe: Recipe, context: int | None) -> Recipe:
 def layer_sizes(model: PreTrainedModel) -> dict[str, float]:
     """Bytes of the quantized layers' weights, float and packed, and stored bits per weight."""
     weights = packed_bytes = float_bytes = 0
-    for _, layer, lora in quantized_layers(model):
-        packed = PackedLinear.from_fake_quant(layer, **lora)
+    for on_grid in quantized_layers(model):
+        layer, packed = on_grid.layer, on_grid.pack()
         tensors = [packed.weight_packed, packed.weight_scale, packed.weight_zero_point]
         packed_bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
         weights += layer.weight.numel()
-        float_bytes += layer.weight.numel() * layer.scale_dtype.itemsize
+        float_bytes += layer.weight.numel() * layer.storage_dtype.itemsize
     return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}

@@ -4,39 +4,29 @@ The formulas are those of `llmqat.quant.fake_quant`; here ``W_hat`` is found for
 are bit for bit those that `fake_quantize` gives for the whole matrix.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from llmqat.quant.affine import code_values, dequantize
-from llmqat.quant.fake_quant import grid_gradients, latent_rows, rounded_zero_point, row_chunks
+from llmqat.quant.fake_quant import grid_gradients
+from llmqat.quant.grid import Grid, Latent
 from llmqat.scheme import QuantScheme
 
 
-def latent_at(
-    ids: Tensor,
-    weight: Tensor,
-    compensation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    lora_scaling: float,
-) -> Tensor:
-    """Rows `ids` ``(n,)`` of the latent weight, ``(n, in)``; no gradient.
+class _Gradients(NamedTuple):
+    """The gradient of each argument of `_FakeQuantRows.forward`, in order."""
 
-    With adapters they come from whole chunks of rows: a product of other rows may round otherwise.
-    """
-    if lora_a is None or lora_b is None:
-        latent = weight[ids].to(torch.promote_types(weight.dtype, torch.float32))
-        return latent if compensation is None else latent + compensation[ids]
-    latent = torch.empty(len(ids), weight.shape[1], dtype=torch.float32, device=weight.device)
-    for rows in row_chunks(*weight.shape):
-        wanted = ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(-1)
-        if len(wanted):
-            chunk = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling)
-            latent[wanted] = chunk[ids[wanted] - rows.start].to(latent.dtype)
-    return latent
+    latent: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    code_scale: None = None
+    exact: None = None
+    scheme: None = None
+    storage_dtype: None = None
+    clip_mask: None = None
+    out_dtype: None = None
 
 
 class _FakeQuantRows(torch.autograd.Function):
@@ -51,56 +41,53 @@ class _FakeQuantRows(torch.autograd.Function):
         code_scale: Tensor | None,
         exact: Tensor,
         scheme: QuantScheme,
-        scale_dtype: torch.dtype,
+        storage_dtype: torch.dtype,
         clip_mask: bool,
         out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(exact, scale, zero_point, code_scale)
-        ctx.options = (scheme, scale_dtype, clip_mask)
-        s = scale.to(scale_dtype)
-        z = None if zero_point is None else rounded_zero_point(zero_point, scheme)
-        codes = code_values(exact, s if code_scale is None else code_scale, z, scheme)
-        return dequantize(codes, s, z, scheme).to(out_dtype)
+        ctx.constants, ctx.clip_mask = (scheme, storage_dtype), clip_mask
+        grid = Grid(scale, zero_point, code_scale, scheme, storage_dtype).stored()
+        return grid.dequantize(grid.code_values(exact)).to(out_dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        exact, scale, zero_point, code_scale = ctx.saved_tensors
-        scheme, scale_dtype, clip_mask = ctx.options
-        s = scale.to(scale_dtype).to(exact.dtype).unsqueeze(-1)
-        s0 = None if code_scale is None else code_scale.to(exact.dtype).unsqueeze(-1)
-        z = torch.zeros_like(s) if zero_point is None else rounded_zero_point(zero_point, scheme).unsqueeze(-1)
-        dw, ds, dz = grid_gradients(grad.to(exact.dtype), exact, s, s0, z, scheme, clip_mask)
-        return dw, ds, None if zero_point is None else dz, *[None] * 6
+    def backward(ctx: Any, grad: Tensor) -> _Gradients:
+        exact, *tensors = ctx.saved_tensors
+        grid = Grid(*tensors, *ctx.constants).widened(exact.dtype)
+        dw, ds, dz = grid_gradients(grad.to(exact.dtype), exact, grid, ctx.clip_mask)
+        return _Gradients(dw, ds, None if grid.zero_point is None else dz)
 
 
 @torch.compiler.disable
 def fake_quant_embedding(
     ids: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    scheme: QuantScheme,
-    scale_dtype: torch.dtype,
+    latent: Latent,
+    grid: Grid,
     out_dtype: torch.dtype,
     *,
     padding_idx: int | None = None,
-    code_scale: Tensor | None = None,
-    compensation: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
     clip_mask: bool = False,
 ) -> Tensor:
-    """Rows of ``W_hat`` for token ids of any shape, ``(*ids.shape, in)`` in `out_dtype`, differentiable like
-    `fake_quant_linear`, whose arguments these are; the row `padding_idx` gets no gradient from here.
+    """Rows of ``W_hat`` for token ids of any shape, ``(*ids.shape, in)`` in `out_dtype`.
+
+    Differentiable like `fake_quant_linear`, whose arguments `latent`, `grid` and `clip_mask` are.
+
+    Args:
+        ids: token ids.
+        latent: the matrix that is quantized, ``(vocabulary, in)``.
+        grid: its scales and zero points.
+        out_dtype: dtype of the result.
+        padding_idx: this row gets no gradient from the lookup; None for all rows.
+        clip_mask: stop the gradient of weights beyond the ends of the grid.
     """
     flat = ids.flatten()
-    latent = embedding(flat, weight, padding_idx)
+    rows = embedding(flat, latent.weight, padding_idx)
     with torch.no_grad():
-        exact = latent_at(flat, weight, compensation, lora_a, lora_b, lora_scaling)
-    if lora_a is not None and lora_b is not None:  # for the gradient only
+        exact = latent.at(flat)
+    if latent.adapters is not None:  # for the gradient only
+        a, b, scaling = latent.adapters
         with torch.autocast(ids.device.type, enabled=False):
-            latent = latent + lora_scaling * (lora_b[flat] @ lora_a)
-    grid = (None if tensor is None else tensor[flat] for tensor in (scale, zero_point, code_scale))
-    result: Tensor = _FakeQuantRows.apply(latent, *grid, exact, scheme, scale_dtype, clip_mask, out_dtype)
-    return result.view(*ids.shape, weight.shape[1])
+            rows = rows + scaling * (b[flat] @ a)
+    scale, zero_point, code_scale, *constants = grid.rows(flat)
+    result: Tensor = _FakeQuantRows.apply(rows, scale, zero_point, code_scale, exact, *constants, clip_mask, out_dtype)
+    return result.view(*ids.shape, latent.weight.shape[1])

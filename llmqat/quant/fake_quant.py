@@ -1,6 +1,6 @@
 """The fake-quantized linear layer: integer grid in the forward, straight-through gradients in the backward.
 
-With a latent weight ``W`` (see `latent_rows`), a stored scale ``s``, an integer zero point ``z`` and the code scale
+With a latent weight ``W`` (see `Latent`), a stored scale ``s``, an integer zero point ``z`` and the code scale
 ``s0`` (``s0 = s`` unless it was set apart):
 
     v = W / s0          u = round(v) + z          q = clamp(u, qmin, qmax)          W_hat = s * (q - z)
@@ -17,85 +17,51 @@ the clamp: 1 everywhere, or with `clip_mask` 1 inside the range and 0 outside. F
 Nothing the size of the weight is kept for the backward: codes and ``W_hat`` are found again, a few rows at a time.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmqat.quant.affine import code_values, dequantize, fake_quantize_activation, fake_quantize_static, grouped
+from llmqat.quant.affine import fake_quantize_activation, fake_quantize_static, grouped
+from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.scheme import QuantScheme
 
-# Rows are processed so that a float32 temporary of them (1 MiB) stays in the L2 cache between passes.
-CHUNK_ELEMENTS = 1 << 18
 
-
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
-    step = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def latent_rows(
-    rows: slice,
-    weight: Tensor,
-    compensation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    lora_scaling: float,
-) -> Tensor:
-    """Rows of the latent weight ``weight + lora_scaling * lora_b @ lora_a + compensation``, float32 or wider.
-
-    Args:
-        rows: which of the ``out`` rows.
-        weight: ``(out, in)``.
-        compensation: ``(out, in)``, what GPTQ added to the weight; any float dtype.
-        lora_a: ``(r, in)``.
-        lora_b: ``(out, r)``.
-        lora_scaling: ``alpha / r``.
-    """
-    latent = weight[rows].to(torch.promote_types(weight.dtype, torch.float32))
-    if lora_a is not None and lora_b is not None:
-        with torch.autocast(latent.device.type, enabled=False):
-            latent = torch.addmm(latent, lora_b[rows].to(latent.dtype), lora_a.to(latent.dtype), alpha=lora_scaling)
-    if compensation is not None:  # last: merged adapters then give the same bits
-        latent = latent + compensation[rows]
-    return latent
-
-
-def _rows_of(rows: slice, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
-
-
-def fake_quantize(
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    scheme: QuantScheme,
-    scale_dtype: torch.dtype,
-    code_scale: Tensor | None = None,
-    compensation: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default `scale_dtype`); no gradient."""
-    out = torch.empty(weight.shape, dtype=out_dtype or scale_dtype, device=weight.device)
-    s = scale.to(scale_dtype)
-    s0 = s if code_scale is None else code_scale
-    z = None if zero_point is None else rounded_zero_point(zero_point, scheme)
-    for rows in row_chunks(*weight.shape):
-        latent, zr = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling), _rows_of(rows, z)
-        out[rows] = dequantize(code_values(latent, s0[rows], zr, scheme), s[rows], zr, scheme)
+@torch.no_grad()
+def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = None) -> Tensor:
+    """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default the storage dtype); no gradient."""
+    weight, grid = latent.weight, grid.stored()
+    out = torch.empty(weight.shape, dtype=out_dtype or grid.storage_dtype, device=weight.device)
+    for rows in latent.chunks():
+        part = grid.rows(rows)
+        out[rows] = part.dequantize(part.code_values(latent.rows(rows)))
     return out
 
 
-def rounded_zero_point(zero_point: Tensor, scheme: QuantScheme) -> Tensor:
-    """The integer zero point inside the code range."""
-    return zero_point.round().clamp(scheme.qmin, scheme.qmax)
+@torch.no_grad()
+def codes_of(latent: Latent, grid: Grid) -> Tensor:
+    """The codes of `fake_quantize`, ``(out, in)``: int8 for a symmetric scheme, else uint8."""
+    weight, grid = latent.weight, grid.stored()
+    dtype = torch.int8 if grid.scheme.symmetric else torch.uint8
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in latent.chunks():
+        codes[rows] = grid.rows(rows).code_values(latent.rows(rows)).to(dtype)
+    return codes
+
+
+@torch.no_grad()
+def count_clipped(latent: Latent, grid: Grid) -> int:
+    """How many latent weights lie more than half a code beyond the ends of the grid."""
+    grid, (low, high) = grid.stored(), (grid.scheme.qmin - 0.5, grid.scheme.qmax + 0.5)
+    s0 = grid.scale if grid.code_scale is None else grid.code_scale
+    count = 0
+    for rows in latent.chunks():
+        u = grouped(latent.rows(rows), grid.scheme) / s0[rows, :, None]
+        if grid.zero_point is not None:
+            u = u + grid.zero_point[rows, :, None]
+        count += int(((u < low) | (u > high)).sum())
+    return count
 
 
 class _FakeQuantActivation(torch.autograd.Function):
@@ -129,6 +95,31 @@ class _StaticActivation(torch.autograd.Function):
         return grad * ((u >= -128) & (u <= 127)), None
 
 
+def static_activation(x: Tensor, scale: Tensor) -> Tensor:
+    """`fake_quantize_static`, differentiable in `x`: gradients pass straight through, and stop where the grid ends."""
+    y: Tensor = _StaticActivation.apply(x, scale)
+    return y
+
+
+class _PerArgument(NamedTuple):
+    """One entry for each argument of `_FakeQuantLinear.forward`, in order: whether a gradient is needed, or the
+    gradient."""
+
+    x: Any = None
+    bias: Any = None
+    weight: Any = None
+    compensation: Any = None
+    lora_a: Any = None
+    lora_b: Any = None
+    lora_scaling: Any = None
+    scale: Any = None
+    zero_point: Any = None
+    code_scale: Any = None
+    scheme: Any = None
+    storage_dtype: Any = None
+    clip_mask: Any = None
+
+
 class _FakeQuantLinear(torch.autograd.Function):
     """``y = x_hat @ W_hat.T + bias``; formulas in the module's docstring."""
 
@@ -136,95 +127,90 @@ class _FakeQuantLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
         bias: Tensor | None,
+        weight: Tensor,
+        compensation: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        code_scale: Tensor | None,
-        compensation: Tensor | None,
-        scheme: QuantScheme,
-        scale_dtype: torch.dtype,
         lora_scaling: float,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        code_scale: Tensor | None,
+        scheme: QuantScheme,
+        storage_dtype: torch.dtype,
         clip_mask: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation)
-        ctx.options = (scheme, scale_dtype, lora_scaling)
+        tensors = (weight, compensation, lora_a, lora_b, scale, zero_point, code_scale)
+        ctx.save_for_backward(x, *tensors)
+        ctx.constants = (lora_scaling, scheme, storage_dtype)
         ctx.clip_mask = clip_mask
         ctx.bias_dtype = None if bias is None else bias.dtype
-        w_hat = fake_quantize(
-            weight,
-            scale,
-            zero_point,
-            scheme,
-            scale_dtype,
-            code_scale,
-            compensation,
-            lora_a,
-            lora_b,
-            lora_scaling,
-            x.dtype,
-        )
+        w_hat = fake_quantize(*_values(tensors, ctx.constants), x.dtype)
         x_hat = x if scheme.act_bits is None else fake_quantize_activation(x)
         return linear(x_hat, w_hat, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no second look
-        x, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = saved
-        scheme, scale_dtype, lora_scaling = ctx.options
-        need_x, need_w, need_s, need_z, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, grad_y: Tensor) -> _PerArgument:
+        x, *tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no second look
+        latent, grid = _values(tensors, ctx.constants)
+        need = _PerArgument(*ctx.needs_input_grad)
         gy, x2 = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if scheme.act_bits is not None:
+        if grid.scheme.act_bits is not None:
             x2 = fake_quantize_activation(x2)
-        dx = da = db = None
-        if need_x:
-            lora = (code_scale, compensation, lora_a, lora_b, lora_scaling)
-            dx = grad_y @ fake_quantize(weight, scale, zero_point, scheme, scale_dtype, *lora, x.dtype)
-        dbias = gy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        own = _PerArgument(
+            x=grad_y @ fake_quantize(latent, grid, x.dtype) if need.x else None,
+            bias=gy.sum(0, dtype=ctx.bias_dtype) if need.bias else None,
+        )
+        on_grid = need.scale or need.zero_point
+        adapted = need.lora_a or need.lora_b
         # Without mask and with s0 = s the latent's gradient is G itself, a product of two thin matrices: adapters take
         # theirs from the factors, and G is never formed.
-        if (need_a or need_b) and not (need_w or need_s or need_z or ctx.clip_mask or code_scale is not None):
-            da, db = _low_rank_gradients(gy, x2, lora_a, lora_b, lora_scaling)
-            return dx, None, None, None, dbias, da, db, *[None] * 6
-        dw = ds = dz = None
-        if need_w or need_s or need_z or need_a or need_b:
-            dw, ds, dz = _weight_gradients(ctx, saved, gy, x2)
-        if need_a and dw is not None:
-            da = lora_scaling * (lora_b.to(dw.dtype).T @ dw).to(lora_a.dtype)
-        if need_b and dw is not None:
-            db = lora_scaling * (dw @ lora_a.to(dw.dtype).T).to(lora_b.dtype)
-        return dx, dw if need_w else None, ds, dz, dbias, da, db, *[None] * 6
+        if adapted and not (need.weight or on_grid or ctx.clip_mask or grid.code_scale is not None):
+            da, db = _low_rank_gradients(gy, x2, latent.adapters)
+            return own._replace(lora_a=da, lora_b=db)
+        if not (need.weight or on_grid or adapted):
+            return own
+        dw, ds, dz = _weight_gradients(gy.T @ x2, latent, grid, need, ctx.clip_mask)
+        own = own._replace(weight=dw if need.weight else None, scale=ds, zero_point=dz)
+        if latent.adapters is not None:
+            a, b, scaling = latent.adapters
+            own = own._replace(
+                lora_a=scaling * (b.to(dw.dtype).T @ dw).to(a.dtype) if need.lora_a else None,
+                lora_b=scaling * (dw @ a.to(dw.dtype).T).to(b.dtype) if need.lora_b else None,
+            )
+        return own
 
 
-def _low_rank_gradients(gy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype]) -> tuple[Latent, Grid]:
+    """The value types again, out of the tensors and constants of `_FakeQuantLinear.forward`."""
+    weight, compensation, a, b, scale, zero_point, code_scale = tensors
+    scaling, scheme, storage_dtype = constants
+    adapters = None if a is None else Adapters(a, b, scaling)
+    return Latent(weight, compensation, adapters), Grid(scale, zero_point, code_scale, scheme, storage_dtype)
+
+
+def _low_rank_gradients(gy: Tensor, x: Tensor, adapters: Adapters | None) -> tuple[Tensor, Tensor]:
     """``dA = c B^T (gy^T x)`` and ``dB = c (gy^T x) A^T``, multiplied from the thin side."""
+    assert adapters is not None
+    a, b, scaling = adapters
     da = (gy @ b.to(gy.dtype)).T @ x
     db = gy.T @ (x @ a.to(x.dtype).T)
     return scaling * da.to(a.dtype), scaling * db.to(b.dtype)
 
 
 def _weight_gradients(
-    ctx: Any, saved: tuple[Any, ...], gy: Tensor, x: Tensor
+    g: Tensor, latent: Latent, grid: Grid, need: _PerArgument, clip_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of latent weight, scale and zero point, from ``gy (tokens, out)`` and ``x (tokens, in)``."""
-    _, weight, scale, zero_point, lora_a, lora_b, code_scale, compensation = saved
-    scheme, scale_dtype, lora_scaling = ctx.options
-    _, _, need_s, need_z, *_ = ctx.needs_input_grad
-    dw = (gy.T @ x).to(torch.promote_types(weight.dtype, torch.float32))
-    decoupled = code_scale is not None
-    if not (need_s or need_z or ctx.clip_mask or decoupled):
+    """Gradients of latent weight, scale and zero point, from ``G (out, in)``; those not needed are None."""
+    weight = latent.weight
+    dw = g.to(torch.promote_types(weight.dtype, torch.float32))
+    if not (need.scale or need.zero_point or clip_mask or grid.code_scale is not None):
         return dw.to(weight.dtype), None, None
-    ds = torch.empty_like(scale) if need_s else None
-    dz = torch.empty_like(zero_point) if need_z else None
-    stored = scale.to(scale_dtype).to(dw.dtype).unsqueeze(-1)
-    code_scale = code_scale.to(dw.dtype).unsqueeze(-1) if decoupled else None
-    z = torch.zeros_like(stored) if zero_point is None else rounded_zero_point(zero_point, scheme).unsqueeze(-1)
-    for rows in row_chunks(*weight.shape):
-        latent = latent_rows(rows, weight, compensation, lora_a, lora_b, lora_scaling)
-        grid = (stored[rows], _rows_of(rows, code_scale), z[rows])
-        dw[rows], ds_rows, dz_rows = grid_gradients(dw[rows], latent, *grid, scheme, ctx.clip_mask)
+    ds = torch.empty_like(grid.scale) if need.scale else None
+    dz = torch.empty_like(grid.zero_point) if need.zero_point and grid.zero_point is not None else None
+    grid = grid.widened(dw.dtype)
+    for rows in latent.chunks():
+        dw[rows], ds_rows, dz_rows = grid_gradients(dw[rows], latent.rows(rows), grid.rows(rows), clip_mask)
         if ds is not None:
             ds[rows] = ds_rows
         if dz is not None:
@@ -232,97 +218,56 @@ def _weight_gradients(
     return dw.to(weight.dtype), ds, dz
 
 
-def grid_gradients(
-    g: Tensor, latent: Tensor, s: Tensor, s0: Tensor | None, z: Tensor, scheme: QuantScheme, clip_mask: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def grid_gradients(g: Tensor, latent: Tensor, grid: Grid, clip_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``dW (rows, in)``, ``ds`` and ``dz (rows, groups)`` from ``G (rows, in)``; formulas in the module's docstring.
 
     Args:
         g: ``G = dL/dW_hat``.
         latent: ``W``, ``(rows, in)``.
-        s: stored scale ``(rows, groups, 1)``.
-        s0: code scale, likewise; None where it is `s`.
-        z: integer zero point ``(rows, groups, 1)``; zeros if symmetric.
-        scheme: the grid.
+        grid: of these rows, `widened` to the dtype of `g`.
         clip_mask: stop gradients of weights beyond the ends of the grid.
     """
-    g, v = grouped(g, scheme), grouped(latent, scheme) / (s if s0 is None else s0)
+    scheme, s = grid.scheme, grid.scale.unsqueeze(-1)
+    s0 = s if grid.code_scale is None else grid.code_scale.unsqueeze(-1)
+    z = torch.zeros_like(s) if grid.zero_point is None else grid.zero_point.unsqueeze(-1)
+    g, v = grouped(g, scheme), grouped(latent, scheme) / s0
     u = v.round() + z
     q = u.clamp(scheme.qmin, scheme.qmax)
     step, dw, dz = q - z, g, torch.zeros_like(s[..., 0])
     if clip_mask:
         inside = u == q
         dz, dw, v = -(s * g * ~inside).sum(-1), g * inside, v * inside
-    ds = (g * (step - v if s0 is None else step)).sum(-1)
-    return (dw if s0 is None else dw * (s / s0)).flatten(-2), ds, dz
-
-
-def static_activation(x: Tensor, scale: Tensor) -> Tensor:
-    """`fake_quantize_static`, differentiable in `x`: gradients pass straight through, and stop where the grid ends."""
-    y: Tensor = _StaticActivation.apply(x, scale)
-    return y
+    ds = (g * (step - v if s0 is s else step)).sum(-1)
+    return (dw if s0 is s else dw * (s / s0)).flatten(-2), ds, dz
 
 
 def fake_quant_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    scheme: QuantScheme,
-    scale_dtype: torch.dtype,
-    *,
-    code_scale: Tensor | None = None,
-    compensation: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scaling: float = 1.0,
-    clip_mask: bool = False,
+    x: Tensor, latent: Latent, grid: Grid, bias: Tensor | None = None, *, clip_mask: bool = False
 ) -> Tensor:
-    """Linear layer on the integer grid, differentiable in `x`, weight, scale, zero point, bias and adapters.
+    """Linear layer on the integer grid, differentiable in `x`, weight, adapters, scale, zero point and bias.
 
     Computes in the autocast dtype where autocast is on, else in the dtype of `x`.
 
     Args:
         x: ``(..., in)``.
-        weight: float32 master ``(out, in)``.
-        scale: ``(out, groups)``; rounded to `scale_dtype` inside.
-        zero_point: ``(out, groups)``, or None for a symmetric scheme.
+        latent: the weight that is quantized.
+        grid: scales and zero points; the scale is rounded to its storage dtype inside. With ``act_bits`` of its scheme
+            `x` is quantized too, by token.
         bias: ``(out,)`` or None.
-        scheme: the grid.
-        scale_dtype: dtype in which scales are stored, and ``W_hat`` is computed.
-        code_scale: ``(out, groups)``: finds the codes in place of `scale`, so that training the scale moves no code.
-        compensation: ``(out, in)`` added to the weight before it is quantized.
-        lora_a: ``(r, in)`` adapter inside the quantizer.
-        lora_b: ``(out, r)``.
-        lora_scaling: ``alpha / r``.
         clip_mask: stop the gradient of weights beyond the ends of the grid. Off by default: a masked weight that left
             the range can not come back, and adapters would need the full weight gradient at every step.
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
+    weight, compensation, adapters = latent
+    factors = (None, None, 1.0) if adapters is None else adapters
     with torch.autocast(device_type, enabled=False):
-        y: Tensor = _eager(
-            x,
-            weight,
-            scale,
-            zero_point,
-            bias,
-            lora_a,
-            lora_b,
-            code_scale,
-            compensation,
-            scheme,
-            scale_dtype,
-            lora_scaling,
-            clip_mask,
-        )
+        y: Tensor = _eager(x, bias, weight, compensation, *factors, *grid, clip_mask)
     return y
 
 
 @torch.compiler.disable
-def _eager(*args: Any) -> Tensor:
-    """Eager inside `torch.compile` too: Inductor fuses away the rounding of scale and ``W_hat`` to `scale_dtype`."""
-    result: Tensor = _FakeQuantLinear.apply(*args)
-    return result
+def _eager(*args: Any) -> Any:
+    """Eager inside `torch.compile` too: Inductor fuses away the rounding of scale and ``W_hat`` as they are stored."""
+    return _FakeQuantLinear.apply(*args)

@@ -83,9 +83,9 @@ def layers(measured: Measured, model: nn.Module, float_model: nn.Module) -> list
     originals = dict(plain_model(float_model).named_modules())
     changed = measured.training.layers_changed if measured.training else {}
     rows = {row: result.layer_errors for row, result in measured.perplexity.items() if result.layer_errors}
-    on_grid = list(quantized_layers(model))
+    on_grid = quantized_layers(model)
     found = []
-    for index, (name, layer, lora) in enumerate(on_grid):
+    for index, (name, layer, adapters) in enumerate(on_grid):
         details = {
             "name": name,
             "shape": list(layer.weight.shape),
@@ -96,7 +96,7 @@ def layers(measured: Measured, model: nn.Module, float_model: nn.Module) -> list
         if index % -(-len(on_grid) // HISTOGRAMS) == 0:
             original: Any = originals.get(name)
             weight = None if original is None else getattr(original, "base_layer", original).weight.detach()
-            codes = layer.codes(**lora)
+            codes = layer.codes(adapters)
             w_hat = dequantize(codes, layer.stored_scale(), layer.stored_zero_point(), layer.scheme)
             details |= layer_histograms(weight, codes, w_hat, layer.scheme)
         found.append(details)

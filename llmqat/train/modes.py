@@ -28,7 +28,7 @@ def default_alpha(model: nn.Module, r: int) -> float:
     Raises:
         LlmqatError: if no layer is quantized.
     """
-    medians = [float(layer.scale.detach().abs().median()) for _, layer, _ in quantized_layers(model)]
+    medians = [float(on_grid.layer.scale.detach().abs().median()) for on_grid in quantized_layers(model)]
     if not medians:
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before add_lora")
     return r * median(medians)
@@ -51,7 +51,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
     """
     if adapter is None:
         alpha = default_alpha(model, r) if alpha is None else alpha
-        names = [name for name, _, _ in quantized_layers(model)]
+        names = [on_grid.name for on_grid in quantized_layers(model)]
         task = "CAUSAL_LM" if model.can_generate() else None
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type=task)  # type: ignore[arg-type]
     else:
@@ -62,7 +62,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         if adapter is None:
             adapted = get_peft_model(model, config)
-            without = sorted({*names} - {name for name, _, lora in quantized_layers(adapted) if lora})
+            without = sorted({*names} - {on_grid.name for on_grid in quantized_layers(adapted) if on_grid.adapters})
             if without:
                 raise LlmqatError(
                     f"peft gave no adapter to {len(without)} layers, the first is {without[0]}; train with --train "
@@ -87,7 +87,7 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
         return
     scales = scales or mode == "scales"
     model.requires_grad_(mode == "full")
-    for _, layer, _ in quantized_layers(model):
+    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
         if scales:
             layer.decouple_scale()
         layer.scale.requires_grad_(scales)
@@ -107,7 +107,7 @@ def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[d
     if mode == "lora":
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
     rates: dict[int, float] = {}
-    for _, layer, _ in quantized_layers(model):
+    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
         step = float(layer.scale.detach().abs().median())
         rates[id(layer.weight)] = config.lr * step
         rates[id(layer.scale)] = (config.lr if mode == "scales" else config.lr_scale) * step
@@ -124,13 +124,11 @@ def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[d
 @torch.no_grad()
 def code_statistics(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
     """Codes of every quantized layer, packed on the CPU, and the share of weights beyond the ends of the grid."""
-    from llmqat.nn.packed_linear import PackedLinear
-
     packed, clipped, total = {}, 0, 0
-    for name, layer, lora in quantized_layers(model):
-        packed[name] = PackedLinear.from_fake_quant(layer, **lora).weight_packed.cpu()
-        clipped += layer.clipped(**lora)
-        total += layer.weight.numel()
+    for on_grid in quantized_layers(model):
+        packed[on_grid.name] = on_grid.pack().weight_packed.cpu()
+        clipped += on_grid.layer.clipped(on_grid.adapters)
+        total += on_grid.layer.weight.numel()
     return packed, clipped / total
 
 

@@ -51,8 +51,8 @@ def head_trained(small_llama):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_round_trip(head_trained, tmp_path, tied, head_bits, symmetric, mode):
     model = head_trained(QuantScheme(4, 16, symmetric), head_bits, tied, mode)
-    layers = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
-    head, lora = layers["lm_head"]
+    layers = {name: (layer, adapters) for name, layer, adapters in quantized_layers(model)}
+    head, adapters = layers["lm_head"]
     assert head.scheme == QuantScheme(head_bits, 16, symmetric)
     directory = save_packed(model, tmp_path)
     tensors = load_file(directory / "model.safetensors")
@@ -64,14 +64,14 @@ def test_round_trip(head_trained, tmp_path, tied, head_bits, symmetric, mode):
     assert isinstance(loaded.lm_head, PackedLinear)
     assert isinstance(loaded.model.embed_tokens, PackedEmbedding if tied else nn.Embedding)
     codes, scale, zero_point = loaded.lm_head.unpack()
-    assert torch.equal(codes, head.codes(**lora))
+    assert torch.equal(codes, head.codes(adapters))
     assert torch.equal(scale, head.stored_scale())
     assert symmetric or torch.equal(zero_point, head.stored_zero_point())
     with torch.no_grad():
         embedding = model.get_input_embeddings()
         if tied:
             assert torch.equal(loaded.model.embed_tokens(IDS), embedding(IDS))
-            assert torch.equal(embedding(IDS).bfloat16(), head_rows(head, lora)[IDS])
+            assert torch.equal(embedding(IDS).bfloat16(), head_rows(head, adapters)[IDS])
         dense = dense_copy(loaded, torch.float32)
         expected = dense(input_ids=IDS).logits
         torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -82,8 +82,8 @@ def test_round_trip(head_trained, tmp_path, tied, head_bits, symmetric, mode):
     assert verify(directory, logits=False).ok
 
 
-def head_rows(head, lora):
-    return head(torch.eye(head.in_features, dtype=torch.bfloat16), **lora).T
+def head_rows(head, adapters):
+    return head(torch.eye(head.in_features, dtype=torch.bfloat16), adapters).T
 
 
 def test_verify_finds_a_changed_head(head_trained, tmp_path):

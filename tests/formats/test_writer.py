@@ -18,10 +18,10 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
 
-def w_hat_of_forward(layer, lora, dtype):
+def w_hat_of_forward(layer, dtype, *adapters):
     """What the layer multiplies by, seen from outside: its answer to unit vectors, exact in any dtype."""
     with torch.no_grad():
-        return layer(torch.eye(layer.in_features, dtype=dtype), **lora).T
+        return layer(torch.eye(layer.in_features, dtype=dtype), *adapters).T
 
 
 def listing(directory):
@@ -39,18 +39,18 @@ def test_bit_exact(trained, decode, tmp_path, bits, symmetric, group_size, dtype
         file, loaded = decode(directory, bits, symmetric), load_packed(directory)
         layers = list(quantized_layers(model))
         assert file.keys() == {name for name, _, _ in layers}
-        for name, layer, lora in layers:
+        for name, layer, adapters in layers:
             codes, scale, zero_point, w_hat = file[name]
-            assert torch.equal(codes.int(), layer.codes(**lora).int() + (1 << (bits - 1)) * symmetric), name
+            assert torch.equal(codes.int(), layer.codes(adapters).int() + (1 << (bits - 1)) * symmetric), name
             assert scale.dtype == dtype
             assert torch.equal(scale, layer.stored_scale())
             if not symmetric:
                 assert torch.equal(zero_point.int(), layer.stored_zero_point().int())
             # The training forward, the file and the loaded layer multiply by the same numbers.
-            assert torch.equal(w_hat_of_forward(layer, lora, dtype), w_hat), name
+            assert torch.equal(w_hat_of_forward(layer, dtype, adapters), w_hat), name
             packed = loaded.get_submodule(name)
             assert isinstance(packed, PackedLinear)
-            assert torch.equal(w_hat_of_forward(packed, {}, dtype), w_hat), name
+            assert torch.equal(w_hat_of_forward(packed, dtype), w_hat), name
 
 
 def test_training_moved_what_is_packed(trained, small_llama):
@@ -60,9 +60,9 @@ def test_training_moved_what_is_packed(trained, small_llama):
     prepare(before, scheme)
     grids = {name: (layer.codes(), layer.stored_scale()) for name, layer, _ in quantized_layers(before)}
     for mode in ("full", "lora"):
-        for name, layer, lora in quantized_layers(trained(scheme, mode=mode, seed=1)):
+        for name, layer, adapters in quantized_layers(trained(scheme, mode=mode, seed=1)):
             codes, scale = grids[name]
-            assert not torch.equal(layer.codes(**lora), codes), (mode, name)
+            assert not torch.equal(layer.codes(adapters), codes), (mode, name)
             assert torch.equal(layer.stored_scale(), scale) == (mode == "lora")
 
 

@@ -63,20 +63,20 @@ def test_train_pack_load_gives_equal_codes_scales_and_logits(family, scheme, mod
     if mode == "lora":
         model = add_lora(model, 4)
     select_trainable(model, mode)
-    before = {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+    before = {name: layer.codes(adapters) for name, layer, adapters in quantized_layers(model)}
     train(model, tokens, 0.3 if mode == "lora" else 0.003)
-    layers = {name: (layer, lora) for name, layer, lora in quantized_layers(model)}
-    moved = {name for name, (layer, lora) in layers.items() if not torch.equal(layer.codes(**lora), before[name])}
+    layers = {name: (layer, adapters) for name, layer, adapters in quantized_layers(model)}
+    moved = {name for name, (layer, adapters) in layers.items() if not torch.equal(layer.codes(adapters), before[name])}
     assert (len(moved) > LAYERS[family] // 2) == (mode != "scales")
     check = verify(save_packed(model, tmp_path), against=model)
     assert check.ok
     assert check.layers == len(layers) == LAYERS[family]
     loaded = load_packed(tmp_path)
-    for name, (layer, lora) in layers.items():
+    for name, (layer, adapters) in layers.items():
         packed = loaded.get_submodule(name)
         assert isinstance(packed, PackedLinear)
         codes, scale, zero_point = packed.unpack()
-        assert torch.equal(codes, layer.codes(**lora))
+        assert torch.equal(codes, layer.codes(adapters))
         assert torch.equal(scale, layer.stored_scale())
         assert zero_point is None or torch.equal(zero_point, layer.stored_zero_point())
 

@@ -104,8 +104,8 @@ def test_adapters_may_stay(run):
         beside = logits(model)
     if any(isinstance(m, LoraFakeQuantLinear) for m in model.modules()):
         assert not torch.allclose(beside, expected, atol=0.01)
-        for _, layer, lora in list(quantized_layers(model)):
-            layer.weight.data += lora["lora_scaling"] * lora["lora_b"].data @ lora["lora_a"].data
+        for _, layer, adapters in list(quantized_layers(model)):
+            layer.weight.data += adapters.scaling * adapters.b.data @ adapters.a.data
         with disable_quantizers(model):
             torch.testing.assert_close(beside, logits(model), rtol=1e-4, atol=1e-4)
     else:

@@ -55,14 +55,14 @@ def test_parameters_are_the_same_objects(tiny_llama):
         module = model.get_submodule(layer.name)
         assert isinstance(module, FakeQuantLinear)
         assert module.weight.dtype == torch.float32
-        assert module.scale_dtype == torch.bfloat16, "scales are stored in the model's dtype"
+        assert module.storage_dtype == torch.bfloat16, "scales are stored in the model's dtype"
     assert model.model.norm.weight.dtype == torch.bfloat16
 
 
 def test_options_reach_the_layers(tiny_llama):
     model = tiny_llama()
     prepare(model, SCHEME, storage_dtype=torch.float16, clip_mask=True)
-    assert {(m.scale_dtype, m.clip_mask) for _, m, _ in quantized_layers(model)} == {(torch.float16, True)}
+    assert {(m.storage_dtype, m.clip_mask) for _, m, _ in quantized_layers(model)} == {(torch.float16, True)}
 
 
 def test_overrides_change_layers_and_later_ones_win(tiny_llama):
@@ -232,7 +232,7 @@ def test_convert_takes_adapters_along(reference_op, tiny_llama, tokens):
     adapted = get_peft_model(model, config)
     layers = list(quantized_layers(adapted))
     assert [name for name, *_ in layers] == [layer.name for layer in plan(tiny_llama(), SCHEME).quantized]
-    assert sum(bool(lora) for *_, lora in layers) == 10
+    assert sum(on_grid.adapters is not None for on_grid in layers) == 10
     expected = logits(adapted, tokens)
     assert not torch.equal(expected, plain)
     packed = convert(adapted)

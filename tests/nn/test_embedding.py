@@ -10,7 +10,7 @@ from llmqat.models.patcher import convert, prepare
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.quant.affine import quantize
-from llmqat.quant.fake_quant import row_chunks
+from llmqat.quant.grid import row_chunks
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
 
@@ -29,10 +29,10 @@ def tied(tiny_llama):
     return make
 
 
-def w_hat(head, **lora):
+def w_hat(head, *adapters):
     """The matrix a head multiplies by, seen from outside."""
     with torch.no_grad():
-        return head(torch.eye(head.in_features), **lora).T
+        return head(torch.eye(head.in_features), *adapters).T
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -83,7 +83,7 @@ def test_adapters_reach_the_lookup(tied):
     assert isinstance(head, LoraFakeQuantLinear)
     a, b = head.factors("default")
     nn.init.normal_(b)
-    assert torch.equal(embedding(IDS), w_hat(head.base_layer, **head.adapters())[IDS])
+    assert torch.equal(embedding(IDS), w_hat(head.base_layer, head.adapters())[IDS])
     g = torch.randn(*IDS.shape, 64)
     got = torch.autograd.grad((embedding(IDS) * g).sum(), (a, b))
     expected = torch.autograd.grad((head(torch.eye(64)).T[IDS] * g).sum(), (a, b))
@@ -98,13 +98,13 @@ def test_adapters_reach_the_lookup(tied):
 
 def test_adapted_rows_come_from_the_chunks_of_the_whole(monkeypatch, tied):
     """Several chunks, wanted rows in some of them only."""
-    monkeypatch.setattr("llmqat.quant.fake_quant.CHUNK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr("llmqat.quant.grid.CHUNK_ELEMENTS", 64 * 50)
     assert len(list(row_chunks(128, 64))) == 3
     model = tied(4)
     add_lora(model, 4)
     nn.init.normal_(model.lm_head.factors("default")[1])
     head = model.lm_head
-    codes = head.base_layer.codes(**head.adapters())
+    codes = head.base_layer.codes(head.adapters())
     rows = model.model.embed_tokens(IDS)
     layer = head.base_layer
     scale = layer.stored_scale()[IDS.flatten()]

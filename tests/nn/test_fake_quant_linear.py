@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant import fake_quant
+from llmqat.quant import grid
 from llmqat.quant.affine import choose_scale, dequantize
+from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 
 IN, OUT = 64, 24
@@ -16,7 +17,7 @@ VARIANTS = [{}, {"code_scale": True}, {"compensation": True}, {"lora": True}, {"
 
 
 def make(scheme=SCHEME, dtype=torch.float32, lora=False, compensation=False, code_scale=False, **kwargs):
-    """A layer that looks as if it had been trained, and the adapter arguments of its forward."""
+    """A layer that looks as if it had been trained, and the adapters of its forward, if asked for."""
     layer = FakeQuantLinear.from_linear(nn.Linear(IN, OUT), scheme, dtype, **kwargs)
     with torch.no_grad():
         layer.scale *= 1 + 0.05 * torch.randn_like(layer.scale)
@@ -27,8 +28,8 @@ def make(scheme=SCHEME, dtype=torch.float32, lora=False, compensation=False, cod
         if code_scale:
             layer.decouple_scale()
             layer.scale *= 1.1
-    adapters = {"lora_a": torch.randn(3, IN) * 0.1, "lora_b": torch.randn(OUT, 3), "lora_scaling": 0.3}
-    return layer, adapters if lora else {}
+    adapters = Adapters(torch.randn(3, IN) * 0.1, torch.randn(OUT, 3), 0.3)
+    return layer, adapters if lora else None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -63,24 +64,24 @@ def test_is_planned_on_meta():
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "+".join(v) or "plain")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_runs_on_codes_and_scale(scheme, dtype, variant, monkeypatch):
-    layer, lora = make(scheme, dtype, **variant)
-    codes = layer.codes(**lora)
+    layer, adapters = make(scheme, dtype, **variant)
+    codes = layer.codes(adapters)
     assert codes.dtype == (torch.int8 if scheme.symmetric else torch.uint8)
     w_hat = dequantize(codes, layer.stored_scale(), layer.stored_zero_point(), scheme)
-    y = layer(torch.eye(IN), **lora) - layer.bias
+    y = layer(torch.eye(IN), adapters) - layer.bias
     layer.bias = None
-    assert torch.equal(layer(torch.eye(IN), **lora).T, w_hat.float())
+    assert torch.equal(layer(torch.eye(IN), adapters).T, w_hat.float())
     torch.testing.assert_close(y.T, w_hat.float(), atol=1e-6, rtol=1e-5)
-    if not lora:
+    if adapters is None:
         assert torch.equal(layer.quantized_weight(), w_hat)
-    assert torch.equal(layer.codes(**lora), codes)
-    monkeypatch.setattr(fake_quant, "CHUNK_ELEMENTS", 6 * IN)
-    assert torch.equal(layer.codes(**lora), codes)
+    assert torch.equal(layer.codes(adapters), codes)
+    monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 6 * IN)
+    assert torch.equal(layer.codes(adapters), codes)
 
 
 def test_latent_is_what_is_quantized():
     layer, _ = make(compensation=True)
-    assert torch.equal(layer.latent(), layer.weight + layer.compensation)
+    assert torch.equal(layer.latent().rows(slice(None)), layer.weight + layer.compensation)
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double])
@@ -88,11 +89,11 @@ def test_casting_the_model_keeps_masters_and_grid(cast):
     layer, _ = make(QuantScheme(4, 16, False), torch.bfloat16, compensation=True, code_scale=True)
     model = nn.Sequential(nn.LayerNorm(IN), layer)
     before, codes = {name: t.clone() for name, t in layer.state_dict().items()}, layer.codes()
-    weight, scale_dtype = layer.weight, layer.scale_dtype
+    weight, storage_dtype = layer.weight, layer.storage_dtype
     cast(model)
     assert model[0].weight.dtype != torch.float32
     assert layer.weight is weight
-    assert layer.scale_dtype == scale_dtype
+    assert layer.storage_dtype == storage_dtype
     for name, value in layer.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, before[name])
@@ -125,13 +126,13 @@ def test_decoupled_scales_train_without_moving_codes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_disabled_is_the_float_layer(dtype):
-    layer, lora = make(compensation=True, lora=True)
+    layer, adapters = make(compensation=True, lora=True)
     layer.enabled = False
     x = torch.randn(2, 3, IN, dtype=dtype)
     expected = nn.functional.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
     assert torch.equal(layer(x), expected)
-    adapted = layer.weight + 0.3 * lora["lora_b"] @ lora["lora_a"]
-    y = layer(x, **lora)
+    adapted = layer.weight + 0.3 * adapters.b @ adapters.a
+    y = layer(x, adapters)
     assert y.dtype == dtype
     atol = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(y.float(), nn.functional.linear(x.float(), adapted, layer.bias), rtol=0, atol=atol)
@@ -157,7 +158,7 @@ def test_clipped_counts_latents_beyond_the_grid(symmetric):
         layer.weight[0, :6] = torch.tensor([7.49, 7.51, -8.49, -8.51, 100, -100])
     assert layer.clipped() == 4
     one = torch.ones(1, IN)
-    assert layer.clipped(lora_a=one, lora_b=torch.ones(OUT, 1), lora_scaling=14.0) == layer.weight.numel() - 2
+    assert layer.clipped(Adapters(one, torch.ones(OUT, 1), 14.0)) == layer.weight.numel() - 2
 
 
 def gradients(layer, run, x):
@@ -171,28 +172,28 @@ def gradients(layer, run, x):
 @pytest.mark.parametrize("variant", [{}, {"lora": True, "clip_mask": True, "code_scale": True}], ids=["plain", "all"])
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_checkpointing_changes_nothing(variant, act_bits, symmetric):
-    layer, lora = make(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16, **variant)
+    layer, adapters = make(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16, **variant)
     layer.requires_grad_(True)
     x = torch.randn(2, 3, IN)
-    plain = gradients(layer, lambda x: layer(x, **lora), x)
-    again = gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=False, **lora), x)
+    plain = gradients(layer, lambda x: layer(x, adapters), x)
+    again = gradients(layer, lambda x: checkpoint(layer, x, adapters, use_reentrant=False), x)
     for a, b in zip(plain, again, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_autocast_gradients_are_close_to_float32(symmetric, act_bits):
-    layer, lora = make(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16, lora=True)
-    lora = {k: nn.Parameter(v) if torch.is_tensor(v) else v for k, v in lora.items()}
-    layer.lora_a, layer.lora_b = lora["lora_a"], lora["lora_b"]
+    layer, adapters = make(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16, lora=True)
+    adapters = Adapters(nn.Parameter(adapters.a), nn.Parameter(adapters.b), adapters.scaling)
+    layer.lora_a, layer.lora_b, _ = adapters
     x = torch.randn(8, 16, IN)
 
     def mixed(x):
         with torch.autocast("cpu", torch.bfloat16):
-            return layer(x, **lora)
+            return layer(x, adapters)
 
     layer.requires_grad_(True)
-    plain, half = gradients(layer, lambda x: layer(x, **lora), x), gradients(layer, mixed, x)
+    plain, half = gradients(layer, lambda x: layer(x, adapters), x), gradients(layer, mixed, x)
     assert half[0].dtype == torch.bfloat16
     for expected, value in zip(plain[1:], half[1:], strict=True):
         assert value.dtype == torch.float32
@@ -216,13 +217,14 @@ def test_used_twice_in_one_graph_gradients_add_up(symmetric):
 @pytest.mark.parametrize(
     "variant", [*VARIANTS, {"lora": True, "clip_mask": True}], ids=lambda v: "+".join(v) or "plain"
 )
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_of_weight_size_is_saved_but_the_weight(variant, scale_dtype, symmetric):
-    layer, lora = make(QuantScheme(4, 16, symmetric, 8), scale_dtype, **variant)
-    lora = {k: nn.Parameter(v) if torch.is_tensor(v) else v for k, v in lora.items()}
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_weight_size_is_saved_but_the_weight(variant, storage_dtype, symmetric):
+    layer, adapters = make(QuantScheme(4, 16, symmetric, 8), storage_dtype, **variant)
+    if adapters is not None:
+        adapters = Adapters(nn.Parameter(adapters.a), nn.Parameter(adapters.b), adapters.scaling)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        layer(torch.randn(2, IN, dtype=torch.bfloat16, requires_grad=True), **lora)
+        layer(torch.randn(2, IN, dtype=torch.bfloat16, requires_grad=True), adapters)
     allowed = {t.data_ptr() for t in (layer.weight, layer.compensation) if t is not None}
     large = {t.data_ptr() for t in saved if t.numel() >= layer.weight.numel()}
     assert layer.weight.data_ptr() in large

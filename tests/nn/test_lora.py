@@ -7,7 +7,6 @@ from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.quant.affine import dequantize
-from llmqat.quant.fake_quant import latent_rows
 from llmqat.scheme import QuantScheme
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,13 +37,12 @@ def adapters_of(model):
 
 
 def codes(model):
-    return [m.base_layer.codes(**m.adapters()) for m in adapters_of(model)]
+    return [m.base_layer.codes(m.adapters()) for m in adapters_of(model)]
 
 
 @torch.no_grad()
 def latent(module):
-    base, lora = module.base_layer, {"lora_a": None, "lora_b": None, "lora_scaling": 1.0} | module.adapters()
-    return latent_rows(slice(None), base.weight, base.compensation, *lora.values())
+    return module.base_layer.latent(module.adapters()).rows(slice(None))
 
 
 @torch.no_grad()
@@ -93,7 +91,7 @@ def test_adapters_train_inside_the_quantizer(prepared, tokens):
     assert all(not torch.equal(a, b) for a, b in zip(codes(model), before, strict=True))
     layer = adapters_of(model)[0]
     base = layer.base_layer
-    w_hat = dequantize(base.codes(**layer.adapters()), base.stored_scale(), None, base.scheme)
+    w_hat = dequantize(base.codes(layer.adapters()), base.stored_scale(), None, base.scheme)
     assert torch.equal(layer(torch.eye(base.in_features)).T, w_hat.float()), "the output is on the grid"
     expected = base.weight + layer.get_delta_weight("default")
     assert (w_hat.float() - expected).abs().max() <= 1.1 * base.scale.abs().max()
@@ -141,7 +139,7 @@ def test_several_adapters_add_up_and_can_be_switched_off(trained, tokens):
     model.base_model.set_adapter("second")
     torch.testing.assert_close(latent(layer), layer.base_layer.weight + second)
     with model.disable_adapter():
-        assert layer.adapters() == {}
+        assert layer.adapters() is None
         assert torch.equal(latent(layer), layer.base_layer.weight)
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from llmqat.errors import LlmqatError
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.quant.grid import Adapters
 from llmqat.quant.packing import packed_width
 from llmqat.scheme import QuantScheme
 
@@ -22,11 +23,11 @@ def trained(scheme, dtype, in_features=64, out_features=24, bias=True):
     return layer
 
 
-def assert_same_grid(packed, layer, **lora):
+def assert_same_grid(packed, layer, adapters=None):
     codes, scale, zero_point = packed.unpack()
-    assert codes.dtype == layer.codes(**lora).dtype
-    assert torch.equal(codes, layer.codes(**lora))
-    assert scale.dtype == layer.scale_dtype
+    assert codes.dtype == layer.codes(adapters).dtype
+    assert torch.equal(codes, layer.codes(adapters))
+    assert scale.dtype == layer.storage_dtype
     assert torch.equal(scale, layer.stored_scale())
     if layer.zero_point is None:
         assert zero_point is None
@@ -54,11 +55,11 @@ def test_packs_adapters_compensation_and_code_scale(reference_op, symmetric, act
     layer.compensation = 0.05 * torch.randn(24, 64)
     layer.decouple_scale()
     layer.scale.data *= 1.07
-    lora = {"lora_a": torch.randn(3, 64) * 0.1, "lora_b": torch.randn(24, 3), "lora_scaling": 0.3}
-    packed, x = PackedLinear.from_fake_quant(layer, **lora), torch.randn(5, 64, dtype=torch.bfloat16)
-    assert_same_grid(packed, layer, **lora)
-    assert not torch.equal(layer.codes(**lora), plain)
-    assert torch.equal(packed(x), layer(x, **lora))
+    adapters = Adapters(torch.randn(3, 64) * 0.1, torch.randn(24, 3), 0.3)
+    packed, x = PackedLinear.from_fake_quant(layer, adapters), torch.randn(5, 64, dtype=torch.bfloat16)
+    assert_same_grid(packed, layer, adapters)
+    assert not torch.equal(layer.codes(adapters), plain)
+    assert torch.equal(packed(x), layer(x, adapters))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

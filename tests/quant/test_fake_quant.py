@@ -6,35 +6,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmqat.quant import fake_quant
+from llmqat.quant import grid
 from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, grouped, quantize
-from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize, latent_rows
+from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize
+from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.scheme import QuantScheme
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+@pytest.mark.parametrize("storage_dtype", STORAGE_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("columns", "group_size"), [(96, 1), (96, 16), (96, 32), (96, -1), (83, -1), (83, 1), (85, 17)]
 )
-def test_is_dequantize_of_quantize_bit_for_bit(bits, symmetric, columns, group_size, scale_dtype, monkeypatch):
+def test_is_dequantize_of_quantize_bit_for_bit(bits, symmetric, columns, group_size, storage_dtype, monkeypatch):
     scheme = QuantScheme(bits, group_size, symmetric)
     for seed in range(6):
         torch.manual_seed(seed)
         weight = torch.randn(13, columns)
         scale, zero_point = choose_scale(weight, scheme, torch.float32)
         scale = scale * (1 + 0.1 * torch.randn_like(scale))  # as after some training: not a value of the storage dtype
-        stored = scale.to(scale_dtype)
+        stored = scale.to(storage_dtype)
         z = None if zero_point is None else zero_point + 0.3
         expected = dequantize(quantize(weight, stored, zero_point, scheme), stored, zero_point, scheme)
-        w_hat = fake_quantize(weight, scale, z, scheme, scale_dtype)
-        assert w_hat.dtype == scale_dtype
+        w_hat = fake_quantize(Latent(weight), Grid(scale, z, None, scheme, storage_dtype))
+        assert w_hat.dtype == storage_dtype
         assert torch.equal(w_hat, expected)
-        assert torch.equal(fake_quantize(weight, scale, z, scheme, scale_dtype), w_hat)
+        assert torch.equal(fake_quantize(Latent(weight), Grid(scale, z, None, scheme, storage_dtype)), w_hat)
         with monkeypatch.context() as patch:
-            patch.setattr(fake_quant, "CHUNK_ELEMENTS", 4 * columns)
-            assert torch.equal(fake_quantize(weight, scale, z, scheme, scale_dtype), w_hat)
+            patch.setattr(grid, "CHUNK_ELEMENTS", 4 * columns)
+            assert torch.equal(fake_quantize(Latent(weight), Grid(scale, z, None, scheme, storage_dtype)), w_hat)
 
 
 class Straight(torch.autograd.Function):
@@ -53,17 +54,28 @@ def straight(x, fn):
     return Straight.apply(x, fn(x.detach()))
 
 
+def by_value(
+    x, weight, scale, zero_point, bias, scheme, storage_dtype, *, clip_mask, lora_scaling,
+    code_scale=None, compensation=None, lora_a=None, lora_b=None,
+):  # fmt: skip
+    adapters = None if lora_a is None else Adapters(lora_a, lora_b, lora_scaling)
+    grid = Grid(scale, zero_point, code_scale, scheme, storage_dtype)
+    return fake_quant_linear(x, Latent(weight, compensation, adapters), grid, bias, clip_mask=clip_mask)
+
+
 @dataclass
 class Case:
     """Arguments of `fake_quant_linear`, and an independent forward that plain autograd differentiates."""
 
     scheme: QuantScheme
-    scale_dtype: torch.dtype
+    storage_dtype: torch.dtype
     tensors: dict[str, Tensor]
     options: dict[str, Tensor | float | bool]
 
     @classmethod
-    def make(cls, scheme, scale_dtype=torch.float32, code_scale=False, compensation=False, lora=False, clip_mask=False):
+    def make(
+        cls, scheme, storage_dtype=torch.float32, code_scale=False, compensation=False, lora=False, clip_mask=False
+    ):
         weight = torch.randn(12, 32)
         # ranges shrunk to 0.6 of what the weights need: a good part of them lies beyond the grid
         scale, z = choose_scale(weight, scheme, torch.float32, shrink=0.6)
@@ -77,19 +89,19 @@ class Case:
             options["code_scale"] = scale * 0.98
         if compensation:
             options["compensation"] = torch.randn(12, 32) * 0.2
-        return cls(scheme, scale_dtype, tensors, options)
+        return cls(scheme, storage_dtype, tensors, options)
 
     def to(self, dtype):
         tensors = {name: torch.nn.Parameter(t.detach().to(dtype)) for name, t in self.tensors.items()}
         options = {name: v.to(dtype) if torch.is_tensor(v) else v for name, v in self.options.items()}
         return replace(self, tensors=tensors, options=options)
 
-    def run(self, fn=fake_quant_linear):
+    def run(self, fn=by_value):
         t = {"zero_point": None, **self.tensors}
         args = [t.pop(name) for name in ("x", "weight", "scale", "zero_point", "bias")]
-        return fn(*args, self.scheme, self.scale_dtype, **t, **self.options)
+        return fn(*args, self.scheme, self.storage_dtype, **t, **self.options)
 
-    def gradients(self, fn=fake_quant_linear):
+    def gradients(self, fn=by_value):
         torch.manual_seed(7)
         y = self.run(fn)
         grads = torch.autograd.grad(y, list(self.tensors.values()), torch.randn(2, 5, 12).to(y.dtype))
@@ -97,20 +109,20 @@ class Case:
 
 
 def reference(
-    x, weight, scale, zero_point, bias, scheme, scale_dtype, *, clip_mask, lora_scaling,
+    x, weight, scale, zero_point, bias, scheme, storage_dtype, *, clip_mask, lora_scaling,
     code_scale=None, compensation=None, lora_a=None, lora_b=None,
 ):  # fmt: skip
     latent = weight if compensation is None else weight + compensation
     if lora_a is not None:
         latent = latent + lora_scaling * (lora_b @ lora_a)
-    stored = straight(scale, lambda s: s.to(scale_dtype).to(s.dtype)).unsqueeze(-1)
+    stored = straight(scale, lambda s: s.to(storage_dtype).to(s.dtype)).unsqueeze(-1)
     s0 = stored if code_scale is None else code_scale.unsqueeze(-1)
     z = 0.0
     if zero_point is not None:
         z = straight(zero_point, lambda z: z.round().clamp(scheme.qmin, scheme.qmax)).unsqueeze(-1)
     u = straight(grouped(latent, scheme) / s0, torch.round) + z
     q = u.clamp(scheme.qmin, scheme.qmax) if clip_mask else straight(u, lambda u: u.clamp(scheme.qmin, scheme.qmax))
-    w_hat = straight((stored * (q - z)).flatten(-2), lambda w: w.to(scale_dtype).to(w.dtype))
+    w_hat = straight((stored * (q - z)).flatten(-2), lambda w: w.to(storage_dtype).to(w.dtype))
     return linear(x if scheme.act_bits is None else straight(x, fake_quantize_activation), w_hat, bias)
 
 
@@ -126,9 +138,9 @@ EXTRAS = [{}, {"compensation": True}, {"lora": True}, {"compensation": True, "lo
 @pytest.mark.parametrize("code_scale", [False, True], ids=["lsq", "apart"])
 @pytest.mark.parametrize("clip_mask", [False, True], ids=["ste", "mask"])
 def test_gradients_equal_autograd_in_float64(symmetric, clip_mask, code_scale, act_bits, extra):
-    for bits, scale_dtype in product((2, 4, 8), (torch.float32, torch.bfloat16)):
+    for bits, storage_dtype in product((2, 4, 8), (torch.float32, torch.bfloat16)):
         scheme = QuantScheme(bits, 8, symmetric, act_bits)
-        case = Case.make(scheme, scale_dtype, code_scale, clip_mask=clip_mask, **extra).to(torch.float64)
+        case = Case.make(scheme, storage_dtype, code_scale, clip_mask=clip_mask, **extra).to(torch.float64)
         expected = case.gradients(reference)
         for name, value in case.gradients().items():
             assert error(value, expected[name]) < 1e-10, name
@@ -151,12 +163,12 @@ def test_gradients_as_close_to_float64_as_plain_torch(symmetric, dtype):
     single = case.to(torch.float32)
     single.tensors["x"] = case.tensors["x"].to(dtype).requires_grad_()
 
-    def cast_to_x(x, weight, scale, zero_point, bias, scheme, scale_dtype, **kwargs):
+    def cast_to_x(x, weight, scale, zero_point, bias, scheme, storage_dtype, **kwargs):
         def at_end(x_, w_hat_t):
             return x_ @ w_hat_t.to(x.dtype) + bias.to(x.dtype)
 
         eye = torch.eye(weight.shape[1])  # the reference's W_hat.T, by its own formula
-        return at_end(x, reference(eye, weight, scale, zero_point, torch.zeros(12), scheme, scale_dtype, **kwargs))
+        return at_end(x, reference(eye, weight, scale, zero_point, torch.zeros(12), scheme, storage_dtype, **kwargs))
 
     baseline, ours = single.gradients(cast_to_x), single.gradients()
     for name, value in ours.items():
@@ -185,7 +197,7 @@ def test_chunks_change_no_gradient(symmetric, monkeypatch):
     case = Case.make(QuantScheme(4, 8, symmetric), code_scale=True, compensation=True, lora=True, clip_mask=True)
     case = case.to(torch.float64)
     whole = case.gradients()
-    monkeypatch.setattr(fake_quant, "CHUNK_ELEMENTS", 5 * 32)
+    monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 5 * 32)
     for name, value in case.gradients().items():
         torch.testing.assert_close(value, whole[name], rtol=1e-13, atol=1e-13)
 
@@ -201,14 +213,14 @@ def test_any_leading_shape(x_shape):
 
 
 @pytest.mark.parametrize(
-    ("lora", "scale_dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)]
+    ("lora", "storage_dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)]
 )
-def test_torch_compile_trains_on_the_same_grid(lora, scale_dtype):
+def test_torch_compile_trains_on_the_same_grid(lora, storage_dtype):
     """A fused kernel that skips the rounding of the scale to bfloat16 would train on codes that are never packed."""
     torch._dynamo.reset()
     scheme = QuantScheme(4, 16, symmetric=not lora, act_bits=8 if lora else None)
-    case = Case.make(scheme, scale_dtype, lora=lora, clip_mask=lora).to(torch.float32)
-    eager, compiled = case.gradients(), case.gradients(torch.compile(fake_quant_linear))
+    case = Case.make(scheme, storage_dtype, lora=lora, clip_mask=lora).to(torch.float32)
+    eager, compiled = case.gradients(), case.gradients(torch.compile(by_value))
     for name, value in compiled.items():
         torch.testing.assert_close(value, eager[name], rtol=1e-5, atol=1e-5, msg=name)
 
@@ -224,7 +236,7 @@ def test_autocast_leaves_the_grid_alone():
     assert mixed.dtype == torch.bfloat16
     assert torch.equal(mixed.float(), plain)
     t = case.tensors
-    args = (slice(None), t["weight"], None, t["lora_a"], t["lora_b"], 0.7)
+    latent = Latent(t["weight"], None, Adapters(t["lora_a"], t["lora_b"], 0.7))
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = latent_rows(*args)
-    assert torch.equal(under_autocast, latent_rows(*args))
+        under_autocast = latent.rows(slice(None))
+    assert torch.equal(under_autocast, latent.rows(slice(None)))

@@ -19,7 +19,7 @@ def train(run, config, mode, **kwargs):
 
 
 def codes(model):
-    return {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+    return {name: layer.codes(adapters) for name, layer, adapters in quantized_layers(model)}
 
 
 def trained(model):

@@ -179,7 +179,7 @@ def test_lora_reaches_experts_and_is_loaded_again(tiny_moe, tokens, tmp_path, fa
     model = tiny_moe(family)
     names = {layer.name for layer in prepare(model, QuantScheme(4, 16)).quantized}
     adapted = add_lora(model, 4)
-    assert {name for name, _, lora in quantized_layers(adapted) if lora} == names
+    assert {name for name, _, adapters in quantized_layers(adapted) if adapters} == names
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

@@ -26,7 +26,7 @@ COMMON = {
 
 
 def codes(model):
-    return {name: layer.codes(**lora) for name, layer, lora in quantized_layers(model)}
+    return {name: layer.codes(adapters) for name, layer, adapters in quantized_layers(model)}
 
 
 def same(a, b):

@@ -1,0 +1,132 @@
+"""The values that describe a quantized weight: `Grid`, `Latent` and `Adapters`.
+
+They are NamedTuples of tensors and numbers: functions take them as they are, and only `torch.autograd.Function.apply`
+needs them laid flat. Shapes as in `llmqat.quant.affine`: a weight is ``(out, in)``, its scales are ``(out, groups)``.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmqat.quant.affine import code_values, dequantize
+from llmqat.scheme import QuantScheme
+
+# Rows are processed so that a float32 temporary of them (1 MiB) stays in the L2 cache between passes.
+CHUNK_ELEMENTS = 1 << 18
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
+    step = max(1, CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+class Adapters(NamedTuple):
+    """LoRA inside the quantizer: ``scaling * b @ a`` is added to the weight before it is quantized.
+
+    Attributes:
+        a: ``(r, in)``.
+        b: ``(out, r)``.
+        scaling: ``alpha / r``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class Latent(NamedTuple):
+    """The weight that is quantized, as a sum: ``weight + scaling * b @ a + compensation``.
+
+    Attributes:
+        weight: the trainable master, ``(out, in)`` float32 (float64 for a float64 model).
+        compensation: ``(out, in)`` in any float dtype, what GPTQ added to the weight; None for nothing.
+        adapters: LoRA factors; None for none.
+    """
+
+    weight: Tensor
+    compensation: Tensor | None = None
+    adapters: Adapters | None = None
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices over the rows, so that temporaries stay small: see `row_chunks`."""
+        return row_chunks(*self.weight.shape)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says."""
+        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.adapters is not None:
+            a, b, scaling = self.adapters
+            with torch.autocast(total.device.type, enabled=False):
+                total = torch.addmm(total, b[rows].to(total.dtype), a.to(total.dtype), alpha=scaling)
+        if self.compensation is not None:  # last: merged adapters then give the same bits
+            total = total + self.compensation[rows]
+        return total
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Rows `ids` ``(n,)`` of the sum, ``(n, in)``, bit for bit those of `rows`; no gradient.
+
+        With adapters whole chunks of rows are computed: a matrix product of other rows may round otherwise.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        if self.adapters is None:
+            total = self.weight[ids].to(dtype)
+            return total if self.compensation is None else total + self.compensation[ids]
+        total = torch.empty(len(ids), self.weight.shape[1], dtype=dtype, device=self.weight.device)
+        for rows in self.chunks():
+            wanted = ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(-1)
+            if len(wanted):
+                total[wanted] = self.rows(rows)[ids[wanted] - rows.start]
+        return total
+
+
+class Grid(NamedTuple):
+    """The integer grid of one weight: ``W_hat = scale * (codes - zero_point)``.
+
+    Attributes:
+        scale: ``(out, groups)``, of either sign; float32 while it trains.
+        zero_point: ``(out, groups)``; None for a symmetric scheme.
+        code_scale: ``(out, groups)``, finds the codes in place of `scale`, so that training the scale moves no code;
+            None where the scale itself finds them.
+        scheme: bits, group size, symmetric or not.
+        storage_dtype: dtype in which the scale is stored, and ``W_hat`` is computed.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    code_scale: Tensor | None
+    scheme: QuantScheme
+    storage_dtype: torch.dtype
+
+    def stored(self) -> "Grid":
+        """The grid as a file holds it: the scale in the storage dtype, zero points integers of the code range."""
+        zero_point = self.zero_point
+        if zero_point is not None:
+            zero_point = zero_point.round().clamp(self.scheme.qmin, self.scheme.qmax)
+        return self._replace(scale=self.scale.to(self.storage_dtype), zero_point=zero_point)
+
+    def widened(self, dtype: torch.dtype) -> "Grid":
+        """The `stored` grid with its scales in `dtype`, in which gradients are computed."""
+        grid = self.stored()
+        code_scale = None if grid.code_scale is None else grid.code_scale.to(dtype)
+        return grid._replace(scale=grid.scale.to(dtype), code_scale=code_scale)
+
+    def rows(self, rows: slice | Tensor) -> "Grid":
+        """The grid of some rows of the weight."""
+        return self._replace(
+            scale=self.scale[rows],
+            zero_point=None if self.zero_point is None else self.zero_point[rows],
+            code_scale=None if self.code_scale is None else self.code_scale[rows],
+        )
+
+    def code_values(self, latent: Tensor) -> Tensor:
+        """Codes of `latent` ``(rows, in)``, in floating point; the grid is `stored`, and that of these rows."""
+        scale = self.scale if self.code_scale is None else self.code_scale
+        return code_values(latent, scale, self.zero_point, self.scheme)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """``W_hat`` of `codes` ``(rows, in)`` in the storage dtype; the grid is `stored`, and that of these rows."""
+        return dequantize(codes, self.scale, self.zero_point, self.scheme)
