@@ -24,7 +24,8 @@ from llmqat.metrics.published import scored_windows
 from llmqat.metrics.throughput import Throughput, throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.models.loading import load_float, load_tokenizer
+from llmqat.models.loading import load_tokenizer
+from llmqat.models.pair import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
 from llmqat.report.page.render import write_page
 from llmqat.report.plan import Inspection

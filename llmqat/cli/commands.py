@@ -65,7 +65,7 @@ def load_any(name: str, dtype: Any = None, activations: Any = None) -> tuple[Any
     elif activations:
         raise LlmqatError(f"--activations {activations} is for packed models; {name} is a float model")
     else:
-        model = load_float(str(directory), dtype)[0]
+        model = load_float(str(directory), dtype)
     return model, load_tokenizer(str(directory))
 
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import local_directory, weight_files
-from llmqat.models.loading import load_empty, resolve_name
+from llmqat.formats.reader import generation_config, local_directory, weight_files
+from llmqat.models.loading import load_config, load_empty, resolve_name
 
 
 class PartialModel:
@@ -33,16 +32,17 @@ class PartialModel:
             LlmqatError: see `load_config`; or if its weights are damaged, or are not safetensors.
         """
         self.name = name
+        load_config(name)  # says what is wrong with a name better than a download
+        directory = local_directory(resolve_name(name))
         self.model, self.dtype = load_empty(name)
         self.model.eval()
-        directory = local_directory(resolve_name(name))
         if not any(directory.glob("*.safetensors")):
             raise LlmqatError(
                 f"model {name} has no safetensors, which can be read in parts; load it once with transformers and "
                 "write it again with save_pretrained"
             )
         if (directory / "generation_config.json").exists():
-            self.model.generation_config = GenerationConfig.from_pretrained(directory)
+            self.model.generation_config = generation_config(directory)
         self.file_of: dict[str, Path] = {}
         for path in weight_files(directory):
             with ExitStack() as stack:

@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
@@ -19,6 +19,7 @@ from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
 from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
+from llmqat.models.foreign import ForeignError, from_pretrained
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
@@ -229,3 +230,17 @@ def _fill(
     if lost or unexpected:
         what = f"lacks {', '.join(lost[:3])}" if lost else f"holds unknown tensors {', '.join(unexpected[:3])}"
         raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")
+
+
+def generation_config(directory: Path) -> Any:
+    """What generation_config.json says.
+
+    Raises:
+        LlmqatError: if it is damaged.
+    """
+    try:
+        return from_pretrained(GenerationConfig, directory)
+    except ForeignError as error:
+        raise LlmqatError(
+            f"cannot use {directory / 'generation_config.json'}: {error}; copy it again, or remove it"
+        ) from error

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmqat.errors import LlmqatError
+from llmqat.models.foreign import ForeignError, from_pretrained
+from llmqat.models.stored import separate_heads, stored_dtype
+from llmqat.models.ties import correct_flag, possible_ties, set_tied
 
 # Names that need no network.
 ALIASES = {"llama": "llama"}
+REMEMBERED = "_llmqat_storage_dtype"
 
 
 def resolve_name(name: str) -> str:
@@ -25,19 +30,22 @@ def load_config(name: str) -> Any:
     """The config of a float model.
 
     Raises:
-        LlmqatError: if it cannot be found or read, its family is unknown to transformers, or it is quantized already.
+        LlmqatError: if it cannot be found or read, its family is unknown to transformers, it is quantized already, or
+            comes with code of its own.
     """
     path = resolve_name(name)
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise LlmqatError(f"model directory {name} does not exist; give a directory, a Hub id, or {', '.join(ALIASES)}")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except ValueError as error:
-        raise LlmqatError(f"cannot use model {name}: {_short(error)}") from error
-    except OSError as error:
+        config = from_pretrained(AutoConfig, path)
+    except ForeignError as error:
+        if isinstance(error.__cause__, OSError):
+            raise LlmqatError(
+                f"cannot load model {name}: not a model directory, and not reachable on the Hub; without a network, "
+                f"give a local directory or {', '.join(ALIASES)}"
+            ) from error
         raise LlmqatError(
-            f"cannot load model {name}: not a model directory, and not reachable on the Hub; without a network, give a "
-            f"local directory or {', '.join(ALIASES)}"
+            f"cannot use model {name}: its config.json says {error}; copy or download it again"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise LlmqatError(f"model {name} is quantized already; start from the float model it was made of")
@@ -54,59 +62,80 @@ def load_tokenizer(name: str) -> Any:
         what `AutoTokenizer` gives.
 
     Raises:
-        LlmqatError: if it has none.
+        LlmqatError: if it has none, or one that comes with code of its own.
     """
     try:
-        return AutoTokenizer.from_pretrained(resolve_name(name))
-    except (OSError, ValueError) as error:
-        raise LlmqatError(f"model {name} has no tokenizer that transformers can load: {_short(error)}") from error
+        return from_pretrained(AutoTokenizer, resolve_name(name))
+    except ForeignError as error:
+        raise LlmqatError(f"model {name} has no tokenizer that transformers can load: {error}") from error
 
 
-def load_float(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, torch.dtype]:
-    """A float model in evaluation mode.
+def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A float model in evaluation mode, which remembers the dtype its weights are stored in: `storage_dtype_of`.
 
     Args:
         name: Hub id, directory or alias.
         dtype: to compute in; by default the stored one.
 
-    Returns:
-        the model, and the dtype its weights are stored in.
-
     Raises:
-        LlmqatError: see `load_config`; or if its weights are damaged.
+        LlmqatError: see `load_config` and `stored_dtype`; or if its weights are damaged.
     """
-    stored = getattr(load_config(name), "dtype", None) or torch.float32
+    config, path = load_config(name), resolve_name(name)
+    said = getattr(config, "dtype", None)
+    stored = stored_dtype(Path(path), said) if Path(path).is_dir() else None
+    options = {"dtype": dtype or stored or said or "auto", "output_loading_info": True, "weights_only": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_name(name), dtype=dtype or stored, output_loading_info=True
-        )
-    except (
-        Exception
-    ) as error:  # safetensors, OS and torch errors: all mean that the files are not what config.json says
-        raise LlmqatError(
-            f"cannot load the weights of {name}: {_short(error)}; copy or download the model again"
-        ) from error
+        loaded: Any = from_pretrained(AutoModelForCausalLM, path, **options)
+    except ForeignError as error:
+        raise LlmqatError(f"cannot load the weights of {name}: {error}; copy or download the model again") from error
     model, info = loaded
     if info["missing_keys"]:
         lost = ", ".join(sorted(info["missing_keys"])[:3])
         raise LlmqatError(f"cannot load the weights of {name}: they lack {lost}; copy or download the model again")
-    return model.eval(), stored
+    if stored is None:
+        directory = cached_directory(path)
+        stored = stored_dtype(directory, said) if directory else model.dtype
+        model = model if dtype else model.to(stored)
+    correct_flag(model)
+    setattr(model, REMEMBERED, stored)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def storage_dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that scales and float parts of `model` get in a packed file: that of the files it was loaded from, else
+    the one it has."""
+    remembered: torch.dtype = getattr(model, REMEMBERED, model.dtype)
+    return remembered
+
+
+def cached_directory(name: str) -> Path | None:
+    """Where the files of a Hub repository lie that were downloaded; None if they were not."""
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     """A float32 model without weights, on the meta device, and the dtype that its weights are stored in.
 
     Raises:
-        LlmqatError: see `load_config`.
+        LlmqatError: see `load_config` and `stored_dtype`.
     """
-    config = load_config(name)
-    stored = getattr(config, "dtype", None) or torch.float32
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()
+    config, path = load_config(name), Path(resolve_name(name))
+    said = getattr(config, "dtype", None)
+    directory = path if path.is_dir() else cached_directory(str(path))
+    model = _empty(config)
+    if directory is None:
+        return model, said or torch.float32
+    stored = stored_dtype(directory, said)
+    if getattr(config, "tie_word_embeddings", False) and any(separate_heads(directory, possible_ties(model))):
+        set_tied(config, False)
+        model = _empty(config)
     return model, stored
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+def _empty(config: Any) -> PreTrainedModel:
+    """A float32 model of `config` on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model

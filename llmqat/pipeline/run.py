@@ -29,7 +29,7 @@ from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
 from llmqat.models.coverage import check_coverage
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
-from llmqat.models.loading import load_float, load_tokenizer
+from llmqat.models.loading import load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
     GPTQ_REMEDY,
     prepare,
@@ -97,7 +97,8 @@ class Run:
         self.corpus = read(recipe.data, recipe.data.dataset)
         say(f"loading {recipe.model}")
         self.model: Any
-        self.model, self.stored_dtype = load_float(recipe.model, torch.float32)
+        self.model = load_float(recipe.model, torch.float32)
+        self.stored_dtype = storage_dtype_of(self.model)
         self.tokenizer = load_tokenizer(recipe.model)
         self.recipe = recipe = config_module.resolve(recipe, sum(p.numel() for p in self.model.parameters()))
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -296,9 +297,7 @@ class Run:
                 ("float", partial(load_float, self.recipe.model)),
                 ("packed", partial(load_packed, self.directory)),
             ):
-                loaded = load()
-                model = loaded[0] if isinstance(loaded, tuple) else loaded
-                self.measured.throughput[row] = throughput(model, config.prompt, config.new_tokens, config.repeats)
+                self.measured.throughput[row] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
 
     def finish(self) -> None:
         """Report and model card."""

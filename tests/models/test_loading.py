@@ -1,14 +1,24 @@
+import copy
 import json
 import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig
 
 from llmqat.errors import LlmqatError
-from llmqat.models import loading
-from llmqat.models.loading import load_config, load_float, load_tokenizer, resolve_name
+from llmqat.models.foreign import short
+from llmqat.models.loading import (
+    load_config,
+    load_empty,
+    load_float,
+    load_tokenizer,
+    resolve_name,
+    storage_dtype_of,
+)
 
 
 @pytest.fixture
@@ -19,25 +29,111 @@ def damaged(model_dir, tmp_path):
 
 def edit_config(folder, **values):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
 def test_loads_in_the_stored_or_the_asked_dtype(model_dir):
-    model, stored = load_float(str(model_dir))
-    assert stored == model.dtype == torch.bfloat16
+    model = load_float(str(model_dir))
+    assert storage_dtype_of(model) == model.dtype == torch.bfloat16
     assert not model.training
-    wide, stored = load_float(str(model_dir), torch.float32)
-    assert stored == torch.bfloat16
+    wide = load_float(str(model_dir), torch.float32)
+    assert storage_dtype_of(wide) == storage_dtype_of(copy.deepcopy(wide)) == torch.bfloat16
     assert wide.dtype == torch.float32
     assert torch.equal(wide.lm_head.weight, model.lm_head.weight.float())
 
 
-def test_float32_where_the_config_says_nothing(damaged):
-    config = json.loads((damaged / "config.json").read_text())
-    del config["dtype"]
-    (damaged / "config.json").write_text(json.dumps(config))
-    model, stored = load_float(str(damaged))
-    assert stored == model.dtype == torch.float32
+def test_a_model_of_ones_own_is_stored_as_it_is(tiny_llama):
+    assert storage_dtype_of(tiny_llama().bfloat16()) == torch.bfloat16
+
+
+@pytest.mark.parametrize("said", [..., "float32"], ids=["missing", "wrong"])
+def test_the_tensors_say_what_is_stored(damaged, said):
+    """A config without a dtype, or with a wrong one, is no reason to write a file twice as large."""
+    edit_config(damaged, dtype=said)
+    assert storage_dtype_of(load_float(str(damaged), torch.float32)) == torch.bfloat16
+    assert load_float(str(damaged)).dtype == torch.bfloat16
+    assert load_empty(str(damaged))[1] == torch.bfloat16
+
+
+def test_most_of_mixed_dtypes(damaged):
+    """Norms in float32 beside matrices in bfloat16."""
+    tensors = load_file(damaged / "model.safetensors")
+    tensors = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in tensors.items()}
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    edit_config(damaged, dtype=...)
+    assert storage_dtype_of(load_float(str(damaged))) == torch.bfloat16
+
+
+def test_the_dtype_of_pickled_weights(damaged):
+    torch.save(load_file(damaged / "model.safetensors"), damaged / "pytorch_model.bin")
+    (damaged / "model.safetensors").unlink()
+    edit_config(damaged, dtype=...)
+    assert storage_dtype_of(load_float(str(damaged), torch.float32)) == torch.bfloat16
+
+
+def test_the_dtype_of_shards(damaged, model_dir):
+    load_float(str(model_dir)).save_pretrained(damaged, max_shard_size="20KB")
+    (damaged / "model.safetensors").unlink(missing_ok=True)
+    edit_config(damaged, dtype=...)
+    assert len(list(damaged.glob("model-*.safetensors"))) > 1
+    assert storage_dtype_of(load_float(str(damaged), torch.float32)) == torch.bfloat16
+
+
+def test_numbers_of_eight_bits_without_a_quantization(damaged):
+    tensors = load_file(damaged / "model.safetensors")
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmqatError, match=r"most weights of .* are stored as F8_E4M3, and config\.json has no quant"):
+        load_float(str(damaged))
+
+
+@pytest.mark.parametrize("read", [load_config, load_float, load_tokenizer], ids=lambda read: read.__name__)
+def test_code_of_a_model_never_runs(damaged, tmp_path, read, monkeypatch):
+    """And nobody is asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (damaged / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit_config(damaged, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    tokenizer = json.loads((damaged / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (damaged / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(LlmqatError, match=r"comes with Python code of its own \(auto_map\), which llmqat never runs"):
+        read(str(damaged))
+    assert not (tmp_path / "ran").exists()
+
+
+def separate_head(folder, model_dir, flag):
+    """The model with a head of its own, and a config that says `flag`."""
+    model = load_float(str(model_dir))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    edit_config(folder, tie_word_embeddings=flag)
+    return model
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_head_of_its_own_stays_one(damaged, model_dir, flag):
+    """Also when something ties the weights of the model again."""
+    expected = separate_head(damaged, model_dir, flag).lm_head.weight
+    for model in (load_float(str(damaged)), load_empty(str(damaged))[0]):
+        model.tie_weights()
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+        assert model.config.tie_word_embeddings is False
+    model = load_float(str(damaged))
+    model.tie_weights()
+    assert torch.equal(model.lm_head.weight, expected)
+
+
+def test_a_tied_head_that_is_stored_twice_stays_tied(damaged, tied_dir):
+    model = load_float(str(tied_dir))
+    tensors = load_file(tied_dir / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    shutil.copy(tied_dir / "config.json", damaged)
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    for loaded in (model, load_float(str(damaged)), load_empty(str(damaged))[0]):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.config.tie_word_embeddings is True
 
 
 def test_tokenizer(model_dir, tokenizer):
@@ -62,7 +158,7 @@ def test_missing_directory(name):
 
 
 def test_unreachable_hub(monkeypatch):
-    def offline(name):
+    def offline(name, **options):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nlong story")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
@@ -120,6 +216,6 @@ def test_no_tokenizer(damaged):
 
 
 def test_messages_stay_short():
-    assert loading._short(ValueError("a\n  b")) == "a b"
-    assert loading._short(ValueError()) == "ValueError"
-    assert len(loading._short(ValueError("x" * 500))) == 200
+    assert short(ValueError("a\n  b")) == "a b"
+    assert short(ValueError()) == "ValueError"
+    assert len(short(ValueError("x" * 500))) == 200

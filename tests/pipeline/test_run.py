@@ -100,7 +100,7 @@ def test_finetune(go, model_dir, mode):
     assert (done.directory / "adapter" / "adapter_model.safetensors").exists() == (mode == "lora")
     assert verify(done.directory).ok
     # What it was compared with, and taught by, is the float model: nothing that preparing did has moved it.
-    original, _ = load_float(str(model_dir), torch.float32)
+    original = load_float(str(model_dir), torch.float32)
     assert ppl["float"] == pytest.approx(evaluate(original, done.measured.data).perplexity, rel=1e-6)
     packed = evaluate(load_packed(done.directory, torch.float32), done.measured.data, FloatCopy(original))
     assert report["kl_to_float"]["packed"] == pytest.approx(packed.kl_to_float, rel=1e-4)
@@ -304,7 +304,7 @@ def test_quantized_head_and_cache(go, tied_dir, mode):
     loaded = load_packed(done.directory)
     assert isinstance(loaded.model.embed_tokens, PackedEmbedding)
     assert kv_bits_of(loaded) == 8
-    original, _ = load_float(str(tied_dir), torch.float32)
+    original = load_float(str(tied_dir), torch.float32)
     assert ppl["float"] == pytest.approx(evaluate(original, done.measured.data).perplexity, rel=1e-6)
     if mode == "lora":
         names = load_file(done.directory / "adapter" / "adapter_model.safetensors")

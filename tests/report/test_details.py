@@ -70,7 +70,7 @@ def test_layer_histograms(scheme):
 
 
 def test_details_of_a_run_are_those_of_the_packed_file(details, finished, model_dir):
-    packed, (original, _) = load_packed(finished), load_float(str(model_dir), torch.float32)
+    packed, original = load_packed(finished), load_float(str(model_dir), torch.float32)
     layers = {name: module for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
     assert [layer["name"] for layer in details["layers"]] == list(layers)
     for layer in details["layers"]:

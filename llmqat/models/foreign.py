@@ -1,0 +1,36 @@
+"""Config, tokenizer and weights that others wrote, read by transformers without running any of their code."""
+
+from pathlib import Path
+from typing import Any
+
+from llmqat.errors import LlmqatError
+
+LONGEST = 200  # characters of another library's message that are passed on
+
+
+class ForeignError(LlmqatError):
+    """A file of a model that transformers cannot read; the message is what transformers said, in one line."""
+
+
+def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(name, **options)``, which never runs code of the directory and never asks whether it may.
+
+    Raises:
+        LlmqatError: if the model comes with code of its own.
+        ForeignError: for whatever else transformers raises, with that exception as its cause.
+    """
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # json, validation and regex errors and many more: a file says what it must not
+        if "trust_remote_code" in str(error):
+            raise LlmqatError(
+                f"model {name} comes with Python code of its own (auto_map), which llmqat never runs; use a model of a "
+                "family that transformers knows"
+            ) from error
+        raise ForeignError(short(error)) from error
+
+
+def short(error: Exception) -> str:
+    """The message of an exception of another library as one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
