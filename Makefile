@@ -41,7 +41,7 @@ test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under Addres
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not error_is_that" \
 	  tests/kernels/test_native.py tests/kernels/test_variants.py \
-	  $(addprefix tests/models/test_native_,attention.py generate.py int8_cache.py step.py)
+	  $(addprefix tests/serve/test_,attention.py generate.py int8_cache.py step.py)
 
 # One processor for each variant: the best one it has is the one that has to run.
 test-aarch64: $(DEV)/.package  ## cross-compile the kernels for aarch64 and test them under qemu

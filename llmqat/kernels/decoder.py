@@ -1,4 +1,4 @@
-"""The native decoder through ctypes: all blocks of a Llama-like model in one call (csrc/decoder.h)."""
+"""The native decoder through ctypes: all blocks of a Llama-like model in one call (csrc/core/decoder.h)."""
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ class Shape:
         norm_offset: norms multiply by this plus their weight; where it is not 0, only the product is rounded.
         attention_scale: of the scores.
         softcap: of the scaled scores; 0 for none.
-        activation: `Activation` of csrc/steps.h.
+        activation: `Activation` of csrc/core/steps.h.
     """
 
     hidden: int

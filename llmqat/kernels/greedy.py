@@ -1,4 +1,4 @@
-"""Greedy decoding through ctypes: from a token to the next one in one call (`llmqat_greedy` of csrc/decoder.h)."""
+"""Greedy decoding through ctypes: from a token to the next one in one call (`llmqat_greedy` of csrc/core/decoder.h)."""
 
 import ctypes
 from typing import Any

@@ -23,8 +23,8 @@ import llmqat.kernels
 from llmqat.errors import LlmqatError
 
 LIBRARY = "_kernels.so"
-SOURCES = Path(__file__).with_name("csrc")  # of an editable install
-# Names by the number of `llmqat_isa` in csrc/llmqat.h.
+SOURCES = Path(__file__).with_name("csrc") / "core"  # of an editable install
+# Names by the number of `llmqat_isa` in csrc/core/llmqat.h.
 ISAS = ("portable", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "amx")
 REFERENCE = "reference"
 HUGE_PAGE, ALIGNMENT = 2 << 20, 64
@@ -33,7 +33,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Matrix(ctypes.Structure):
-    """`llmqat_matrix` of csrc/llmqat.h."""
+    """`llmqat_matrix` of csrc/core/llmqat.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero_point", "bias")),

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmqat.nn.packed_linear import PackedLinear
 
-# Path of a layer in a block -> what its rows are, in order (csrc/decoder.h).
+# Path of a layer in a block -> what its rows are, in order (csrc/core/decoder.h).
 SEPARATE = {
     "self_attn.q_proj": ("q",),
     "self_attn.k_proj": ("k",),
@@ -31,7 +31,7 @@ NORMS_OF_OUTPUTS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
-# Activation of the gate, as configs name it -> `Activation` of csrc/steps.h.
+# Activation of the gate, as configs name it -> `Activation` of csrc/core/steps.h.
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
@@ -41,7 +41,7 @@ class Family:
 
     Attributes:
         linears: path of a layer in a block -> what its rows are.
-        norms: norm of csrc/decoder.h -> its path in a block.
+        norms: norm of csrc/core/decoder.h -> its path in a block.
         norm_offset: 1 where a norm multiplies by 1 + weight.
         window: path, from a block, of how many tokens a query sees; empty for a family that always sees all.
         activation: name in the config of the activation of the gate.

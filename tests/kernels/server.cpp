@@ -13,7 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "decoder.h"
+#include "core/decoder.h"
 
 namespace {
 

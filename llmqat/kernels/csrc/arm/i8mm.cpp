@@ -3,4 +3,4 @@
 
 #define LLMQAT_LANES i8mm_variant
 #define LLMQAT_FLOATS neon_variant
-#include "lanes_variant.inc"
+#include "lanes/variant.inc"

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "matrix.h"
+#include "core/matrix.h"
 
 namespace llmqat {
 namespace {

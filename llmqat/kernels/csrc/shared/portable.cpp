@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "matrix.h"
+#include "core/matrix.h"
 
 namespace llmqat {
 namespace {

@@ -8,7 +8,7 @@
 namespace llmqat {
 namespace {
 
-#include "rows.inc"
+#include "shared/rows.inc"
 #include "amx_tiles.inc"
 
 constexpr int64_t MAX_ROWS = 128, K_BLOCK = 512;
@@ -103,7 +103,7 @@ void finish(const Block& b, const Output& out, const float* scale) {
         }
 }
 
-#include "amx_float.inc"
+#include "amx_bfloat.inc"
 #include "amx_integer.inc"
 #include "amx_attend.inc"
 

@@ -3,7 +3,7 @@
 
 #include <arm_neon.h>
 
-#include "matrix.h"
+#include "core/matrix.h"
 
 namespace llmqat {
 namespace {

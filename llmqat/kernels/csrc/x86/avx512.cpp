@@ -9,11 +9,11 @@
 namespace llmqat {
 namespace {
 
-#include "rows.inc"
-#include "steps.inc"
+#include "shared/rows.inc"
+#include "shared/steps.inc"
 #include "avx512_rows.inc"
-#include "avx512_fixed.inc"
-#include "avx512_float.inc"
+#include "avx512_bfloat_fixed.inc"
+#include "avx512_bfloat.inc"
 #include "avx512_integer.inc"
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {

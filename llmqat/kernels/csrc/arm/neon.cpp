@@ -2,4 +2,4 @@
 #include "neon.h"
 
 #define LLMQAT_LANES neon_variant
-#include "lanes_variant.inc"
+#include "lanes/variant.inc"

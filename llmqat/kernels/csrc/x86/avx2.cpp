@@ -2,4 +2,4 @@
 #include "avx2.h"
 
 #define LLMQAT_LANES avx2_variant
-#include "lanes_variant.inc"
+#include "lanes/variant.inc"

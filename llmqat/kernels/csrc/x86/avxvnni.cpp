@@ -3,4 +3,4 @@
 
 #define LLMQAT_LANES avxvnni_variant
 #define LLMQAT_FLOATS avx2_variant
-#include "lanes_variant.inc"
+#include "lanes/variant.inc"

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <limits>
 
-#include "matrix.h"
+#include "core/matrix.h"
 
 namespace llmqat {
 namespace {
