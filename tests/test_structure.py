@@ -135,6 +135,32 @@ def oversized(root: Path) -> list[str]:
     return found
 
 
+def cpp_functions(lines: list[str]) -> Iterator[tuple[int, str, int]]:
+    """Line, head and length of the functions of a C++ file that are not members: both ends stand at the margin."""
+    start = None
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("{") and re.match(r"(?!namespace|struct|class|enum|extern)[\w\[]", line):
+            start = number
+        elif line == "}" and start is not None:
+            yield start, lines[start - 1].rstrip(" {"), number - start + 1
+            start = None
+
+
+def oversized_cpp(root: Path) -> list[str]:
+    """Files and functions of the kernels over the same limits."""
+    found = []
+    for path in sorted((root / "llmqat/kernels/csrc").rglob("*")):
+        if path.suffix not in (".h", ".cpp", ".inc"):
+            continue
+        name, lines = path.relative_to(root), path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > MAX_FILE_LINES:
+            found.append(f"{name}: {len(lines)} lines, the limit is {MAX_FILE_LINES}")
+        for line, head, length in cpp_functions(lines):
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"{name}:{line} {head}: {length} lines, the limit is {MAX_FUNCTION_LINES}")
+    return found
+
+
 def private_uses(path: Path) -> Iterator[tuple[int, str]]:
     """Line and name of whatever of llmqat `path` uses that is not public."""
     public = {*llmqat.__all__, "__version__"}
@@ -242,7 +268,7 @@ def test_an_upward_import_passes(tmp_path, source):
 
 
 def test_files_and_functions_stay_small():
-    found = oversized(ROOT)
+    found = oversized(ROOT) + oversized_cpp(ROOT)
     assert not found, "split by meaning:\n" + "\n".join(found)
 
 
@@ -254,6 +280,19 @@ def test_an_oversized_file_and_function_are_found(tmp_path):
     assert oversized(tmp_path) == [
         "eval/b.py: 401 lines, the limit is 400",
         "llmqat/a.py:1 f: 61 lines, the limit is 60",
+    ]
+
+
+def test_an_oversized_cpp_file_and_function_are_found(tmp_path):
+    at_limit = "namespace llmqat {\nvoid f() {\n" + "    g();\n" * (MAX_FUNCTION_LINES - 2) + "}\n"
+    kernels = "llmqat/kernels/csrc"
+    write(tmp_path, {f"{kernels}/core/a.cpp": at_limit, f"{kernels}/x86/b.inc": "// x\n" * MAX_FILE_LINES})
+    assert not oversized_cpp(tmp_path)
+    longer = at_limit.replace("f() {", "f() {\n    g();")
+    write(tmp_path, {f"{kernels}/core/a.cpp": longer, f"{kernels}/x86/b.inc": "// x\n" * (MAX_FILE_LINES + 1)})
+    assert oversized_cpp(tmp_path) == [
+        f"{kernels}/core/a.cpp:2 void f(): 61 lines, the limit is 60",
+        f"{kernels}/x86/b.inc: 401 lines, the limit is 400",
     ]
 
 
