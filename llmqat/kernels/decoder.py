@@ -144,6 +144,7 @@ class NativeDecoder:
             ctypes.c_int64(past),
             ctypes.c_int64(hidden.shape[0]),
             rotary_structs(tables),
+            ctypes.c_int64(len(tables)),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out

@@ -12,7 +12,9 @@ from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, rotary_s
 
 class _Greedy(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("decoder", "embedding", "embedding_rows", "head", "cache", "rotary")),
+        *((name, ctypes.c_void_p) for name in ("decoder", "embedding", "embedding_rows")),
+        ("vocabulary", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("head", "cache", "rotary")),
         *((name, ctypes.c_int64) for name in ("rotary_tables", "capacity", "threads")),
         *((name, ctypes.c_void_p) for name in ("hidden", "logits")),
     )
@@ -36,6 +38,7 @@ class GreedyDecoder:
             decoder=ctypes.addressof(decoder.struct),
             embedding=None if packed is None else ctypes.addressof(packed),
             embedding_rows=rows,
+            vocabulary=len(embedding if isinstance(embedding, Tensor) else embedding[0]),
             head=ctypes.addressof(self._head),
             threads=native.threads(),
             hidden=hidden.data_ptr(),

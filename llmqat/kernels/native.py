@@ -27,6 +27,12 @@ SOURCES = Path(__file__).with_name("csrc") / "core"  # of an editable install
 # Names by the number of `llmqat_isa` in csrc/core/llmqat.h.
 ISAS = ("portable", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "amx")
 REFERENCE = "reference"
+# What the functions that compute return: negative numbers are errors.
+RESULTS = {
+    **dict.fromkeys(("llmqat_linear", "llmqat_linears", "llmqat_rows", "llmqat_decode"), ctypes.c_int32),
+    **dict.fromkeys(("llmqat_next_token", "llmqat_argmax"), ctypes.c_int64),
+    "llmqat_read_bandwidth": ctypes.c_double,
+}
 HUGE_PAGE, ALIGNMENT = 2 << 20, 64
 MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -69,20 +75,29 @@ def library() -> ctypes.CDLL | None:
     if not _fits(loaded, SOURCES):
         raise LlmqatError(f"{path} was built from other sources than these: install llmqat again")
     loaded.llmqat_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
-    loaded.llmqat_linear.restype = loaded.llmqat_decode.restype = loaded.llmqat_rows.restype = None
     loaded.llmqat_linears.argtypes = [ctypes.c_void_p, ctypes.c_int64, *loaded.llmqat_linear.argtypes[1:]]
-    loaded.llmqat_linears.restype = None
     loaded.llmqat_rows.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
     loaded.llmqat_next_token.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     loaded.llmqat_argmax.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
-    loaded.llmqat_next_token.restype = loaded.llmqat_argmax.restype = ctypes.c_int64
     loaded.llmqat_read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    loaded.llmqat_read_bandwidth.restype = ctypes.c_double
+    loaded.llmqat_error.restype = ctypes.c_char_p
+    for name, restype in RESULTS.items():
+        function = getattr(loaded, name)
+        function.restype, function.errcheck = restype, _checked
     if wanted and loaded.llmqat_use_isa(ISAS.index(wanted)):
         raise LlmqatError(f"LLMQAT_KERNELS={wanted} cannot run on this machine; it has {', '.join(available())}")
     if not wanted:
         loaded.llmqat_use_isa(loaded.llmqat_best_isa())
     return loaded
+
+
+def _checked(result: float, function: Any, _: Any) -> float:
+    """`result` of a function of the library, which is negative after an error."""
+    if result < 0:
+        loaded = library()
+        assert loaded is not None
+        raise LlmqatError(f"{function.__name__}: {loaded.llmqat_error().decode()}")
+    return result
 
 
 def _fits(loaded: ctypes.CDLL, sources: Path) -> bool:

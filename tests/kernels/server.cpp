@@ -71,9 +71,13 @@ void with_layer(void* library, Request& r) {
     w.zero_point = w.zero_point ? reinterpret_cast<uint32_t*>(zero_point.data) : nullptr;
     w.bias = w.bias ? bias.data : nullptr;
     const auto dtype = int32_t(r.dtype);
-    if (r.operation == LINEAR) KERNEL(llmqat_linear)(&w, x.data, y.data, r.argument, dtype);
-    else if (r.operation == ROWS) KERNEL(llmqat_rows)(&w, reinterpret_cast<int64_t*>(x.data), r.argument, y.data, dtype);
-    else *reinterpret_cast<int64_t*>(y.data) = KERNEL(llmqat_argmax)(x.data, r.argument, dtype);
+    int64_t result;
+    if (r.operation == LINEAR) result = KERNEL(llmqat_linear)(&w, x.data, y.data, r.argument, dtype);
+    else if (r.operation == ROWS)
+        result = KERNEL(llmqat_rows)(&w, reinterpret_cast<int64_t*>(x.data), r.argument, y.data, dtype);
+    else result = KERNEL(llmqat_argmax)(x.data, r.argument, dtype);
+    require(result >= 0, KERNEL(llmqat_error)());
+    if (r.operation == ARGMAX) *reinterpret_cast<int64_t*>(y.data) = result;
     y.write();
 }
 

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "checks.h"
 #include "cpu.h"
+#include "errors.h"
 #include "linear.h"
 #include "pool.h"
 
@@ -162,25 +164,46 @@ int64_t argmax(const void* x, int64_t count, int32_t dtype) {
     return i;
 }
 
+int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
+    const int32_t dtype = g.decoder->dtype;
+    set_threads(g.threads);
+    embed(g, token);
+    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), g.hidden);
+    const Job head = {g.head, {g.logits, g.head->out, dtype}};
+    linear(&head, 1, g.hidden, 1, dtype);
+    return argmax(g.logits, g.head->out, dtype);
+}
+
 }  // namespace
 }  // namespace llmqat
 
 extern "C" {
 
-void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                   const llmqat_rotary* rotary, void* hidden) {
-    llmqat::decode(*model, cache, capacity, past, m, rotary, hidden);
+int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+                      const llmqat_rotary* rotary, int64_t rotary_tables, void* hidden) {
+    return llmqat::guarded([&] {
+        llmqat::check_decoder(*model, rotary_tables);
+        llmqat::check_caches(*model, cache, capacity, past, m);
+        llmqat::check_rotary(*model, rotary, rotary_tables);
+        if (m) llmqat::check_pointer("hidden", hidden);
+        llmqat::decode(*model, cache, capacity, past, m, rotary, hidden);
+        return 0;
+    });
 }
 
 int64_t llmqat_next_token(const llmqat_greedy* model, int64_t token, int64_t past) {
-    const llmqat_greedy& g = *model;
-    const int32_t dtype = g.decoder->dtype;
-    llmqat::set_threads(int(g.threads));
-    llmqat::embed(g, token);
-    llmqat::decode(*g.decoder, g.cache, g.capacity, past, 1, llmqat::rotary_at(g, past), g.hidden);
-    llmqat_linear(g.head, g.hidden, g.logits, 1, dtype);
-    return llmqat::argmax(g.logits, g.head->out, dtype);
+    return llmqat::guarded([&] {
+        llmqat::check_greedy(*model, token, past);
+        return llmqat::next_token(*model, token, past);
+    });
 }
 
-int64_t llmqat_argmax(const void* x, int64_t count, int32_t dtype) { return llmqat::argmax(x, count, dtype); }
+int64_t llmqat_argmax(const void* x, int64_t count, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_size("number of values", count, 1, INT64_MAX / 8);
+        llmqat::check_dtype("x", dtype);
+        llmqat::check_pointer("x", x);
+        return llmqat::argmax(x, count, dtype);
+    });
+}
 }

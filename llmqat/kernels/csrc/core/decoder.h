@@ -3,8 +3,9 @@
 
 #include "llmqat.h"
 
-// One block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k, null where the model has none. Those of
-// outputs come before these are added.
+// One transformer block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k; null where the model has none,
+// which input_norm and mlp_norm never are. attended_norm and mlp_out_norm are applied to the output of a branch before it is
+// added to the residual (Gemma 2 and 3).
 struct llmqat_block {
     llmqat_matrix q, k, v, o, gate, up, down;
     const void *input_norm, *attended_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
@@ -19,7 +20,7 @@ struct llmqat_decoder {
     float eps, norm_offset, attention_scale, softcap;  // see steps.h
     int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 88, "native.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 88, "llmqat/kernels/decoder.py lays these out by hand");
 
 // The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
 // (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
@@ -28,7 +29,8 @@ struct llmqat_cache {
     float *key_scale, *value_scale;
 };
 
-// Tables (m, dim) of the new positions, in the model's dtype; features of a head beyond `dim` are not turned.
+// Tables (m, dim) of the new positions, in the model's dtype. `dim` is even and at most head_dim; features of a head beyond
+// it are not rotated.
 struct llmqat_rotary {
     const void *cosine, *sine;
     int64_t dim;
@@ -39,21 +41,22 @@ struct llmqat_greedy {
     const llmqat_decoder* decoder;
     const llmqat_matrix* embedding;  // packed; or null:
     const void* embedding_rows;      // (vocabulary, hidden) in the decoder's dtype
+    int64_t vocabulary;              // rows of the embedding
     const llmqat_matrix* head;
     const llmqat_cache* cache;
     const llmqat_rotary* rotary;     // tables of all positions there is room for, (capacity, dim)
     int64_t rotary_tables, capacity, threads;
-    void *hidden, *logits;           // (hidden,) and (vocabulary,) in the decoder's dtype: written by each token
+    void *hidden, *logits;           // (hidden,) and (rows of head,) in the decoder's dtype: written by each token
 };
-static_assert(sizeof(llmqat_greedy) == 88, "greedy.py lays this struct out by hand");
+static_assert(sizeof(llmqat_greedy) == 96, "llmqat/kernels/greedy.py lays this struct out by hand");
 
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
-// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out.
-void llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                   const llmqat_rotary* rotary, void* hidden);
+// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. Errors: see llmqat.h.
+int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+                      const llmqat_rotary* rotary, int64_t rotary_tables, void* hidden);
 // The token that follows `token`: the one of the largest logit. The cache holds `past` tokens and has room for one more.
 int64_t llmqat_next_token(const llmqat_greedy* model, int64_t token, int64_t past);
 // Where the largest of `count` values is, as numpy has it: of equal ones the first, and a NaN before all others.

@@ -1,9 +1,10 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <chrono>
 
+#include "checks.h"
 #include "cpu.h"
+#include "errors.h"
 #include "pool.h"
 
 namespace llmqat {
@@ -129,42 +130,34 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
 
 extern "C" {
 
-void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }
-
-void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype) {
-    llmqat::Job job = {matrix, {y, matrix->out, dtype}};
-    llmqat::linear(&job, 1, x, m, dtype);
+int32_t llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype) {
+    return llmqat_linears(matrix, 1, x, y, m, dtype);
 }
 
-void llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype) {
-    for (int64_t i = 0; i < count; ++i) llmqat_linear(matrices + i, x, y, m, dtype);
-}
-
-void llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype) {
-    const llmqat::Steps& steps = *llmqat::variant().steps;
-    llmqat::parallel_for(count, [&](int64_t i) { steps.row(*matrix, index[i], y, i * matrix->in, dtype); });
-}
-
-double llmqat_read_bandwidth(const void* data, int64_t bytes) {
-    constexpr int64_t CHUNK = 1 << 20;
-    const auto* words = static_cast<const uint64_t*>(data);
-    static volatile uint64_t sink;
-    auto start = std::chrono::steady_clock::now();
-    llmqat::parallel_for(bytes / CHUNK, [&](int64_t chunk) {
-        // Four streams, so that the prefetchers run as well as in the kernels.
-        constexpr int64_t QUARTER = CHUNK / 4 / 8;
-        const uint64_t* p = words + chunk * (CHUNK / 8);
-        uint64_t sum[32] = {};
-        for (int64_t i = 0; i < QUARTER; i += 8)
-            for (int s = 0; s < 4; ++s) {
-                __builtin_prefetch(p + s * QUARTER + i + 256);
-                for (int j = 0; j < 8; ++j) sum[s * 8 + j] += p[s * QUARTER + i + j];
-            }
-        uint64_t total = 0;
-        for (uint64_t part : sum) total += part;
-        sink = sink + total;
+int32_t llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_size("number of tokens", m, 0);
+        llmqat::check_dtype("x", dtype);
+        if (m) llmqat::check_pointer("x", x), llmqat::check_pointer("y", y);
+        for (int64_t i = 0; i < count; ++i) {
+            llmqat::check_layer(matrices[i]);
+            const llmqat::Job job = {matrices + i, {y, matrices[i].out, dtype}};
+            llmqat::linear(&job, 1, x, m, dtype);
+        }
+        return 0;
     });
-    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    return double(bytes / CHUNK * CHUNK) / seconds.count();
+}
+
+int32_t llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_matrix(*matrix);
+        llmqat::check_size("number of rows", count, 0);
+        llmqat::check_dtype("y", dtype);
+        if (count) llmqat::check_pointer("index", index), llmqat::check_pointer("y", y);
+        for (int64_t i = 0; i < count; ++i) llmqat::check_size("number of a row", index[i], 0, matrix->out - 1);
+        const llmqat::Steps& steps = *llmqat::variant().steps;
+        llmqat::parallel_for(count, [&](int64_t i) { steps.row(*matrix, index[i], y, i * matrix->in, dtype); });
+        return 0;
+    });
 }
 }

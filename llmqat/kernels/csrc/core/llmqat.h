@@ -19,12 +19,17 @@ struct llmqat_matrix {
     int64_t out, in, groups, row_bytes;
     int32_t bits, scale_dtype, bias_dtype, act_bits;  // act_bits: 8 or 0
 };
-static_assert(sizeof(llmqat_matrix) == 80, "native.py lays this struct out by hand");
+static_assert(sizeof(llmqat_matrix) == 80, "llmqat/kernels/native.py lays this struct out by hand");
 
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
+// Functions that compute return 0 or a result that is not negative; after an error they return -1. Sizes are checked;
+// pointers have to lead to as much memory as the sizes say.
+
+// The last error of this thread, in one line.
+const char* llmqat_error();
 // SHA-256 of llmqat.h and of decoder.h, in hexadecimal.
 const char* llmqat_interface();
 // Best instruction set of this machine, whatever was forced.
@@ -33,15 +38,15 @@ int32_t llmqat_best_isa();
 int32_t llmqat_has_isa(int32_t isa);
 // Run this instruction set from now on; nonzero if it cannot run here.
 int32_t llmqat_use_isa(int32_t isa);
-// Number of threads of the next calls, the calling one included.
+// Number of threads of the next calls, the calling one included: at most 256, and no more than the system starts.
 void llmqat_set_threads(int32_t threads);
-// y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Groups are of a multiple of 16 weights, or one a
-// row.
-void llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
-// The same for `count` matrices one after another, each on this x and into this y: what a kernel costs without its callers.
-void llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype);
+// y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Group size: a multiple of 16, or the whole row.
+int32_t llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
+// llmqat_linear of `count` matrices one after another, each on this x and into this y: what a kernel costs without its
+// callers.
+int32_t llmqat_linears(const llmqat_matrix* matrices, int64_t count, const void* x, void* y, int64_t m, int32_t dtype);
 // y (count, in): the rows `index` of W_hat.
-void llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype);
+int32_t llmqat_rows(const llmqat_matrix* matrix, const int64_t* index, int64_t count, void* y, int32_t dtype);
 // Bytes per second of reading `bytes` from `data` once with the threads of the pool.
 double llmqat_read_bandwidth(const void* data, int64_t bytes);
 }

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "errors.h"
 #include "float16.h"
 #include "llmqat.h"
 #include "steps.h"
@@ -28,17 +29,22 @@ public:
     ~Scratch() { std::free(data_); }
     template <class T>
     T* get(size_t count) {
-        size_t bytes = (count * sizeof(T) + 127) & ~size_t(63);  // 64 spare bytes: vectors may read past the end
-        if (bytes > size_) {
-            std::free(data_);
-            data_ = std::aligned_alloc(64, bytes);
-            if (!data_) std::abort();
-            size_ = bytes;
-        }
+        if (count > MOST_BYTES / sizeof(T)) fail_without_memory(MOST_BYTES);
+        const size_t bytes = (count * sizeof(T) + 127) & ~size_t(63);  // 64 spare bytes: vectors may read past the end
+        if (bytes > size_) grow(bytes);
         return static_cast<T*>(data_);
     }
 
 private:
+    static constexpr size_t MOST_BYTES = size_t(1) << 62;
+
+    void grow(size_t bytes) {
+        std::free(data_);
+        size_ = 0, data_ = std::aligned_alloc(64, bytes);
+        if (!data_) fail_without_memory(bytes);
+        size_ = bytes;
+    }
+
     void* data_ = nullptr;
     size_t size_ = 0;
 };

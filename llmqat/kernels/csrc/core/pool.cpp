@@ -5,9 +5,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
+
+#include "llmqat.h"
 
 namespace llmqat {
 namespace {
@@ -37,8 +42,6 @@ bool spin(Ready&& ready) {
 
 thread_local bool inside = false;  // a task: its calls run serially
 
-constexpr int MAX_SHARES = 256;
-
 // The chunks of one thread, which takes those of others when it has done its own.
 struct alignas(64) Share {
     // The number of chunks not claimed yet. What else describes a call changes only while it is not positive, so whoever
@@ -48,7 +51,7 @@ struct alignas(64) Share {
 };
 
 struct Pool {
-    Share shares[MAX_SHARES];
+    Share shares[MAX_THREADS];
     alignas(64) std::atomic<int64_t> done{0};
     alignas(64) std::atomic<uint32_t> calls{0};
     std::atomic<int> sleeping{0};
@@ -56,11 +59,13 @@ struct Pool {
     std::mutex owner;
     Task task = nullptr;
     void* context = nullptr;
-    int workers = 0;
+    int workers = 0, most_workers = MAX_THREADS - 1;
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;  // the first of a call: who sets `failed` writes it
 
-    int count_shares() const { return std::min(active.load(std::memory_order_relaxed) + 1, MAX_SHARES); }
+    int count_shares() const { return active.load(std::memory_order_relaxed) + 1; }
 
-    // What the thread has done it adds up at the end: that counter belongs to all of them.
+    // Count locally and add once at the end: `done` is shared by all threads.
     void work_from(int first) {
         const int threads = count_shares();
         int64_t mine = 0;
@@ -73,9 +78,18 @@ struct Pool {
         for (; share.unclaimed.load(std::memory_order_relaxed) > 0; ++count) {
             const int64_t left = share.unclaimed.fetch_sub(1, std::memory_order_acquire);
             if (left <= 0) break;
-            task(context, share.end - left);
+            run_task(share.end - left);
         }
         return count;
+    }
+
+    // An exception must not leave a thread, and a chunk that failed is done all the same.
+    void run_task(int64_t chunk) noexcept {
+        try {
+            task(context, chunk);
+        } catch (...) {
+            if (!failed.exchange(true)) failure = std::current_exception();
+        }
     }
 
     void serve(int id) {
@@ -92,9 +106,17 @@ struct Pool {
         }
     }
 
+    // Where the system starts no more threads, the call runs on those there are, and more are not asked for again.
     void grow(int wanted) {
-        active.store(wanted, std::memory_order_relaxed);
-        for (; workers < wanted; ++workers) std::thread([this, id = workers] { serve(id); }).detach();
+        for (; workers < std::min(wanted, most_workers); ++workers) {
+            try {
+                std::thread([this, id = workers] { serve(id); }).detach();
+            } catch (...) {
+                most_workers = workers;
+                break;
+            }
+        }
+        active.store(std::min(wanted, workers), std::memory_order_relaxed);
     }
 
     void run(int64_t count, Task f, void* data) {
@@ -111,14 +133,22 @@ struct Pool {
         work_from(0);
         auto finished = [&] { return done.load(std::memory_order_acquire) == count; };
         while (!spin(finished)) std::this_thread::yield();
+        if (failed.exchange(false)) std::rethrow_exception(std::exchange(failure, nullptr));
     }
 };
 
 std::atomic<int> wanted_threads{1};
+alignas(Pool) std::byte pool_memory[sizeof(Pool)];  // never destroyed: its threads run until the process ends
 Pool* pool = nullptr;
 
-// A forked child has the memory of the pool but not its threads: it starts with a new one. The old one is left alone.
-void renew() { pool = new Pool; }
+// A forked child has the memory of the pool but not its threads: it starts with a new one, in the same place.
+void renew() { pool = new (pool_memory) Pool; }
+
+// Marks the thread as one that runs a task, while it lives.
+struct Inside {
+    Inside() { inside = true; }
+    ~Inside() { inside = false; }
+};
 
 Pool& the_pool() {
     static std::once_flag once;
@@ -131,7 +161,7 @@ Pool& the_pool() {
 
 }  // namespace
 
-void set_threads(int threads) { wanted_threads.store(threads < 1 ? 1 : threads); }
+void set_threads(int64_t threads) { wanted_threads.store(int(std::clamp<int64_t>(threads, 1, MAX_THREADS))); }
 int threads() { return wanted_threads.load(); }
 
 void parallel(int64_t chunks, Task task, void* context) {
@@ -142,10 +172,11 @@ void parallel(int64_t chunks, Task task, void* context) {
         for (int64_t i = 0; i < chunks; ++i) task(context, i);
         return;
     }
-    inside = true;
+    const Inside marked;
     shared.grow(wanted - 1);
     shared.run(chunks, task, context);
-    inside = false;
 }
 
 }  // namespace llmqat
+
+void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }

@@ -12,10 +12,13 @@ namespace llmqat {
 
 using Task = void (*)(void* context, int64_t chunk);
 
-void set_threads(int threads);
+// Threads of the next calls, the calling one included; beyond MAX_THREADS more would only wait for memory.
+constexpr int MAX_THREADS = 256;
+void set_threads(int64_t threads);
 int threads();
 
-// Run task(context, i) for i in [0, chunks), on the calling thread and the pool. Calls from a task run serially.
+// Run task(context, i) for i in [0, chunks), on the calling thread and the pool, or on as many threads as the system starts.
+// Calls from a task run serially. The first exception of a task is thrown again here, when all have ended.
 void parallel(int64_t chunks, Task task, void* context);
 
 template <class Body>

@@ -1,0 +1,121 @@
+#include "checks.h"
+
+#include "errors.h"
+#include "steps.h"
+
+namespace llmqat {
+namespace {
+
+void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_tables) {
+    const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+    check_layer("q", b.q, queries, d.hidden);
+    check_layer("k", b.k, keys, d.hidden);
+    check_layer("v", b.v, keys, d.hidden);
+    check_layer("o", b.o, d.hidden, queries);
+    check_layer("gate", b.gate, d.intermediate, d.hidden);
+    check_layer("up", b.up, d.intermediate, d.hidden);
+    check_layer("down", b.down, d.hidden, d.intermediate);
+    check_pointer("input_norm", b.input_norm);
+    check_pointer("mlp_norm", b.mlp_norm);
+    check_size("window", b.window, 1, INT64_MAX);
+    check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
+}
+
+}  // namespace
+
+void check_size(const char* name, int64_t size, int64_t least, int64_t most) {
+    if (size < least || size > most)
+        fail("%s is %lld, the kernels take %lld to %lld", name, (long long)size, (long long)least, (long long)most);
+}
+
+void check_dtype(const char* name, int32_t dtype) {
+    if (dtype < LLMQAT_FLOAT32 || dtype > LLMQAT_FLOAT16) fail("%s has dtype number %d, there are 0 to 2", name, int(dtype));
+}
+
+void check_pointer(const char* name, const void* pointer) {
+    if (!pointer) fail("%s has no memory: the pointer is null", name);
+}
+
+void check_matrix(const llmqat_matrix& w) {
+    check_size("out", w.out, 1);
+    check_size("in", w.in, 1);
+    check_size("groups", w.groups, 1, w.in);
+    if (w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8) fail("bits is %d, the kernels take 2, 3, 4 or 8", int(w.bits));
+    if (w.act_bits != 0 && w.act_bits != 8) fail("act_bits is %d, the kernels take 8, or 0 for none", int(w.act_bits));
+    if (w.in % w.groups) fail("%lld groups do not divide %lld inputs", (long long)w.groups, (long long)w.in);
+    check_size("row_bytes", w.row_bytes, (w.in * w.bits + 7) / 8);
+    check_dtype("scale", w.scale_dtype);
+    if (w.bias) check_dtype("bias", w.bias_dtype);
+    check_pointer("codes", w.codes);
+    check_pointer("scale", w.scale);
+}
+
+void check_layer(const llmqat_matrix& w) {
+    check_matrix(w);
+    const int64_t group = w.in / w.groups;
+    if (w.groups > 1 && group % 16) fail("groups of %lld weights: the kernels take a multiple of 16, or one a row", (long long)group);
+}
+
+void check_layer(const char* name, const llmqat_matrix& w, int64_t out, int64_t in) {
+    check_layer(w);
+    if (w.out != out || w.in != in)
+        fail("%s is (%lld, %lld), the decoder needs (%lld, %lld)", name, (long long)w.out, (long long)w.in, (long long)out,
+             (long long)in);
+}
+
+void check_decoder(const llmqat_decoder& d, int64_t rotary_tables) {
+    check_size("number of blocks", d.count, 0);
+    check_size("hidden", d.hidden, 1);
+    check_size("intermediate", d.intermediate, 1);
+    check_size("head_dim", d.head_dim, 1, MAX_HEAD_DIM);
+    check_size("heads", d.heads, 1, MAX_SIZE / d.head_dim);
+    check_size("kv_heads", d.kv_heads, 1, d.heads);
+    if (d.heads % d.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)d.kv_heads, (long long)d.heads);
+    check_dtype("decoder", d.dtype);
+    if (d.activation != SILU && d.activation != GELU_TANH) fail("there is no activation %d", int(d.activation));
+    check_pointer("norm", d.norm);
+    if (d.count) check_pointer("blocks", d.blocks);
+    for (int64_t i = 0; i < d.count; ++i) check_block(d, d.blocks[i], rotary_tables);
+}
+
+void check_caches(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m) {
+    check_size("capacity of the cache", capacity, 0);
+    check_size("past", past, 0, capacity);
+    check_size("number of new tokens", m, 0, capacity - past);
+    if (d.count) check_pointer("cache", cache);
+    for (int64_t i = 0; i < d.count; ++i) {
+        check_pointer("keys", cache[i].keys);
+        check_pointer("values", cache[i].values);
+        if (!cache[i].key_scale != !cache[i].value_scale) fail("a cache has scales of keys and of values, or none");
+    }
+}
+
+void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t count) {
+    check_size("number of rotary tables", count, 0);
+    if (count) check_pointer("rotary", rotary);
+    for (int64_t i = 0; i < count; ++i) {
+        check_size("dim of a rotary table", rotary[i].dim, 0, d.head_dim);
+        if (rotary[i].dim % 2) fail("dim of a rotary table is %lld, it must be even", (long long)rotary[i].dim);
+        if (rotary[i].dim == 0) continue;
+        check_pointer("cosine", rotary[i].cosine);
+        check_pointer("sine", rotary[i].sine);
+    }
+}
+
+void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past) {
+    check_pointer("decoder", g.decoder);
+    check_pointer("head", g.head);
+    check_pointer("hidden", g.hidden);
+    check_pointer("logits", g.logits);
+    const llmqat_decoder& d = *g.decoder;
+    check_decoder(d, g.rotary_tables);
+    check_caches(d, g.cache, g.capacity, past, 1);
+    check_rotary(d, g.rotary, g.rotary_tables);
+    check_size("vocabulary", g.vocabulary, 1);
+    if (g.embedding) check_layer("embedding", *g.embedding, g.vocabulary, d.hidden);
+    else check_pointer("embedding", g.embedding_rows);
+    check_layer("head", *g.head, g.head->out, d.hidden);
+    check_size("token", token, 0, g.vocabulary - 1);
+}
+
+}  // namespace llmqat
