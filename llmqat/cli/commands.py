@@ -145,7 +145,7 @@ def run_generate(args: argparse.Namespace) -> None:
     """`llmqat generate`."""
     import torch
 
-    from llmqat.data.chat import as_question
+    from llmqat.data.template import as_question
 
     model, tokenizer = load_any(args.model, None, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt

@@ -5,108 +5,98 @@ token is not an answer's. What ends an answer (the template's end-of-turn token)
 learn to stop. A causal model's answers do not see the padding, so no attention mask is needed.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice
 from statistics import median
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmqat.data.layouts import Conversation, Document
-from llmqat.data.sources import BadRows
+from llmqat.data.messages import Conversation, checked, messages_of
+from llmqat.data.rows import BadRow, BadRows
+from llmqat.data.template import answer_spans, ensure_template, renderer, unread
 from llmqat.errors import LlmqatError
 from llmqat.progress import say
 
 IGNORED = -100  # the label of a token without loss, as in transformers
 CONVERSATIONS_AT_ONCE = 64
 
-# For tokenizers without a chat template. Written as text would be, since such a model has no special tokens for turns.
-PLAIN_TEMPLATE = (
-    "{% if bos_token %}{{ bos_token }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' and eos_token %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
-)
-
-
-def is_chat(documents: Sequence[Document]) -> TypeGuard[Sequence[Conversation]]:
-    """Whether documents are conversations; none are not."""
-    return bool(documents) and not isinstance(documents[0], str)
-
-
-def ensure_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the plain one, and say so. It is saved with the tokenizer."""
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        say("the tokenizer has no chat template: using a plain one (### User: ... ### Assistant: ...), saved with it")
-
-
-def as_question(tokenizer: Any, prompt: str) -> str:
-    """A user's message up to where the answer begins, by the chat template."""
-    ensure_template(tokenizer)
-    message = {"role": "user", "content": prompt}
-    text: str = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-    """Where the answers stand in `text`, the rendered conversation: characters ``[start, end)``.
-
-    An answer is what the template adds to the messages before it and the opening of the turn. Where a template rewrites
-    earlier turns (drops their reasoning, say), those that stand otherwise in the whole are left out.
-    """
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    spans = []
-    for index, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        closing = text if index == len(conversation) - 1 else render(conversation[: index + 1])
-        if not text.startswith(closing):  # some end the whole, not each answer, by the end-of-text token
-            closing = closing.removesuffix(tokenizer.eos_token or "")
-        opening = render(conversation[:index], add_generation_prompt=True)
-        if not text.startswith(opening):  # some open the turn with a tag that a finished answer lacks
-            same = next((i for i, (a, b) in enumerate(zip(opening, text, strict=False)) if a != b), 0)
-            common = opening[:same]
-            opening = common if common.startswith(render(conversation[:index])) else closing
-        if text.startswith(closing) and len(opening) < len(closing):
-            spans.append((len(opening), len(closing)))
-    return spans
-
 
 class Unused(BadRows):
-    """Conversations that were left out, and answers that were: those which the chat template rewrites later on."""
+    """What was left out of conversations, and of which ones nothing was left.
+
+    Attributes:
+        answers: how many the chat template rewrites later on.
+        weights: messages of other roles that ask to be learned.
+        names: in how many conversations each key or column stands that the template has no use for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.answers = 0
+        self.answers = self.weights = 0
+        self.names = Counter[str]()
+
+    def report(self, name: str, good: int) -> None:
+        """A line for each kind of what was left out."""
+        super().report(name, good)
+        if self.answers:
+            say(f"{name}: {self.answers} earlier answers do not count, for the chat template rewrites them")
+        if self.weights:
+            say(f"{name}: {self.weights} messages of other roles have weight 1; only answers are learned")
+        if self.names:
+            names = ", ".join(f"{name} ({count})" for name, count in sorted(self.names.items()))
+            say(f"{name}: the chat template has no use for {names}")
+
+
+def _conversation(document: Any) -> Conversation:
+    """A conversation of a corpus as it is; messages given by hand are brought into its form.
+
+    Raises:
+        BadRow: if they are none, or there is no answer to learn.
+    """
+    return document if isinstance(document, Conversation) else checked(Conversation(messages_of(document, "messages")))
 
 
 def _rendered(
     tokenizer: Any, conversations: Sequence[Conversation], unused: Unused
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    for number, conversation in enumerate(conversations, start=1):
+    for number, document in enumerate(conversations, start=1):
         try:
-            text = tokenizer.apply_chat_template(conversation, tokenize=False)
-            spans = answer_spans(tokenizer, conversation, text)
-        except Exception as error:  # templates raise errors of their own: roles must alternate, no system role, ...
-            unused.add(f"conversation {number}", f"the chat template refuses it ({' '.join(str(error).split())})")
-            continue
-        if not spans:
-            unused.add(f"conversation {number}", "the chat template shows no answer")
-            continue
-        unused.answers += sum(message["role"] == "assistant" for message in conversation) - len(spans)
-        yield text, spans
+            conversation = _conversation(document)
+            yield _text_and_spans(tokenizer, conversation, unused)
+        except BadRow as error:
+            unused.add(f"conversation {number}", error)
+
+
+def _text_and_spans(tokenizer: Any, conversation: Conversation, unused: Unused) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and where its answers stand.
+
+    Raises:
+        BadRow: if the template refuses it, hides its answers, or has no use for its tool calls.
+    """
+    try:
+        text = renderer(tokenizer, conversation)(conversation)
+    except Exception as error:  # templates raise errors of their own: roles must alternate, no system role, ...
+        raise BadRow(f"the chat template refuses it ({' '.join(str(error).split())})") from error
+    names = unread(tokenizer, conversation, text)
+    if "tool_calls" in names:
+        raise BadRow("the chat template has no use for its tool_calls, which are an answer")
+    spans = answer_spans(tokenizer, conversation, text)
+    if not spans:
+        raise BadRow("the chat template shows no answer")
+    learned = sum(message["role"] == "assistant" and message.get("weight", 1) for message in conversation)
+    unused.answers += learned - len(spans)
+    unused.weights += sum(message["role"] != "assistant" and message.get("weight", 0) for message in conversation)
+    unused.names.update(names)
+    return text, spans
 
 
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Conversation], unused: Unused
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and labels of each conversation, `IGNORED` for tokens that do not begin inside an answer.
+    """Ids and labels of each conversation, `IGNORED` for tokens that are not an answer's.
 
     Raises:
         LlmqatError: if the tokenizer cannot tell where its tokens stand.
@@ -122,18 +112,32 @@ def encode_conversations(
         encoded = tokenizer(
             [text for text, _ in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], batch, strict=True):
-            answers = [any(start <= first < end for start, end in spans) for first, _ in offsets]
+        for ids, offsets, (text, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], batch, strict=True):
+            answers = [_answers(text, spans, *offset) for offset in offsets]
             yield ids, [token if answer else IGNORED for token, answer in zip(ids, answers, strict=True)]
 
 
+def _answers(text: str, spans: list[tuple[int, int]], first: int, end: int) -> bool:
+    """Whether a token, characters ``[first, end)``, is an answer's: it begins inside one, or in white space before."""
+    return any(
+        first < stop and (start <= first or (start < end and text[first:start].isspace())) for start, stop in spans
+    )
+
+
 def chat_stream(tokenizer: Any, conversations: Sequence[Conversation], limit: int | None = None) -> Tensor:
-    """All conversations, questions and answers, as one stream of ids; at most `limit`: for calibration."""
+    """All conversations, questions and answers, as one stream of ids; at most `limit`: for calibration.
+
+    Raises:
+        LlmqatError: if none can be used.
+    """
     ids: list[int] = []
-    for row, _ in encode_conversations(tokenizer, conversations, Unused()):
+    unused = Unused()
+    for row, _ in encode_conversations(tokenizer, conversations, unused):
         ids.extend(row)
         if limit is not None and len(ids) >= limit:
             break
+    if not ids:
+        raise LlmqatError(f"none of {unused.count} conversations can be used; the first one, {unused.first}; mend them")
     return torch.tensor(ids[:limit], dtype=torch.long)
 
 
@@ -180,8 +184,6 @@ def chat_rows(
             "--length or --window, or mend the rows"
         )
     unused.report(f"{what} conversations", len(rows))
-    if unused.answers:
-        say(f"{what} conversations: {unused.answers} earlier answers do not count, for the chat template rewrites them")
     if longer:
         say(f"{what} conversations: {longer} of {len(rows)} are longer than {length} tokens, and were cut")
     return _padded(rows, _padding(tokenizer))

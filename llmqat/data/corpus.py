@@ -1,48 +1,24 @@
-"""A dataset as three lists of documents: train, validation and test.
+"""A dataset as three lists of documents: train, validation and test."""
 
-Documents are texts or conversations. Held-out ones never meet training ones: splits a dataset brings are used, others
-are cut off its end, conversations in the order of their hashes. No seed changes what is held out.
-"""
-
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from llmqat.config import ROWS
-from llmqat.data.chat import is_chat
-from llmqat.data.layouts import Document, Layout, documents_of
+from llmqat.data.folders import data_files, suffix_of
+from llmqat.data.hub import hub_splits, is_saved, saved_splits
+from llmqat.data.layouts import Layout, documents_of
+from llmqat.data.messages import Document
 from llmqat.data.named_sets import NamedSet, check_options, named_set
-from llmqat.data.sources import READERS, SUFFIXES, BadRows, Row, hub_splits, is_saved, saved_splits
+from llmqat.data.rows import BadRows, Row
+from llmqat.data.sources import READERS, SUFFIXES
+from llmqat.data.splits import Corpus, assembled, hold_out
 from llmqat.data.stdlib import SPLITS, stdlib_texts
+from llmqat.data.text_files import check_regular, read_text
 from llmqat.errors import LlmqatError
 from llmqat.progress import say
 
-HELD_OUT = 0.05  # share of the documents cut off for validation, and again for test
 STREAMED_ROWS = 20_000
-# Words in the name of a file or folder that say which split it is.
-SPLIT_WORDS = {
-    "train": "train",
-    **{word: "validation" for word in ("validation", "valid", "val", "dev")},
-    "test": "test",
-}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents by split: texts, or conversations (lists of messages)."""
-
-    train: list[Document]
-    validation: list[Document]
-    test: list[Document]
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the documents are conversations."""
-        return is_chat(self.train)
 
 
 def load_corpus(
@@ -69,8 +45,8 @@ def load_corpus(
     if rows not in ROWS:
         raise LlmqatError(f"rows must be one of {', '.join(ROWS)}; got {rows!r}")
     reader = _Reader(dataset, text_field, rows, max_rows)
-    path = Path(dataset)
-    if streaming and (dataset == "stdlib" or path.exists()):
+    path = local_path(dataset)
+    if streaming and (dataset == "stdlib" or path is not None):
         raise LlmqatError(f"--streaming is for datasets of the Hub; {dataset} is local: use --max-rows to read less")
     known = named_set(dataset)
     if known is not None:
@@ -78,20 +54,47 @@ def load_corpus(
         corpus = _named(known, max_rows)
     elif dataset == "stdlib":
         corpus = Corpus(*(list[Document](stdlib_texts(split)) for split in SPLITS))
-    elif is_saved(path):
-        corpus = _assembled({split: reader.rows(of, split) for split, of in saved_splits(path).items()})
-    elif path.is_dir():
-        corpus = _directory(path, reader)
-    elif path.exists():
-        corpus = cut(reader.file(path))
-    elif path.suffix in SUFFIXES or dataset.startswith((".", "/")):
-        raise LlmqatError(f"dataset {dataset} does not exist; give an existing file or directory, a Hub id, or stdlib")
+    elif path is not None:
+        corpus = _local(path, reader)
     else:
         if streaming:
             reader.max_rows = max_rows or STREAMED_ROWS
-        corpus = _assembled({split: reader.rows(of, split) for split, of in hub_splits(dataset, streaming).items()})
+        parts = {split: reader.rows(rows, split) for split, rows in hub_splits(dataset, streaming).items()}
+        corpus = assembled(parts, dataset)
     reader.report(corpus)
     return corpus
+
+
+def local_path(dataset: str) -> Path | None:
+    """The file or directory that a dataset names; None if it is a name of the Hub.
+
+    Raises:
+        LlmqatError: if it cannot be read, or looks like a path and there is none.
+    """
+    path = Path(dataset)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a link to itself, no permission, a name too long or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise LlmqatError(f"cannot read dataset {dataset[:200]!r}: {reason}; check its name") from error
+    else:
+        return path
+    if suffix_of(path) in SUFFIXES or dataset.startswith((".", "/")):
+        raise LlmqatError(f"dataset {dataset} does not exist; give an existing file or directory, a Hub id, or stdlib")
+    return None
+
+
+def _local(path: Path, reader: "_Reader") -> Corpus:
+    """A file, a directory of files, or a directory that ``save_to_disk`` wrote."""
+    if not path.is_dir():
+        return hold_out(reader.file(path))
+    if is_saved(path):
+        parts = {split: reader.rows(rows, split) for split, rows in saved_splits(path).items()}
+    else:
+        parts = {str(file.relative_to(path)): reader.file(file) for file in data_files(path)}
+    return assembled(parts, str(path))
 
 
 def _named(known: NamedSet, max_rows: int | None) -> Corpus:
@@ -100,7 +103,7 @@ def _named(known: NamedSet, max_rows: int | None) -> Corpus:
     parts = {known.train: list[Document](known.texts(known.train, min(limits, default=None)))}
     if known.validation is not None:
         parts["validation"] = list[Document](known.texts(known.validation))
-    return _assembled({**parts, "test": list[Document](known.texts(known.scored))})
+    return assembled({**parts, "test": list[Document](known.texts(known.scored))}, known.hub)
 
 
 class _Reader:
@@ -116,14 +119,16 @@ class _Reader:
         Raises:
             LlmqatError: if the file is of an unknown kind, unreadable, or lacks the columns.
         """
-        if path.suffix == ".txt":
+        suffix = suffix_of(path)
+        if suffix == ".txt":
             self._same_layout(Layout(("text",), str, False), str(path))
-            return [path.read_text("utf-8", errors="replace")]
-        if path.suffix not in READERS:
+            return [read_text(path)]
+        if suffix not in READERS:
+            check_regular(path, path.stat().st_mode)
             raise LlmqatError(
                 f"cannot read {path}: llmqat knows {', '.join(SUFFIXES)}; convert it, or name one of those files"
             )
-        return self.rows(READERS[path.suffix](path), path.name)
+        return self.rows(READERS[suffix](path), path.name)
 
     def rows(self, rows: Iterable[Row], part: str) -> list[Document]:
         """Documents of the rows of a file or split."""
@@ -151,82 +156,12 @@ class _Reader:
         if not any(not isinstance(document, str) or document.strip() for document in corpus.train):
             reason = f" ({self.bad.count} rows left out; the first one, {self.bad.first})" if self.bad.count else ""
             raise LlmqatError(f"dataset {self.name} holds no text to train on{reason}; check the file, or --text-field")
+        self.bad.check(self.name, len(documents))
         self.bad.report(self.name, len(documents))
         if corpus.is_chat:
+            columns = ", ".join(self.layouts[0].columns)
+            unused = ", ".join(f"{column} ({count})" for column, count in self.bad.unused.items())
             say(
-                f"{self.name}: {len(documents)} conversations ({', '.join(self.layouts[0].columns)}); only answers "
-                "count in losses and perplexity (--rows text reads texts)"
+                f"{self.name}: {len(documents)} conversations ({columns}{unused and '; not used: '}{unused}); only "
+                "answers count in losses and perplexity (--rows text reads texts)"
             )
-
-
-def _directory(folder: Path, reader: _Reader) -> Corpus:
-    """All files below a folder that can be read, in the order of their names; by split where the names tell.
-
-    Raises:
-        LlmqatError: if there is none.
-    """
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file.relative_to(folder))]
-    known = [file for file in files if file.suffix in SUFFIXES]
-    if not known:
-        raise LlmqatError(f"directory {folder} holds no file that llmqat can read; it knows {', '.join(SUFFIXES)}")
-    if len(known) < len(files):
-        other = next(file for file in files if file not in known)
-        say(f"{folder}: {len(files) - len(known)} other files left out, such as {other.relative_to(folder)}")
-    return _assembled({str(file.relative_to(folder)): reader.file(file) for file in known})
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def split_named(name: str) -> str | None:
-    """The split that the name of a file, or else of a folder above it, tells: ``wiki.valid.txt``, ``test/1.jsonl``."""
-    for part in reversed(Path(name).parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
-    return None
-
-
-def _assembled(parts: Mapping[str, list[Document]]) -> Corpus:
-    """Train, validation and test as they came; what is missing is cut off the end of the training split.
-
-    If no part is called train, their names tell (``train_sft``, ``test/1.jsonl``; one that tells nothing is for
-    training); if none tells, all parts are cut.
-    """
-    splits = dict(parts)
-    if "train" not in splits:
-        named = {name: split_named(name) for name in parts}
-        if "train" not in named.values():
-            return cut(list(chain.from_iterable(parts.values())))
-        splits = {"train": [], "validation": [], "test": []}
-        for name, documents in parts.items():
-            splits[named[name] or "train"].extend(documents)
-    validation, test = splits.get("validation"), splits.get("test")
-    if validation and test:
-        return Corpus(splits["train"], validation, test)
-    rest = cut(splits["train"])
-    return replace(rest, validation=validation or rest.validation, test=test or rest.test)
-
-
-def cut(documents: list[Document]) -> Corpus:
-    """Cut validation and test off the end.
-
-    Conversations are put into the order of their hashes before: it depends on nothing but themselves. Of texts, whole
-    documents are cut off where there are enough, else lines of the joined text.
-    """
-    joined = not is_chat(documents) and len(documents) < 2 / HELD_OUT
-    if is_chat(documents):
-        documents = sorted(documents, key=_hash)
-    elif joined:
-        documents = list("".join(map(str, documents)).splitlines(keepends=True))
-    held_out = max(1, int(len(documents) * HELD_OUT)) if len(documents) > 2 else 0
-    end = len(documents) - 2 * held_out
-    parts = documents[:end], documents[end : end + held_out], documents[end + held_out :]
-    if joined:
-        return Corpus(*(list[Document](["".join(map(str, part))]) for part in parts))
-    return Corpus(*parts)
-
-
-def _hash(document: Document) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a row means: a text, or a conversation. The known column names are a table."""
+"""What a row means: a text, or a conversation. The known names of columns are tables."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -6,35 +6,49 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from llmqat.data.sources import BadRows, Row
+from llmqat.data.messages import (
+    Conversation,
+    Document,
+    checked,
+    checked_text,
+    from_json,
+    kind_of,
+    messages_of,
+    without_none,
+)
+from llmqat.data.rows import BadRow, BadRows, Row
+from llmqat.data.sources import CHAT_COLUMNS
 from llmqat.errors import LlmqatError
 
-# A conversation is a list of messages, each with at least "role" and "content", as chat templates take them.
-Conversation = list[dict[str, Any]]
-Document = str | Conversation
-
-CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PAIR_COLUMNS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
 )
-# Columns that add to the question of a pair, and the one that sets the scene.
+# Columns that add to the question of a pair.
 INPUT_COLUMNS = ("input", "context")
-SYSTEM_COLUMN = "system"
+# Columns that open a conversation: what sets the scene, and turns before the question of a pair.
+SYSTEM_COLUMNS = ("system", "system_prompt")
+HISTORY_COLUMN = "history"
+# Columns that a chat template gets: as they are, and as an object of any of its arguments.
+TOOL_COLUMNS = ("tools", "functions")
+ARGUMENT_COLUMNS = ("documents", "enable_thinking")
+ARGUMENTS_COLUMN = "chat_template_kwargs"
+# Columns of what is no text: a row that holds any cannot be learned from its text alone.
+MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+# Arguments of `apply_chat_template` that are llmqat's to set.
+OWN_ARGUMENTS = (
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+# Read of every conversation, also where the first rows lack them.
+BESIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, *ARGUMENT_COLUMNS, ARGUMENTS_COLUMN)
 ROWS_TO_DECIDE = 100
-ROLES = {
-    **{name: "system" for name in ("system", "developer")},
-    **{name: "user" for name in ("user", "human")},
-    **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model")},
-    **{name: "tool" for name in ("tool", "function", "observation", "function_response")},
-}
-
-
-class BadRow(ValueError):
-    """A row that does not hold what its columns promise; its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,80 +85,152 @@ def layout_of(columns: Iterable[str], text_field: str, kind: str, name: str) -> 
 
 
 def _chat_layout(columns: list[str]) -> Layout | None:
+    """The first layout of conversations that the columns have."""
     for column in CHAT_COLUMNS:
         if column in columns:
-            return Layout((column,), partial(_messages_row, column=column), True)
+            return _conversations([column, *BESIDE_COLUMNS], columns, partial(messages_of, column=column), column)
     for prompt, answer in PAIR_COLUMNS:
         if {prompt, answer} <= set(columns):
-            extra = tuple(column for column in INPUT_COLUMNS if column in columns)
-            used = (*([SYSTEM_COLUMN] if SYSTEM_COLUMN in columns else []), prompt, *extra, answer)
-            return Layout(used, partial(_pair, prompt=prompt, extra=extra, answer=answer), True)
+            used = [HISTORY_COLUMN, prompt, *INPUT_COLUMNS, answer, *BESIDE_COLUMNS]
+            return _conversations(used, columns, partial(_pair, prompt=prompt, answer=answer), None)
     return None
 
 
+def _conversations(
+    known: list[str], columns: list[str], messages: Callable[[Any], list[dict[str, Any]]], column: str | None
+) -> Layout:
+    """A layout of conversations: their messages come from one column, or (None) from the whole row."""
+
+    def read(row: dict[str, Any]) -> Conversation:
+        _refuse_media(row)
+        found = messages(row.get(column) if column else row)
+        return checked(Conversation([*_system(row, found), *found], template_arguments(row)))
+
+    return Layout(tuple(name for name in known if name in columns), read, True)
+
+
 def _text(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise BadRow(f"{column} is {_kind(value)}, not text")
-    return value
+    return checked_text(row.get(column), column)
 
 
-def _messages_row(row: dict[str, Any], column: str) -> Conversation:
-    return _checked(_messages(row, column))
+def _refuse_media(row: dict[str, Any]) -> None:
+    held = next((column for column in MEDIA_COLUMNS if _holds(row.get(column))), None)
+    if held is not None:
+        raise BadRow(f"{held} is not empty, and llmqat learns from text only")
 
 
-def _messages(row: dict[str, Any], column: str) -> Conversation:
-    value = row.get(column)
-    if not isinstance(value, list):
-        raise BadRow(f"{column} is {_kind(value)}, not a list of messages")
-    return [_message(message, column) for message in value]
+def _holds(value: Any) -> bool:
+    """Whether there is anything in a value: not None, nor an empty text or list, nor a list of these."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds, value))
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
-def _message(message: Any, column: str) -> dict[str, Any]:
-    """``{"role", "content"}`` of an OpenAI or ShareGPT message; other keys, such as tool calls, are kept."""
-    if not isinstance(message, dict):
-        raise BadRow(f"a message of {column} is {_kind(message)}, not an object")
-    given = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if role not in ROLES:
-        raise BadRow(f"a message of {column} has role {role!r}; known: {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
-    if content is None and given.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise BadRow(f"the content of a message of {column} is {_kind(content)}, not text")
-    return {**given, "role": ROLES[role], "content": content}
+def _pair(row: dict[str, Any], prompt: str, answer: str) -> list[dict[str, Any]]:
+    """A question, what it is about, and the answer; prompt and completion may be lists of messages, too.
 
-
-def _pair(row: dict[str, Any], prompt: str, extra: tuple[str, ...], answer: str) -> Conversation:
-    """A question, what it is about, and the answer; prompt and completion may be lists of messages, too."""
+    Answers in a prompt that is a list of messages are not learned, as in other tools: the completion is.
+    """
+    history = _history(row.get(HISTORY_COLUMN))
     if isinstance(row.get(prompt), list) or isinstance(row.get(answer), list):
-        return _checked([*_messages(row, prompt), *_messages(row, answer)])
-    parts = [_text(row, prompt), *(row.get(column) or "" for column in extra)]
-    question = "\n\n".join(str(part) for part in parts if str(part).strip())
+        extra = next((column for column in INPUT_COLUMNS if _holds(row.get(column))), None)
+        if extra is not None:
+            raise BadRow(f"{extra} stands beside a {prompt} of messages")
+        shown = messages_of(row.get(prompt), prompt)
+        shown = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in shown]
+        return [*history, *shown, *messages_of(row.get(answer), answer)]
+    parts = [checked_text(row.get(prompt), prompt)]
+    parts += [checked_text(row[column], column) for column in INPUT_COLUMNS if row.get(column) is not None]
+    question = "\n\n".join(part for part in parts if part.strip())
     if not question:
         raise BadRow(f"{prompt} is empty")
-    system = row.get(SYSTEM_COLUMN)
-    conversation = [
-        *([{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []),
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _text(row, answer)},
-    ]
-    return _checked(conversation)
+    turn = {"role": "user", "content": question}
+    return [*history, turn, {"role": "assistant", "content": checked_text(row.get(answer), answer)}]
 
 
-def _checked(conversation: Conversation) -> Conversation:
-    answers = [message for message in conversation if message["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no message of the assistant")
-    if not any(message["content"].strip() or message.get("tool_calls") for message in answers):
-        raise BadRow("the answer is empty")
-    return conversation
+def _history(value: Any) -> list[dict[str, Any]]:
+    """Turns before the question: pairs of question and answer, or messages; those may be JSON text."""
+    turns = from_json(value, HISTORY_COLUMN)
+    if not turns:
+        return []
+    if isinstance(turns, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        roles = ("user", "assistant")
+        return [
+            {"role": role, "content": checked_text(said, f"a turn of {HISTORY_COLUMN}")}
+            for turn in turns
+            for role, said in zip(roles, turn, strict=True)
+        ]
+    return messages_of(turns, HISTORY_COLUMN)
 
 
-def _kind(value: Any) -> str:
-    return "missing" if value is None else type(value).__name__
+def _system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The message that a system column opens a conversation with, unless the conversation opens with the same."""
+    opening = []
+    for column in SYSTEM_COLUMNS:
+        value = row.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        opening.append({"role": "system", "content": checked_text(value, column)})
+    given = [message for message in messages[:1] if message["role"] == "system"]
+    distinct = {message["content"] for message in (*opening, *given)}
+    if len(distinct) > 1:
+        raise BadRow("two system messages that differ, of a column and another column or message")
+    return [] if given else opening[:1]
+
+
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template gets beside the messages of a row.
+
+    Raises:
+        BadRow: if a column holds what no template takes.
+    """
+    given = without_none(from_json(row.get(ARGUMENTS_COLUMN), ARGUMENTS_COLUMN)) or {}
+    arguments = {column: without_none(row[column]) for column in ARGUMENT_COLUMNS if _holds(row.get(column))}
+    if not isinstance(given, dict):
+        raise BadRow(f"{ARGUMENTS_COLUMN} is {kind_of(given)}, not an object")
+    own = next((name for name in given if name in OWN_ARGUMENTS), None)
+    if own is not None:
+        raise BadRow(f"{ARGUMENTS_COLUMN} holds {own}, which llmqat sets itself")
+    if isinstance(arguments.get("enable_thinking"), str):  # of a table
+        arguments["enable_thinking"] = _flag(arguments["enable_thinking"])
+    tools = [tool for column in TOOL_COLUMNS for tool in _tools(row.get(column), column)]
+    arguments = {**arguments, **({"tools": tools} if tools else {})}
+    clash = next((name for name in given if name in arguments and given[name] != arguments[name]), None)
+    if clash is not None:
+        raise BadRow(f"{ARGUMENTS_COLUMN} and a column of its own give {clash} differently")
+    return {**arguments, **given}
+
+
+def _flag(text: str) -> bool:
+    flags = {"true": True, "1": True, "false": False, "0": False}
+    if text.strip().lower() not in flags:
+        raise BadRow(f"enable_thinking is {text!r}, not true or false")
+    return flags[text.strip().lower()]
+
+
+def _tools(value: Any, column: str) -> list[dict[str, Any]]:
+    """Tools of a column; a function, OpenAI's first form, is put into a tool."""
+    tools = _objects(value, column)
+    if column == "functions":
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools
+
+
+def _objects(value: Any, column: str) -> list[dict[str, Any]]:
+    """A list of objects, which tables hold as JSON text, all together or each."""
+    value = from_json(value, column)
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    items = [from_json(item, f"an item of {column}") for item in items]
+    if not all(isinstance(item, dict) for item in items):
+        raise BadRow(f"{column} is not a list of objects")
+    objects: list[dict[str, Any]] = without_none(items) if not isinstance(value, str) else items
+    return objects
+
+
+def _unused(row: dict[str, Any], layout: Layout) -> Iterator[str]:
+    """Columns that hold something beside a conversation, and that nothing is read from."""
+    used = (*layout.columns, *BESIDE_COLUMNS)
+    return (column for column, value in row.items() if column not in used and _holds(value))
 
 
 def _columns(row: dict[str, Any] | str) -> dict[str, Any]:
@@ -176,6 +262,10 @@ def documents_of(
     for place, values in chain(first, remaining):
         try:
             documents.append(layout.read(_columns(values)))
+            if layout.chat:
+                bad.unused.update(_unused(_columns(values), layout))
         except BadRow as error:
             bad.add(place, error)
+        except RecursionError:
+            bad.add(place, "nested too deeply")
     return layout, documents

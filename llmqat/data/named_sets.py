@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmqat.data.sources import unreachable
+from llmqat.data.hub import unreachable
 from llmqat.errors import LlmqatError
 
 PUBLISHED_WINDOW = 2048  # tokens; the window is a part of the metric

@@ -1,93 +1,131 @@
-"""Rows of a dataset: local files, and the Hub. A row that cannot be read is counted, not fatal."""
+"""Rows of local files: JSON, tables, Parquet. A row that cannot be read is counted, not fatal."""
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmqat.data.rows import Row, Unreadable, one_line
+from llmqat.data.text_files import NUL_REMEDY, decoding_error, open_regular, read_text, text_lines
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
 
-# Where a row stands ("my.jsonl line 7"), and its columns; or why it has none.
-Row = tuple[str, dict[str, Any] | str]
 ROWS_AT_ONCE = 1000
-# A streamed dataset is shuffled within this many rows, always in the same order: what is held out never depends on
-# the seed of a run.
-SHUFFLE_BUFFER, SHUFFLE_SEED = 10_000, 0
 NO_OBJECT = "not an object"
 CSV_CELL_LIMIT = 2**31 - 1
+MOST_DIGITS = 4300  # of an integer that Python reads; more become a float
+# Columns whose list of objects is one conversation; every other single list in a JSON object holds the rows.
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
 
 
-class BadRows:
-    """Rows that were left out: how many, and why the first one was."""
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
-    def __init__(self) -> None:
-        self.count, self.first = 0, ""
 
-    def add(self, place: str, reason: object) -> None:
-        """Count a row, and remember the first."""
-        self.count += 1
-        self.first = self.first or f"{place}: {reason}"
+def parse_json(text: str) -> Any:
+    """A value from its JSON text.
 
-    def report(self, name: str, good: int) -> None:
-        """One line about dataset `name`, of which `good` rows could be used; none if there is nothing to tell."""
-        if self.count:
-            say(f"{name}: {self.count} of {self.count + good} rows left out; the first one, {self.first}")
+    Raises:
+        ValueError: if it is not JSON, or nested too deeply; the message is one line.
+    """
+    try:
+        return json.loads(text, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"not JSON ({error.msg} at {place})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read (nested too deeply)") from error
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """Rows of a file that holds an object per line."""
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield f"{path.name} line {number}", _parsed(line)
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """An object per line; or, in a ``.json`` file, a list of objects, or an object that holds one such list.
+    """Rows of a list of objects, or of an object that holds one such list; else of an object per line.
 
     Raises:
         LlmqatError: if a list is not JSON.
     """
-    if path.suffix == ".json":
-        text = path.read_text("utf-8-sig", errors="replace")
-        try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError as error:
-            if text.lstrip()[:1] == "[":
-                raise LlmqatError(f"cannot parse {path}: {error}; mend it, or write one object per line") from error
-        else:
-            yield from _objects(parsed, path.name)
-            return
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path.name} line {number}", _parsed(line)
+    text = read_text(path)
+    try:
+        parsed = parse_json(text)
+    except ValueError as error:
+        if text.lstrip()[:1] == "[":
+            raise LlmqatError(f"cannot parse {path}: {error}; mend it, or write one object per line") from error
+        yield from json_lines(path)
+        return
+    yield from _objects(parsed, path.name)
 
 
 def _objects(parsed: Any, name: str) -> Iterator[Row]:
     if isinstance(parsed, dict):
-        lists = [value for value in parsed.values() if isinstance(value, list)]
-        parsed = lists[0] if len(lists) == 1 and all(isinstance(item, dict) for item in lists[0]) else [parsed]
+        lists = [column for column, value in parsed.items() if isinstance(value, list)]
+        holds_rows = len(lists) == 1 and lists[0] not in CHAT_COLUMNS
+        holds_rows = holds_rows and all(isinstance(item, dict) for item in parsed[lists[0]])
+        parsed = parsed[lists[0]] if holds_rows else [parsed]
     for number, row in enumerate(parsed if isinstance(parsed, list) else [parsed], start=1):
         yield f"{name} row {number}", row if isinstance(row, dict) else NO_OBJECT
 
 
 def _parsed(line: str) -> dict[str, Any] | str:
+    broken = decoding_error(line) or ("a NUL: " + NUL_REMEDY if "\0" in line else None)
+    if broken is not None:
+        return broken
     try:
-        row = json.loads(line.strip())
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})"
+        row = parse_json(line.strip())
+    except ValueError as error:
+        return str(error)
     return row if isinstance(row, dict) else NO_OBJECT
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of a table whose first line names the columns; every value is text."""
+    """Rows of a table whose first line names the columns; every value is text.
+
+    Raises:
+        LlmqatError: if two columns have one name.
+    """
     csv.field_size_limit(CSV_CELL_LIMIT)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        table = csv.DictReader(line.replace("\0", "") for line in file)
-        columns = table.fieldnames or []
-        for row in table:
-            place = f"{path.name} line {table.line_num}"
-            if None in row or None in row.values():
-                cells = sum(value is not None for value in row.values()) - (None in row)
-                cells += len(row.get(None) or [])  # type: ignore[call-overload]
-                yield place, f"{cells} cells under {len(columns)} columns"
-            else:
-                yield place, row
+    table = csv.reader(text_lines(path), strict=True)
+    columns: list[str] | None = None
+    end = 0
+    while True:
+        start, broken, cells = end + 1, None, list[str]()
+        try:
+            cells = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a quote that nothing closes takes all lines to the end
+            broken = f"not a row of a table ({error})"
+        end = table.line_num
+        if broken is None and columns is None and cells:
+            columns = _distinct(cells, path)
+        elif broken is not None:
+            yield from ((f"{path.name} line {number}", broken) for number in range(start, end + 1))
+        elif cells and columns is not None:
+            yield f"{path.name} line {end}", _cells(columns, cells)
+
+
+def _cells(columns: list[str], cells: list[str]) -> dict[str, Any] | str:
+    if len(cells) != len(columns):
+        return f"{len(cells)} cells under {len(columns)} columns"
+    broken = next(filter(None, map(decoding_error, cells)), None)
+    return broken or dict(zip(columns, cells, strict=True))
+
+
+def _distinct(columns: Sequence[str], path: Path) -> list[str]:
+    """Names of columns.
+
+    Raises:
+        LlmqatError: if one names two columns, of which only the last would be read.
+    """
+    twice = next((name for index, name in enumerate(columns) if name in columns[:index]), None)
+    if twice is not None:
+        raise LlmqatError(f"{path} has two columns named {twice!r}; rename one of them")
+    return list(columns)
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -99,81 +137,42 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    open_regular(path).close()
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
-            yield from ((f"{path.name} row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise LlmqatError(f"cannot parse {path}: {first_line(error)}; copy or download it again") from error
+            columns = _distinct(file.schema_arrow.names, path)
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                for values in zip(*(_values(column) for column in batch.columns), strict=True):
+                    number += 1
+                    yield f"{path.name} row {number}", dict(zip(columns, values, strict=True))
+    except LlmqatError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise LlmqatError(f"cannot parse {path}: {one_line(error)}; copy or download it again") from error
 
 
+def _values(column: Any) -> list[Any]:
+    """Python values of an Arrow column; `Unreadable` for text that is not UTF-8, dates out of range, ..."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        values = [_value(scalar) for scalar in column]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        return Unreadable(one_line(error))
+
+
+# Suffix of a file -> how its rows are read. A text file has no rows: the file is one document.
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": json_rows,
+    ".jsonl": json_lines,
     ".json": json_rows,
     ".parquet": parquet_rows,
     ".csv": csv_rows,
 }
 SUFFIXES = (".txt", *READERS)
-
-
-def hub_splits(dataset: str, streaming: bool) -> dict[str, Iterable[Row]]:
-    """Rows of a Hub dataset, ``name`` or ``name:config``, by split; streamed ones are read only as far as asked.
-
-    Raises:
-        LlmqatError: if it cannot be had.
-    """
-    import datasets
-
-    name, _, config = dataset.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None, streaming=streaming)
-    except Exception as error:  # missing, gated, offline: each library layer has exceptions of its own
-        raise unreachable(dataset, error) from error
-    return {split: _hub_rows(dataset, split, rows, streaming and split == "train") for split, rows in loaded.items()}
-
-
-def is_saved(path: Path) -> bool:
-    """Whether a directory was written by ``save_to_disk`` of the library datasets."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-
-
-def saved_splits(path: Path) -> dict[str, Iterable[Row]]:
-    """Rows of a directory written by ``save_to_disk``, by split.
-
-    Raises:
-        LlmqatError: if it cannot be read.
-    """
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # OS, Arrow and JSON errors: all mean that the files are not what was saved
-        raise LlmqatError(f"cannot read dataset {path}: {first_line(error)}; copy or save it again") from error
-    splits = loaded if isinstance(loaded, dict) else {"all": loaded}
-    return {split: _hub_rows(str(path), split, rows, False) for split, rows in splits.items()}
-
-
-def _hub_rows(dataset: str, split: str, rows: Any, shuffled: bool) -> Iterator[Row]:
-    if shuffled:
-        rows = rows.shuffle(seed=SHUFFLE_SEED, buffer_size=SHUFFLE_BUFFER)
-    number = 0
-    try:
-        for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield f"{split} row {number}", dict(zip(batch, values, strict=True))
-    except OSError as error:  # the network, in the middle of a stream
-        raise unreachable(dataset, error) from error
-
-
-def unreachable(dataset: str, error: Exception) -> LlmqatError:
-    """What to raise where the Hub does not give a dataset."""
-    return LlmqatError(
-        f"cannot load dataset {dataset} from the Hub: {first_line(error)}; without a network, give a local file or "
-        "stdlib"
-    )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from llmqat.data.chat import chat_rows, chat_stream, is_chat
-from llmqat.data.layouts import Document
+from llmqat.data.chat import chat_rows, chat_stream
+from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
 
 DOCUMENTS_AT_ONCE = 64

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmqat.data.chat import chat_rows, is_chat, positions, token_count, unstack
-from llmqat.data.layouts import Document
+from llmqat.data.chat import chat_rows, positions, token_count, unstack
+from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
 from llmqat.metrics.layer_error import LayerErrors
 from llmqat.progress import track
@@ -103,9 +103,11 @@ def windows(
         the ids, with the rule they were cut by.
 
     Raises:
-        LlmqatError: if the text is shorter than one window, no answer fits one, or a BOS is asked for and the tokenizer
-            has none.
+        LlmqatError: if the text is shorter than one window or missing, no answer fits one, or a BOS is asked for and the
+            tokenizer has none.
     """
+    if not documents:
+        raise LlmqatError(f"there is no {what} text: the dataset has too few rows to hold any out; give it a test split")
     if is_chat(documents):
         return Windows(chat_rows(tokenizer, documents, window, max_tokens, what), "template")
     ids = encode_opened(tokenizer, joiner.join(map(str, documents)), bos)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmqat.data.corpus import load_corpus
-from llmqat.data.layouts import Document
+from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, named_set
 from llmqat.errors import LlmqatError
 from llmqat.metrics.perplexity import Windows, encode_opened, windows, with_bos

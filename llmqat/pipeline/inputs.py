@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmqat.config import DataConfig, Recipe
 from llmqat.data.corpus import Corpus, load_corpus
-from llmqat.data.layouts import Document
+from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
 from llmqat.data.tokens import blocks, encode
 from llmqat.metrics.perplexity import Windows

@@ -4,18 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmqat.data.chat import (
-    IGNORED,
-    PLAIN_TEMPLATE,
-    answer_spans,
-    as_question,
-    chat_rows,
-    chat_stream,
-    ensure_template,
-    positions,
-    token_count,
-    unstack,
-)
+from llmqat.data.chat import IGNORED, chat_rows, chat_stream, positions, token_count, unstack
+from llmqat.data.messages import Conversation
+from llmqat.data.template import PLAIN_TEMPLATE, answer_spans, as_question, ensure_template
 from llmqat.data.tokens import encode, sequences
 from llmqat.errors import LlmqatError
 
@@ -127,6 +118,103 @@ def test_a_token_across_the_border_belongs_to_the_question(chatty):
     rows = chat_rows(own, [conversation("xa", "bc")], 50)
     assert own.convert_ids_to_tokens(rows[0, 0]) == ["x", "ab", "c"]
     assert own.decode(rows[0, 1][rows[0, 1] != IGNORED]) == "c"
+
+
+def test_white_space_before_an_answer_belongs_to_its_first_token(chatty):
+    """A template may end an opening with a space, which tokenizers join with the word behind it."""
+    own = chatty(
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    own.add_tokens([" yes"])
+    rows = chat_rows(own, [conversation("q", "yes")], 50)
+    assert own.decode(rows[0, 1][rows[0, 1] != IGNORED]) == " yes"
+
+
+def learned(tokenizer, talk):
+    rows = chat_rows(tokenizer, [talk], 500)
+    return tokenizer.decode(rows[0, 1][rows[0, 1] != IGNORED])
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN_TEMPLATE], ids=["chatml", "plain"])
+def test_answers_before_any_question(chatty, template):
+    own, end = chatty(template), "</s>" if template == PLAIN_TEMPLATE else "<|im_end|>\n"
+    greeting, talk = {"role": "assistant", "content": "hello"}, TALK[1:]
+    assert learned(own, [greeting, *talk]) == f"hello{end}first{end}second{end}"
+    assert learned(own, [TALK[0], greeting, *talk]) == f"hello{end}first{end}second{end}"
+    assert learned(own, [greeting]) == f"hello{end}"
+    assert learned(own, [greeting, {**greeting, "content": "again"}]) == f"hello{end}again{end}"
+
+
+def test_answers_that_a_template_does_not_render_alone(chatty, capsys):
+    """Qwen3 refuses conversations without a user, also where they are the beginning of one."""
+    own = chatty(
+        "{% if messages | selectattr('role', 'eq', 'user') | list | length == 0 %}"
+        "{{ raise_exception('No user query found') }}{% endif %}" + CHATML
+    )
+    talk = [{"role": "assistant", "content": "hello"}, *TALK[1:]]
+    assert learned(own, talk) == "first<|im_end|>\nsecond<|im_end|>\n"
+    assert "1 earlier answers do not count" in capsys.readouterr().err
+
+
+def test_an_answer_without_an_opening_is_found_by_its_words(chatty):
+    own = chatty("{% for m in messages %}{{ m.role + '|' + m.content + '\n' }}{% endfor %}")
+    assert learned(own, [{"role": "assistant", "content": "hello"}]) == "hello\n"
+
+
+def test_answers_of_weight_0_are_shown_and_not_learned(chatty, capsys):
+    own = chatty(CHATML)
+    talk = [{**message, "weight": 0} if message["content"] == "first" else message for message in TALK]
+    assert learned(own, talk) == "second<|im_end|>\n"
+    assert "first" in own.decode(chat_rows(own, [talk], 500)[0, 0])
+    talk = [{**message, "weight": 0} if message["content"] == "second" else message for message in TALK]
+    assert learned(own, talk) == "first<|im_end|>\n"
+    assert "do not count" not in capsys.readouterr().err
+    learned(own, [{**TALK[1], "train": True}, TALK[2]])
+    told = "training conversations: 1 messages of other roles have weight 1; only answers are learned"
+    assert told in capsys.readouterr().err
+
+
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "m.content +", "m.content + (m.tool_calls | tojson if m.tool_calls else '') +"
+)
+
+
+def test_a_template_gets_what_stands_beside_the_messages(chatty, capsys):
+    talk = Conversation(conversation("q", "a"), {"tools": [{"name": "f"}], "effort": "low"})
+    text = chatty().decode(chat_rows(chatty(WITH_TOOLS + "{{ effort }}"), [talk], 500)[0, 0])
+    assert text.startswith('[{"name": "f"}]<|im_start|>user')
+    assert text.endswith("low")
+    assert "no use" not in capsys.readouterr().err
+    chat_rows(chatty(CHATML), [talk, Conversation([{**talk[0], "name": "Ann"}, talk[1]])], 500)
+    told = "training conversations: the chat template has no use for effort (1), name (1), tools (1)"
+    assert told in capsys.readouterr().err
+    chat_rows(chatty("{{ messages | tojson }}" + CHATML), [Conversation([{**talk[0], "name": "Ann"}, talk[1]])], 500)
+    assert "no use" not in capsys.readouterr().err  # written with all the rest
+
+
+def test_tool_calls_are_answers(chatty, capsys):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert learned(chatty(WITH_TOOLS), [TALK[1], call]) == '[{"function": {"name": "f"}}]<|im_end|>\n'
+    assert len(chat_rows(chatty(CHATML), [[TALK[1], call], TALK], 500)) == 1
+    told = "conversation 1: the chat template has no use for its tool_calls, which are an answer"
+    assert told in capsys.readouterr().err
+
+
+def test_a_tokenizer_may_have_another_template_for_tools(chatty, capsys):
+    own = chatty({"default": CHATML, "tool_use": WITH_TOOLS})
+    talk = Conversation(conversation("q", "a"), {"tools": [{"name": "f"}]})
+    assert own.decode(chat_rows(own, [talk], 500)[0, 0]).startswith('[{"name": "f"}]')
+    assert "no use" not in capsys.readouterr().err
+
+
+def test_messages_by_hand_are_brought_into_form(chatty, capsys):
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 1, "name": None}]
+    assert learned(chatty(CHATML), talk) == "a<|im_end|>\n"
+    assert len(chat_rows(chatty(CHATML), [talk[:1], talk], 500)) == 1
+    assert "conversation 1: no message of the assistant" in capsys.readouterr().err
+    with pytest.raises(LlmqatError, match="none of 1 conversations can be used; the first one, conversation 1"):
+        chat_stream(chatty(CHATML), [talk[:1]])
 
 
 def test_long_conversations_are_cut_and_counted(chatty, capsys):

@@ -5,7 +5,8 @@ import datasets
 import pytest
 
 from llmqat.data import stdlib
-from llmqat.data.corpus import Corpus, cut, load_corpus
+from llmqat.data.corpus import load_corpus
+from llmqat.data.splits import Corpus, hold_out
 from llmqat.data.stdlib import SPLITS, split_of, stdlib_files, stdlib_texts
 from llmqat.errors import LlmqatError
 
@@ -108,7 +109,11 @@ def test_directory_is_read_in_order(tmp_path):
             r"train on \(2 rows left out; the first one, a\.jsonl line 1: text is int",
         ),
         ("a.jsonl", "{broken", r"train on \(1 rows left out; the first one, a\.jsonl line 1: not JSON \(Expecting"),
-        ("a.json", "[{broken", r"cannot parse .*a\.json: Expecting property name.*; mend it, or write one object per"),
+        (
+            "a.json",
+            "[{broken",
+            r"cannot parse .*a\.json: not JSON \(Expecting prop.*; mend it, or write one object per",
+        ),
         ("a.json", "", r"holds no text to train on"),
         ("a.parquet", "no parquet", r"cannot parse .*a\.parquet: "),
     ],
@@ -138,9 +143,9 @@ def test_hub_datasets(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load_corpus("train+validation+test:small") == Corpus(ROWS, ROWS, ROWS)
-    assert load_corpus("train+test") == Corpus(cut(ROWS).train, cut(ROWS).validation, ROWS)
-    assert load_corpus("other") == cut(ROWS)
-    assert load_corpus("train_sft+test_sft") == Corpus(cut(ROWS).train, cut(ROWS).validation, ROWS)
+    assert load_corpus("train+test") == Corpus(hold_out(ROWS).train, hold_out(ROWS).validation, ROWS)
+    assert load_corpus("other") == hold_out(ROWS)
+    assert load_corpus("train_sft+test_sft") == Corpus(hold_out(ROWS).train, hold_out(ROWS).validation, ROWS)
     assert asked == [
         ("train+validation+test", "small"),
         ("train+test", None),
@@ -154,7 +159,7 @@ def test_hub_datasets(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 39, 40, 100])
 def test_cut_holds_out_the_end_and_loses_nothing(count):
     documents = [f"{i}\n" for i in range(count)]
-    corpus = cut(documents)
+    corpus = hold_out(documents)
     assert joined(corpus) == "".join(documents)
     assert any(corpus.train)
     if count > 2:
@@ -191,14 +196,21 @@ def test_conversations_are_held_out_whatever_their_order(tmp_path, capsys):
 
 
 def test_bad_rows_are_counted_and_the_first_is_explained(tmp_path, capsys):
-    path = write_lines(tmp_path / "a.jsonl", [talk(0), {"messages": "no"}, talk(1), talk(2, " "), talk(3)])
+    path = write_lines(tmp_path / "a.jsonl", [talk(0), {"messages": "no"}, talk(1), talk(2, " "), talk(3), talk(4)])
     path.write_text(path.read_text() + "{half\n[1]\n")
-    assert len(load_corpus(str(path)).train) == 1
-    told = f"{path}: 4 of 7 rows left out; the first one, a.jsonl line 2: messages is str, not a list of messages"
+    assert len(load_corpus(str(path)).train) == 2
+    told = f"{path}: 4 of 8 rows left out; the first one, a.jsonl line 2: messages is str, not a list of messages"
     assert told in capsys.readouterr().err
     write_lines(path, [talk(0)])
     load_corpus(str(path))
     assert "left out" not in capsys.readouterr().err
+
+
+def test_a_dataset_of_mostly_bad_rows_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [talk(0), {"messages": "no"}, talk(1, "")])
+    message = r"a\.jsonl: 2 of 3 rows cannot be used, more than 50%; the first one, a\.jsonl line 2: messages is str"
+    with pytest.raises(LlmqatError, match=message):
+        load_corpus(str(path))
 
 
 def test_rows_may_be_read_as_text(tmp_path):
@@ -249,9 +261,9 @@ def test_max_rows(tmp_path):
 def test_a_dataset_saved_to_disk(tmp_path):
     rows = datasets.Dataset.from_dict({"text": ROWS})
     rows.save_to_disk(str(tmp_path / "one"))
-    assert load_corpus(str(tmp_path / "one")) == cut(ROWS)
+    assert load_corpus(str(tmp_path / "one")) == hold_out(ROWS)
     datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(str(tmp_path / "splits"))
-    assert load_corpus(str(tmp_path / "splits")) == Corpus(cut(ROWS).train, cut(ROWS).validation, ROWS[:1])
+    assert load_corpus(str(tmp_path / "splits")) == Corpus(hold_out(ROWS).train, hold_out(ROWS).validation, ROWS[:1])
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(LlmqatError, match=r"cannot read dataset .*one: .*; copy or save it again"):
         load_corpus(str(tmp_path / "one"))

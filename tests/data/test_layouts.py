@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from llmqat.data.layouts import documents_of, layout_of
-from llmqat.data.sources import BadRows
+from llmqat.data.rows import BadRows
 from llmqat.errors import LlmqatError
 
 
@@ -66,6 +68,102 @@ def test_layouts(row, expected):
     assert read(row) == expected
 
 
+def system(content):
+    return {"role": "system", "content": content}
+
+
+TALK = [user("q"), assistant("a")]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "arguments"),
+    [
+        ({"messages": TALK, "tools": [TOOL]}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "tools": json.dumps([TOOL])}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "tools": [json.dumps(TOOL)]}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "tools": json.dumps([{"default": None}])}, TALK, {"tools": [{"default": None}]}),
+        ({"messages": TALK, "tools": [{**TOOL, "strict": None}]}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "tools": [], "documents": None}, TALK, {}),
+        ({"messages": TALK, "tools": "", "chat_template_kwargs": ""}, TALK, {}),
+        ({"messages": TALK, "functions": [TOOL["function"]]}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "chat_template_kwargs": {"effort": "low", "x": None}}, TALK, {"effort": "low"}),
+        ({"messages": TALK, "chat_template_kwargs": '{"effort": "low"}'}, TALK, {"effort": "low"}),
+        ({"messages": TALK, "documents": [{"text": "d", "title": None}]}, TALK, {"documents": [{"text": "d"}]}),
+        ({"messages": TALK, "enable_thinking": False}, TALK, {"enable_thinking": False}),
+        ({"messages": TALK, "enable_thinking": "False"}, TALK, {"enable_thinking": False}),
+        ({"prompt": "q", "completion": "a", "tools": [TOOL]}, TALK, {"tools": [TOOL]}),
+        ({"messages": TALK, "system": "s"}, [system("s"), *TALK], {}),
+        ({"messages": TALK, "system": " "}, TALK, {}),
+        ({"messages": [system("s"), *TALK], "system": "s"}, [system("s"), *TALK], {}),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [system("s"), *TALK], {}),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, TALK, {}),
+        ({"instruction": "q", "output": "a", "history": [["h", "i"]]}, [user("h"), assistant("i"), *TALK], {}),
+        ({"query": "q", "response": "a", "history": '[["h", "i"]]'}, [user("h"), assistant("i"), *TALK], {}),
+        ({"instruction": "q", "output": "a", "history": [user("h")]}, [user("h"), *TALK], {}),
+        ({"instruction": "q", "output": "a", "history": []}, TALK, {}),
+        ({"messages": TALK, "images": [], "image": None, "videos": [None]}, TALK, {}),
+        (
+            {"prompt": [*TALK, user("r")], "completion": [assistant("b")]},
+            [user("q"), {**assistant("a"), "weight": 0}, user("r"), assistant("b")],
+            {},
+        ),
+    ],
+)
+def test_what_stands_beside_a_conversation(row, messages, arguments):
+    document = read(row)
+    assert document == messages
+    assert document.template_arguments == arguments
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": TALK, "tools": "a hammer"}, "tools is not JSON"),
+        ({"messages": TALK, "tools": [7]}, "tools is not a list of objects"),
+        ({"messages": TALK, "chat_template_kwargs": [1]}, "chat_template_kwargs is list, not an object"),
+        ({"messages": TALK, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs holds tokenize, which"),
+        (
+            {"messages": TALK, "tools": [TOOL], "chat_template_kwargs": {"tools": []}},
+            "chat_template_kwargs and a column of its own give tools differently",
+        ),
+        ({"messages": TALK, "enable_thinking": "maybe"}, "enable_thinking is 'maybe', not true or false"),
+        ({"messages": TALK, "images": [b"png"]}, "images is not empty, and llmqat learns from text only"),
+        ({"prompt": "q", "completion": "a", "image": {"bytes": b"png"}}, "image is not empty"),
+        ({"messages": TALK, "system": 7}, "system is int, not text"),
+        ({"messages": [system("t"), *TALK], "system": "s"}, "two system messages that differ"),
+        ({"messages": TALK, "system": "s", "system_prompt": "t"}, "two system messages that differ"),
+        ({"query": "q", "response": "a", "history": [[1, 2]]}, "a turn of history is int, not text"),
+        ({"query": "q", "response": "a", "history": "before"}, "history is not JSON"),
+        ({"query": "q", "response": "a", "history": ["before"]}, "a message of history is str, not an object"),
+        ({"instruction": "q", "output": "a", "input": 7}, "input is int, not text"),
+        ({"prompt": [user("q")], "completion": [assistant("a")], "input": "x"}, "input stands beside a prompt of mess"),
+        ({"text": "half a \ud83d"}, "text holds half a character"),
+        ({"text": "a\0b"}, "text holds a NUL character"),
+    ],
+)
+def test_what_stands_beside_a_conversation_and_cannot_be_used(row, reason):
+    assert read(row).startswith(f"row 1: {reason}")
+
+
+def test_columns_that_nothing_is_read_from_are_counted():
+    bad = BadRows()
+    rows = [(f"row {i}", {"messages": TALK, "id": i or None, "tags": ["x"], "tools": None, "n": ""}) for i in range(3)]
+    rows.append(("row 3", {"messages": TALK, "late": 1, "system": "s"}))
+    documents_of(rows, bad, "text", "auto", "set")
+    assert bad.unused == {"id": 2, "tags": 3, "late": 1}
+
+
+def test_a_row_nested_too_deeply_is_left_out():
+    value = "x"
+    for _ in range(5000):
+        value = [value]
+    bad = BadRows()
+    rows = [("row 1", {"messages": [{**TALK[1], "x": value}]}), ("row 2", {"messages": TALK})]
+    assert documents_of(rows, bad, "text", "auto", "set")[1] == [TALK]
+    assert bad.first == "row 1: nested too deeply"
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -75,7 +173,7 @@ def test_layouts(row, expected):
         ({"messages": ["q"]}, "a message of messages is str, not an object"),
         ({"messages": [{"role": "boss", "content": "q"}]}, "a message of messages has role 'boss'; known: system, "),
         ({"messages": [user({"image": 1})]}, "the content of a message of messages is dict, not text"),
-        ({"messages": [user([{"type": "image"}])]}, "the content of a message of messages is list, not text"),
+        ({"messages": [user([{"type": "image"}])]}, "the content of a message of messages has a part of type 'image'"),
         ({"messages": [user(None)]}, "the content of a message of messages is missing, not text"),
         ({"messages": []}, "no message of the assistant"),
         ({"messages": [user("q")]}, "no message of the assistant"),

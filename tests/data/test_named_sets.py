@@ -5,8 +5,9 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from llmqat.data.corpus import Corpus, cut, load_corpus
+from llmqat.data.corpus import load_corpus
 from llmqat.data.named_sets import NAMED_SETS, named_set
+from llmqat.data.splits import Corpus, hold_out
 from llmqat.errors import LlmqatError
 
 
@@ -16,9 +17,9 @@ def test_a_corpus_holds_what_papers_score(papers_hub):
     assert load_corpus("wikitext2") == Corpus(*wiki)
     train, validation, test = (papers_hub[f"ptb {split}"] for split in ("train", "validation", "test"))
     assert load_corpus("ptb-new") == Corpus(train, validation, test)
-    rest = cut(train)
+    rest = hold_out(train)
     assert load_corpus("ptb") == Corpus(rest.train, rest.validation, validation)  # the scored split chooses nothing
-    rest = cut(papers_hub["c4 train"])
+    rest = hold_out(papers_hub["c4 train"])
     expected = Corpus(rest.train, rest.validation, papers_hub["c4 validation"])
     assert load_corpus("c4") == load_corpus("c4-new") == expected
 
@@ -27,7 +28,7 @@ def test_training_rows_are_limited_and_scored_ones_are_not(papers_hub, monkeypat
     assert NAMED_SETS["c4"].train_rows == 20_000
     monkeypatch.setitem(NAMED_SETS, "c4", replace(NAMED_SETS["c4"], train_rows=25))
     for max_rows, count in ((None, 25), (20, 20), (30, 25)):
-        corpus, expected = load_corpus("c4", max_rows=max_rows), cut(papers_hub["c4 train"][:count])
+        corpus, expected = load_corpus("c4", max_rows=max_rows), hold_out(papers_hub["c4 train"][:count])
         assert corpus == Corpus(expected.train, expected.validation, papers_hub["c4 validation"])
 
 

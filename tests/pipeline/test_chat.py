@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from llmqat.data.chat import PLAIN_TEMPLATE
+from llmqat.data.template import PLAIN_TEMPLATE
 from llmqat.formats.verify import verify
 
 FLAGS = "--init rtn --length 64 --window 64 --max-steps 4 --batch-size 4 --eval-every 2 --repeats 0"
