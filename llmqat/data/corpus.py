@@ -107,11 +107,11 @@ def _named(known: NamedSet, max_rows: int | None) -> Corpus:
 
 
 class _Reader:
-    """Reads documents of one dataset, and keeps the count of what it left out."""
+    """Reads documents of one dataset, and counts them and what it left out."""
 
     def __init__(self, name: str, text_field: str, kind: str, max_rows: int | None) -> None:
         self.name, self.text_field, self.kind, self.max_rows = name, text_field, kind, max_rows
-        self.bad, self.layouts = BadRows(), list[Layout]()
+        self.bad, self.layouts, self.count = BadRows(), list[Layout](), 0
 
     def file(self, path: Path) -> list[Document]:
         """Documents of one local file: a text file is one, other formats hold one per row.
@@ -122,6 +122,7 @@ class _Reader:
         suffix = suffix_of(path)
         if suffix == ".txt":
             self._same_layout(Layout(("text",), str, False), str(path))
+            self.count += 1
             return [read_text(path)]
         if suffix not in READERS:
             check_regular(path, path.stat().st_mode)
@@ -136,6 +137,7 @@ class _Reader:
         layout, documents = documents_of(islice(rows, self.max_rows), self.bad, self.text_field, self.kind, name)
         if layout is not None:
             self._same_layout(layout, name)
+        self.count += len(documents)
         return documents
 
     def _same_layout(self, layout: Layout, name: str) -> None:
@@ -152,16 +154,15 @@ class _Reader:
         Raises:
             LlmqatError: if there is nothing to train on.
         """
-        documents = [*corpus.train, *corpus.validation, *corpus.test]
         if not any(not isinstance(document, str) or document.strip() for document in corpus.train):
             reason = f" ({self.bad.count} rows left out; the first one, {self.bad.first})" if self.bad.count else ""
             raise LlmqatError(f"dataset {self.name} holds no text to train on{reason}; check the file, or --text-field")
-        self.bad.check(self.name, len(documents))
-        self.bad.report(self.name, len(documents))
+        self.bad.check(self.name, self.count)
+        self.bad.report(self.name, self.count)
         if corpus.is_chat:
             columns = ", ".join(self.layouts[0].columns)
             unused = ", ".join(f"{column} ({count})" for column, count in self.bad.unused.items())
             say(
-                f"{self.name}: {len(documents)} conversations ({columns}{unused and '; not used: '}{unused}); only "
+                f"{self.name}: {self.count} conversations ({columns}{unused and '; not used: '}{unused}); only "
                 "answers count in losses and perplexity (--rows text reads texts)"
             )

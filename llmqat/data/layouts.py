@@ -218,12 +218,11 @@ def _tools(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _objects(value: Any, column: str) -> list[dict[str, Any]]:
     """A list of objects, which tables hold as JSON text, all together or each."""
-    value = from_json(value, column)
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    items = [from_json(item, f"an item of {column}") for item in items]
-    if not all(isinstance(item, dict) for item in items):
+    items = from_json(value, column) if isinstance(value, str) else without_none(value)  # a null in JSON text is meant
+    items = items if isinstance(items, list) else [] if items is None else [items]
+    objects = [from_json(item, f"an item of {column}") for item in items]
+    if not all(isinstance(item, dict) for item in objects):
         raise BadRow(f"{column} is not a list of objects")
-    objects: list[dict[str, Any]] = without_none(items) if not isinstance(value, str) else items
     return objects
 
 

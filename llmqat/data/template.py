@@ -66,7 +66,7 @@ def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[
             closing = closing.removesuffix(tokenizer.eos_token or "")
         if closing is None or not text.startswith(closing):
             continue
-        start = _answer_start(render, conversation, index, text, reached)
+        start = _answer_start(render, conversation, index, closing, reached)
         if start is not None and start < len(closing):
             if message.get("weight", 1):
                 spans.append((start, len(closing)))
@@ -83,7 +83,7 @@ def _attempt(render: Render, messages: list[dict[str, Any]], **options: Any) -> 
 
 
 def _answer_start(render: Render, conversation: Conversation, index: int, text: str, reached: int) -> int | None:
-    """Where the answer of message `index` begins in `text`, behind the opening of its turn; None if unknown."""
+    """Where the answer of message `index`, the end of `text`, begins behind the opening of its turn; None if unknown."""
     before = conversation[:index]
     opening = _attempt(render, before, add_generation_prompt=True) if before else None
     if opening is None:
@@ -105,9 +105,12 @@ def _start_by_opening(render: Render, message: dict[str, Any], text: str, reache
     asked, opened = _attempt(render, question), _attempt(render, question, add_generation_prompt=True)
     if asked is not None and opened is not None and opened.startswith(asked):
         opening = opened[len(asked) :]
-        at = text.find(opening, reached) if opening else -1
-        if at >= 0:
-            return at + len(opening)
+        for tag in filter(
+            None, (opening, opening.lstrip())
+        ):  # what parts it from a turn before is missing at the start
+            at = text.find(tag, reached)
+            if at >= 0:
+                return at + len(tag)
     content = message["content"].strip()
     at = text.find(content, reached) if content else -1
     return at if at >= 0 else None

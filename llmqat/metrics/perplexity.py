@@ -103,11 +103,13 @@ def windows(
         the ids, with the rule they were cut by.
 
     Raises:
-        LlmqatError: if the text is shorter than one window or missing, no answer fits one, or a BOS is asked for and the
-            tokenizer has none.
+        LlmqatError: if the text is missing or shorter than one window, no answer fits one, or a BOS is asked for and
+            the tokenizer has none.
     """
     if not documents:
-        raise LlmqatError(f"there is no {what} text: the dataset has too few rows to hold any out; give it a test split")
+        raise LlmqatError(
+            f"there is no {what} text: the dataset has too few rows to hold any out; give it a test split"
+        )
     if is_chat(documents):
         return Windows(chat_rows(tokenizer, documents, window, max_tokens, what), "template")
     ids = encode_opened(tokenizer, joiner.join(map(str, documents)), bos)

@@ -182,14 +182,17 @@ WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
 
 def test_a_template_gets_what_stands_beside_the_messages(chatty, capsys):
     talk = Conversation(conversation("q", "a"), {"tools": [{"name": "f"}], "effort": "low"})
-    text = chatty().decode(chat_rows(chatty(WITH_TOOLS + "{{ effort }}"), [talk], 500)[0, 0])
-    assert text.startswith('[{"name": "f"}]<|im_start|>user')
-    assert text.endswith("low")
+    text = chatty().decode(chat_rows(chatty("{{ effort }}" + WITH_TOOLS), [talk], 500)[0, 0])
+    assert text.startswith('low[{"name": "f"}]<|im_start|>user')
     assert "no use" not in capsys.readouterr().err
     chat_rows(chatty(CHATML), [talk, Conversation([{**talk[0], "name": "Ann"}, talk[1]])], 500)
     told = "training conversations: the chat template has no use for effort (1), name (1), tools (1)"
     assert told in capsys.readouterr().err
-    chat_rows(chatty("{{ messages | tojson }}" + CHATML), [Conversation([{**talk[0], "name": "Ann"}, talk[1]])], 500)
+    chat_rows(
+        chatty("{% for m in messages %}<{{ m | tojson }}>{% endfor %}"),
+        [Conversation([{**talk[0], "name": "Ann"}, talk[1]])],
+        500,
+    )
     assert "no use" not in capsys.readouterr().err  # written with all the rest
 
 

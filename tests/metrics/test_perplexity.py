@@ -165,7 +165,7 @@ def test_limit_of_tokens(tokenizer, limit, count):
 
 
 def test_text_shorter_than_a_window(tokenizer):
-    with pytest.raises(LlmqatError, match="there is no test text: the dataset has too few rows to hold any out; give it"):
+    with pytest.raises(LlmqatError, match="there is no test text: the dataset has too few rows to hold any out"):
         windows(tokenizer, [], 20, None, what="test")
     message = "the evaluation text has 13 tokens, fewer than one window of 20; give more text or a smaller --window"
     with pytest.raises(LlmqatError, match=message):
