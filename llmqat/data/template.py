@@ -83,7 +83,7 @@ def _attempt(render: Render, messages: list[dict[str, Any]], **options: Any) -> 
 
 
 def _answer_start(render: Render, conversation: Conversation, index: int, text: str, reached: int) -> int | None:
-    """Where the answer of message `index`, the end of `text`, begins behind the opening of its turn; None if unknown."""
+    """Where the answer of message `index`, the end of `text`, begins behind its turn's opening; None if unknown."""
     before = conversation[:index]
     opening = _attempt(render, before, add_generation_prompt=True) if before else None
     if opening is None:
