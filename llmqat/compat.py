@@ -33,6 +33,13 @@ def cache_of(arguments: dict[str, Any]) -> Any:
     return caches[0] if caches else None
 
 
+def give_cache(forward: Callable[..., Any], arguments: dict[str, Any], cache: Any) -> None:
+    """Let the keyword arguments of a call hold `cache`, under the one name that `forward` knows."""
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
+    arguments[_known(cache_name(forward))] = cache
+
+
 def generate_cache_name() -> str:
     """The name under which `generate` takes a key-value cache.
 

@@ -146,11 +146,13 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
 
     from llmqat.data.template import as_question
+    from llmqat.nn.context import check_sequence
 
     model, tokenizer = load_any(args.model, None, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
     encoded = tokenizer(text, add_special_tokens=not args.chat)
     ids = torch.tensor([encoded["input_ids"]], device=model.device)
+    check_sequence(model, ids, args.max_new_tokens - 1)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **sampling)
     print(tokenizer.decode(output[0, ids.shape[1] if args.chat else 0 :], skip_special_tokens=True))

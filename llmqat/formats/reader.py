@@ -17,17 +17,14 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
 from llmqat.formats.conv1d import turn_back
 from llmqat.formats.writer import INDEX, WEIGHTS
-from llmqat.kernels.native import use_huge_pages
 from llmqat.models.experts import module_name, split_experts
 from llmqat.models.foreign import ForeignError, from_pretrained
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
-from llmqat.nn.kv_cache import quantize_kv, serve_int8_kv
+from llmqat.nn.kv_cache import quantize_kv
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
-from llmqat.serve.activations import serve_int8_activations
-from llmqat.serve.forward import accelerate_forward
-from llmqat.serve.generate import accelerate_generate
+from llmqat.serve.attach import attach
 
 PACKED = ".weight_packed"
 
@@ -113,6 +110,7 @@ def load_packed(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     activations: Literal["int8"] | None = None,
+    native: bool = True,
 ) -> PreTrainedModel:
     """A packed model, ready to run.
 
@@ -121,6 +119,7 @@ def load_packed(
         dtype: of the float parts and the activations; by default the stored one. Scales keep the dtype of the file.
         device: where to put it.
         activations: "int8" quantizes those of a model that was trained without, for speed: no longer what was trained.
+        native: False leaves blocks and sampling to the code of transformers; see `llmqat.serve`.
 
     Returns:
         the transformers model of the config's architecture in evaluation mode, its layers `PackedLinear`.
@@ -152,15 +151,9 @@ def load_packed(
     kv_bits = getattr(config, OWN_KEY, {}).get(KV_BITS_KEY)
     if kv_bits is not None:
         quantize_kv(model, kv_bits)
-        serve_int8_kv(model)
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    use_huge_pages([module for module in model.modules() if isinstance(module, PackedLinear)])
-    if activations is not None:
-        serve_int8_activations(model)
-    if accelerate_forward(model):
-        accelerate_generate(model)
-    return model
+    return attach(model, activations, native)
 
 
 def _architecture(directory: Path) -> tuple[Any, Any]:

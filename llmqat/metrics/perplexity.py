@@ -24,6 +24,7 @@ from llmqat.data.chat import chat_rows, positions, token_count, unstack
 from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
 from llmqat.metrics.layer_error import LayerErrors
+from llmqat.nn.context import check_sequence
 from llmqat.progress import track
 
 BATCH_TOKENS = 4096
@@ -198,7 +199,7 @@ def evaluate(
         losses by window, and from them perplexity; against the reference also KL (nats per token) and top-1 agreement.
 
     Raises:
-        LlmqatError: if the loss is not finite.
+        LlmqatError: if the loss is not finite, or a window exceeds the model's tables (`check_sequence`).
     """
     training = model.training
     model.eval()
@@ -210,6 +211,7 @@ def evaluate(
     total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
     for cpu_batch in track(_batches(data.ids), description, total):
         batch, counts = unstack(cpu_batch.to(device))
+        check_sequence(model, batch)
         with errors.outputs(model, batch.numel()) as outputs:
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         targets = None

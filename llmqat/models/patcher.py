@@ -20,11 +20,12 @@ from llmqat.models.planning import Overrides, check_divisible, plan, scheme_of
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
 from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
-from llmqat.nn.kv_cache import kv_bits_of, quantize_kv, serve_int8_kv
+from llmqat.nn.kv_cache import kv_bits_of, quantize_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
+from llmqat.serve.int8_cache import serve_int8_kv
 
 INITS = ("gptq", "rtn")
 # GPTQ leaves output heads of this many bits and more to round-to-nearest.

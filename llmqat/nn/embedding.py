@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from llmqat.errors import LlmqatError
+from llmqat.nn.context import check_token_ids
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -120,4 +121,5 @@ class PackedEmbedding(_TiedEmbedding):
         """Token ids of any shape to ``(*ids.shape, in)``."""
         head = self.head()
         assert isinstance(head, PackedLinear)
-        return self.scaled(head.rows(ids.flatten()).to(self.compute.dtype)).unflatten(0, ids.shape)
+        check_token_ids(ids, head.out_features)
+        return self.scaled(head.rows(ids.flatten().long()).to(self.compute.dtype)).unflatten(0, ids.shape)

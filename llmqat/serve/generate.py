@@ -1,12 +1,14 @@
-"""Token by token without the detours of `generate`: sampling on the native decoder.
+"""Token by token without the detours of `generate`: greedy search and sampling on the native decoder.
 
 transformers' own loop takes some milliseconds a token, and its operators wake torch's threads, which then spin on the
-cores that the kernels need. This one calls the same logits processors and stopping criteria, on one thread.
+cores that the kernels need. This one calls the same logits processors and stopping criteria, on one thread. It enters
+by the door that transformers has for it, ``generate(custom_generate=...)``.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,78 +17,121 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from llmqat.compat import cache_of, generate_cache_name
 from llmqat.kernels import native
-from llmqat.serve.forward import show, takes
+from llmqat.serve.cache_views import sync_cache_views
+from llmqat.serve.forward import can_run_natively
+from llmqat.serve.paths import counts_of
 from llmqat.serve.step import GreedyStep, Step
 
-# What `generate` hands its sampling loop for a plain text model.
+# What `generate` hands a sampling loop for a plain text model, besides the cache.
 PLAIN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# Arguments of `generate` that a custom loop does not get, or that ask for another loop.
+OTHER_LOOPS = ("custom_generate", "assistant_model", "synced_gpus", "tokenizer", "stop_strings")
+
+
+class _NotNativeError(Exception):
+    """The native loop leaves a call to transformers."""
 
 
 def accelerate_generate(model: Any) -> None:
     """Let `model.generate` sample natively: `accelerate_forward` has said that its blocks can run so."""
-    model.__class__ = _sampling_natively(type(model))  # type: ignore[arg-type]  # a type is hashable
+    below = vars(model).get("generate")  # what starts an int8 cache
+    model.generate = MethodType(functools.partial(_generate, getattr(below, "__func__", None)), model)
 
 
-@functools.cache
-def _sampling_natively(cls: type) -> type:
-    return type(cls.__name__, (NativeSampling, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def _generate(below: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of transformers, with the native loop in it wherever that computes what was asked for."""
+    generate = functools.partial(below or type(model).generate, model)
+    counts, streamer = counts_of(model.model), kwargs.get("streamer")
+    reason = _why_other_loop(model, args, kwargs)
+    if not reason:
+        loop = functools.partial(_native_loop, streamer=streamer)
+        try:
+            return generate(*args, **{**kwargs, "streamer": None, "custom_generate": loop})
+        except _NotNativeError as left:
+            reason = str(left)
+    counts.left_to_transformers(f"generate: {reason}", call=False)
+    return generate(*args, **kwargs)
 
 
-class NativeSampling:
-    """Greedy and multinomial sampling of one sequence; everything else is left to transformers."""
-
-    @torch.no_grad()
-    def _sample(  # the loop that `generate` calls when everything has been prepared
-        self: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        if synced_gpus or not _plain(self, input_ids, generation_config, model_kwargs):
-            return super()._sample(  # type: ignore[misc]
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        cache = cache_of(model_kwargs)
-        keywords = {generate_cache_name(): cache, "use_cache": True, "logits_to_keep": 1}
-        logits = self(input_ids=input_ids, **keywords).logits[:, -1]
-        sample = generation_config.do_sample
-        with native.own_threads():
-            step = Step(self, cache)
-            foreseen = not sample and not logits_processor and _foreseen(stopping_criteria)
-            greedy = GreedyStep.of(self, step) if foreseen else None
-            try:
-                if greedy is None:
-                    choose = functools.partial(_choose, processors=logits_processor, sample=sample)
-                    input_ids = _choose_all(step, choose, logits, input_ids, stopping_criteria, streamer)
-                else:
-                    input_ids = _follow(greedy, native.argmax(logits[0]), input_ids, stopping_criteria, streamer)
-            finally:
-                show(step.buffers, cache)
-        if streamer is not None:
-            streamer.end()
-        return input_ids
+def _why_other_loop(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call of `generate` asks for another loop than greedy search or sampling; empty if it asks for these."""
+    if len(args) > 4:  # inputs, generation_config, logits_processor, stopping_criteria
+        return "positional arguments"
+    others = [name for name in OTHER_LOOPS if kwargs.get(name) not in (None, False)]
+    if others:
+        return ", ".join(others)
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    given = (config or model.generation_config, kwargs)
+    return ", ".join(name for name in ("num_beams",) if any((_of(one, name) or 1) > 1 for one in given))
 
 
-def _plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> bool:
-    """Whether this call asks for tokens only, from one unpadded prompt and an empty cache."""
+def _of(where: Any, name: str) -> Any:
+    return where.get(name) if isinstance(where, dict) else getattr(where, name, None)
+
+
+def _native_loop(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """`input_ids` ``(1, n)`` and the tokens that follow: what `generate` calls once everything has been prepared.
+
+    Raises:
+        _NotNativeError: if the call asks for more than tokens, or its blocks cannot run natively.
+    """
+    reason = _why_not_plain(model, input_ids, generation_config, model_kwargs)
+    if reason:
+        raise _NotNativeError(reason)
+    if streamer is not None:
+        streamer.put(input_ids)
+    cache, sample = cache_of(model_kwargs), generation_config.do_sample
+    keywords = {generate_cache_name(): cache, "use_cache": True, "logits_to_keep": 1}
+    logits = model(input_ids=input_ids, **keywords).logits[:, -1]
+    with native.own_threads():
+        step = Step(model, cache)
+        plain = not sample and not logits_processor and _only_known_criteria(stopping_criteria)
+        greedy = GreedyStep.of(model, step) if plain else None
+        past = step.buffers.length
+        try:
+            if greedy is None:
+                choose = functools.partial(_choose, processors=logits_processor, sample=sample)
+                tokens = _general_loop(step, choose, logits, input_ids, stopping_criteria, streamer)
+            else:
+                tokens = _greedy_loop(greedy, native.argmax(logits[0]), input_ids, stopping_criteria, streamer)
+        finally:
+            sync_cache_views(step.buffers, cache)
+            counts_of(model.model).loop_tokens += step.buffers.length - past
+    if streamer is not None:
+        streamer.end()
+    return tokens
+
+
+def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> str:
+    """Why this call is not for tokens only, from one unpadded prompt and an empty cache."""
+    mode = config.get_generation_mode()
+    if mode.value not in ("greedy_search", "sample"):
+        return mode.value
     given = {name for name, value in inputs.items() if value is not None}
+    others = sorted(given - PLAIN_INPUTS - {generate_cache_name()})
+    if others:
+        return ", ".join(others)
     cache = cache_of(inputs)
-    if cache is None or cache.get_seq_length() or not inputs.get("use_cache"):
-        return False
-    if given - PLAIN_INPUTS - {generate_cache_name()}:
-        return False
+    if cache is None or not inputs.get("use_cache"):
+        return "no cache"
+    if cache.get_seq_length():
+        return "goes on in a filled cache"
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
-        return False
+        return "return_dict_in_generate or prefill_chunk_size"
     positions = inputs.get("position_ids")
-    if positions is not None and not torch.equal(positions[0], torch.arange(input_ids.shape[1])):
-        return False
+    if positions is not None and not torch.equal(positions, torch.arange(input_ids.shape[1])[None]):
+        return "positions are not one range from 0"
     if _changes_rotary(model, input_ids.shape[1], config.max_length):
-        return False
-    return takes(model.model, input_ids, inputs.get("attention_mask"), cache, None, {})
+        return "longrope goes over to its factors for long sequences"
+    return can_run_natively(model.model, input_ids, inputs.get("attention_mask"), positions, cache)
 
 
 def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
@@ -95,7 +140,7 @@ def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
     return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
 
-def _choose_all(
+def _general_loop(
     step: Step, choose: Callable[[Tensor, Tensor], Tensor], logits: Tensor, ids: Tensor, criteria: Any, streamer: Any
 ) -> Tensor:
     """`ids` ``(1, n)`` and the tokens that `choose` takes, from `logits` on."""
@@ -117,28 +162,28 @@ def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) ->
     return torch.tensor([[scores[0].numpy().argmax()]])  # torch's own takes 25 times as long on one thread
 
 
-def _follow(step: GreedyStep, token: int, prompt: Tensor, criteria: Any, streamer: Any) -> Tensor:
+def _greedy_loop(step: GreedyStep, token: int, prompt: Tensor, criteria: Any, streamer: Any) -> Tensor:
     """`prompt` ``(1, n)``, `token` and those that follow; the criteria are asked when they may say something."""
-    ids, quiet, ends = prompt[0].tolist(), _quiet_length(criteria), _end_tokens(criteria)
+    ids, unchecked, ends = prompt[0].tolist(), _first_length_to_check(criteria), _end_tokens(criteria)
     while True:
         ids.append(token)
         if streamer is not None:
             streamer.put(torch.tensor([token]))
-        if (token in ends or len(ids) > quiet) and criteria(torch.tensor([ids]), None).all():
+        if (token in ends or len(ids) >= unchecked) and criteria(torch.tensor([ids]), None).all():
             return torch.tensor([ids])
         token = step(token)
 
 
-def _foreseen(criteria: Any) -> bool:
+def _only_known_criteria(criteria: Any) -> bool:
     """Whether it is known what `criteria` look at: the length and the last token."""
     return all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in criteria)
 
 
-def _quiet_length(criteria: Any) -> float:
-    """Up to this length none of them stops, or warns of one that the model was not trained for."""
+def _first_length_to_check(criteria: Any) -> float:
+    """Shortest length at which a stopping criterion can fire, or warn of one that the model was not trained for."""
     lengths = [one for one in criteria if type(one) is MaxLengthCriteria]
     warned = [one.max_position_embeddings for one in lengths if one.max_position_embeddings is not None]
-    return min([one.max_length - 1 for one in lengths] + warned, default=math.inf)
+    return min([one.max_length for one in lengths] + [length + 1 for length in warned], default=math.inf)
 
 
 def _end_tokens(criteria: Any) -> set[int]:

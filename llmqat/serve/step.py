@@ -7,26 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.kernels import native
+from llmqat.kernels.decoder import NativeDecoder
 from llmqat.kernels.greedy import GreedyDecoder
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
+from llmqat.serve.cache_views import reserve
 from llmqat.serve.families import FAMILIES, cap_of
-from llmqat.serve.forward import decoder_of, reserve, rotary_tables
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def _packed_head(module: Any) -> tuple[Any, ...] | None:
-    """Arguments of `native.matrix`, if `module` is a packed head that the library computes and nobody listens to."""
+    """Kernel arguments of a packed output head; None if it is float, has hooks, or has an unsupported layout."""
     if not isinstance(module, PackedLinear) or module.input_scale is not None or _hooked(module):
+        return None
+    if not fits_shape(module, module.out_features):
         return None
     runs = native.supports(module.weight_scale, module.weight_scale, module.in_features)
     return module.arguments() if runs else None
 
 
 def _packed_rows(module: Any) -> tuple[Any, ...] | None:
-    """Likewise of a packed embedding, whose rows are those of its head."""
+    """Kernel arguments of a packed embedding (the codes of the tied head), or None."""
     if not isinstance(module, PackedEmbedding) or module.embed_scale is not None or _hooked(module):
         return None
     head: Any = module.head()
@@ -34,7 +38,7 @@ def _packed_rows(module: Any) -> tuple[Any, ...] | None:
 
 
 def _rows(module: Any, dtype: torch.dtype) -> tuple[Any, ...] | Tensor | None:
-    """What `GreedyDecoder` takes of an embedding, packed or plain, that looks up rows of `dtype`."""
+    """Kernel arguments of a packed embedding, or the float table, that looks up rows of `dtype`; None for others."""
     packed = _packed_rows(module)
     if packed is not None:
         return packed if module.compute.dtype == dtype else None
@@ -49,13 +53,13 @@ def _hooked(module: Any) -> bool:
 
 
 def _head(module: Any) -> Callable[[Tensor], Tensor]:
-    """What `module` computes for contiguous hidden states, without the operator's detours if it is packed."""
+    """A function from contiguous hidden states to logits: the kernel itself where the head is packed."""
     packed = _packed_head(module)
     return module if packed is None else native.Layer(*packed).linear
 
 
 def _embed(module: Any) -> Callable[[Tensor], Tensor]:
-    """What `module` looks up for token ids ``(n,)``, likewise."""
+    """A function from token ids ``(n,)`` to embeddings: the kernel itself where the embedding is packed."""
     packed = _packed_rows(module)
     return module if packed is None or packed[1].dtype != module.compute.dtype else native.Layer(*packed).rows
 
@@ -66,7 +70,9 @@ class Step:
     def __init__(self, model: Any, cache: Any) -> None:
         self.stack = model.model
         self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.lm_head)
-        self.decoder, self.buffers = decoder_of(self.stack), cache.llmqat_buffers
+        decoder = decoder_of(self.stack)
+        assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
+        self.decoder, self.buffers = decoder, cache.llmqat_buffers
         config = self.stack.config
         self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
         types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all

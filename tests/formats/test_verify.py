@@ -133,7 +133,7 @@ def test_fingerprint_is_of_bytes(packed):
 
 def test_a_wrong_kernel_is_found(packed, monkeypatch):
     """Codes and scales right, arithmetic wrong: only logits tell."""
-    monkeypatch.setattr("llmqat.formats.reader.accelerate_forward", lambda model: False)
+    monkeypatch.setattr("llmqat.serve.attach.accelerate_forward", lambda model: False)
     original = verify_module.PackedLinear.forward
     monkeypatch.setattr(verify_module.PackedLinear, "forward", lambda self, x: original(self, x) * 1.001)
     check = verify(packed[1])

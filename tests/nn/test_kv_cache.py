@@ -11,9 +11,10 @@ from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.float_view import disable_quantizers
 from llmqat.models.patcher import convert, prepare
-from llmqat.nn.kv_cache import Int8Cache, Int8Layer, KVQuantizer, kv_bits_of, quantize_kv, serve_int8_kv
+from llmqat.nn.kv_cache import KVQuantizer, kv_bits_of, quantize_kv
 from llmqat.quant.affine import fake_quantize_activation
 from llmqat.scheme import QuantScheme
+from llmqat.serve.int8_cache import Int8Cache, Int8Layer, serve_int8_kv
 
 IDS = torch.arange(24).view(2, 12) * 5
 SCHEME = QuantScheme(4, 16)

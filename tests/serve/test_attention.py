@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.serve.test_forward import both, packed_model
+from tests.serve.helpers import both, packed_model
 
 LONG = {
     "plain": {"head_dim": 32},

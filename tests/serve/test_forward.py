@@ -4,68 +4,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import DynamicCache, StaticCache
 
-import llmqat
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
-from llmqat.models.patcher import convert
 from llmqat.scheme import QuantScheme
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.forward import accelerate_forward
-from tests.conftest import TINY
-
-# Caps that bite at the sizes of tiny random models, and windows shorter than the prompts of the tests.
-GEMMA2 = {
-    "attn_implementation": "eager",  # the only one of transformers that caps
-    "sliding_window": 24,
-    "query_pre_attn_scalar": 10,
-    "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 3.0,
-}
-GEMMA3 = {
-    "sliding_window": 24,
-    "query_pre_attn_scalar": 10,
-    "final_logit_softcapping": 3.0,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
-
-
-def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
-    """A tiny random packed model whose biases and norms are not trivial."""
-    torch.manual_seed(0)
-    plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
-    config = TINY | plain | CONFIGS.get(family, {}) | config
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter += 0.3 * torch.randn_like(parameter)
-    model.to(dtype)
-    calibration = [torch.arange(16)[None]]
-    scheme = scheme or QuantScheme(4, 32)
-    llmqat.prepare(model, scheme, calibration=calibration, kv_bits=kv_bits, lm_head_bits=lm_head_bits)
-    return convert(model)
-
-
-def both(model, run):
-    """`run()` through transformers, then natively."""
-    expected = run()
-    assert accelerate_forward(model)
-    return expected, run()
-
-
-def errors(model, logits_of):
-    """Of native logits, relative to those of transformers in the same precision: five prompts, a long one first."""
-    prompts = [torch.randint(0, 128, (1, tokens)) for tokens in (75, 9, 9, 9, 9)]
-    with torch.no_grad():
-        expected, logits = both(model, lambda: [logits_of(ids).double() for ids in prompts])
-        model.double()
-        exact = [logits_of(ids) for ids in prompts]
-    pairs = zip(logits, expected, exact, strict=True)
-    return torch.stack([(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in pairs])
+from tests.serve.helpers import both, errors, packed_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

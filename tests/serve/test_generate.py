@@ -9,31 +9,8 @@ from llmqat.kernels import native
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
 from llmqat.serve.families import FAMILIES
-from llmqat.serve.forward import accelerate_forward
 from llmqat.serve.generate import accelerate_generate
-from tests.serve.test_forward import packed_model
-
-PROMPT = torch.arange(7)[None] * 11 % 128
-
-
-def native_blocks(family="llama", **config):
-    """A model whose blocks are native, and whose sampling is not yet."""
-    model = packed_model(family, **config)
-    assert accelerate_forward(model)
-    return model
-
-
-def generate(model, prompt=PROMPT, **options):
-    torch.manual_seed(3)
-    return model.generate(prompt, **{"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1} | options)
-
-
-OPTIONS = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
-    "penalized": {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
-    "shortest": {"min_new_tokens": 9, "eos_token_id": [3, 5]},
-}
+from tests.serve.helpers import OPTIONS, PROMPT, generate, native_blocks, rope_options
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -54,14 +31,6 @@ def test_families_over_grown_buffers(family, steps):
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=400), expected)
     assert len(steps) == 399
-
-
-def rope_options(rope_type):
-    """Options of a model with this kind of rotary embedding; 40 tokens are more than a dynamic one was trained for."""
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
-    if rope_type != "default":
-        parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
-    return {"rope_parameters": parameters, "max_position_embeddings": 16 if rope_type == "dynamic" else 64}
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn"])

@@ -6,14 +6,13 @@ from transformers import DynamicCache
 
 import llmqat
 from llmqat.models.float_view import disable_quantizers
-from llmqat.nn.kv_cache import Int8Cache
 from llmqat.quant.affine import quantize_activation
 from llmqat.scheme import QuantScheme
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.forward import accelerate_forward
 from llmqat.serve.generate import accelerate_generate
-from tests.serve.test_forward import errors, packed_model
-from tests.serve.test_generate import OPTIONS, PROMPT, generate
+from llmqat.serve.int8_cache import Int8Cache
+from tests.serve.helpers import OPTIONS, PROMPT, errors, generate, packed_model
 
 IDS = torch.arange(75)[None] * 7 % 128
 

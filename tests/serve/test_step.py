@@ -8,7 +8,7 @@ from transformers.generation import stopping_criteria
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
 from llmqat.serve.generate import accelerate_generate
-from tests.serve.test_generate import PROMPT, generate, native_blocks, rope_options
+from tests.serve.helpers import PROMPT, generate, native_blocks, rope_options
 
 PROMPT_LENGTH = PROMPT.shape[1]
 

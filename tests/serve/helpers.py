@@ -1,0 +1,93 @@
+"""Tiny packed models of every family, and how the tests of serving run them."""
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import llmqat
+from llmqat.models.patcher import convert
+from llmqat.scheme import QuantScheme
+from llmqat.serve.forward import accelerate_forward
+from tests.conftest import TINY
+
+# Caps that bite at the sizes of tiny random models, and windows shorter than the prompts of the tests.
+GEMMA2 = {
+    "attn_implementation": "eager",  # the only one of transformers that caps
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = {
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+
+
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
+    """A tiny random packed model whose biases and norms are not trivial."""
+    torch.manual_seed(0)
+    plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
+    config = TINY | plain | CONFIGS.get(family, {}) | config
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.to(dtype)
+    calibration = [torch.arange(16)[None]]
+    scheme = scheme or QuantScheme(4, 32)
+    llmqat.prepare(model, scheme, calibration=calibration, kv_bits=kv_bits, lm_head_bits=lm_head_bits)
+    return convert(model)
+
+
+def both(model, run):
+    """`run()` through transformers, then natively."""
+    expected = run()
+    assert accelerate_forward(model)
+    return expected, run()
+
+
+def errors(model, logits_of):
+    """Of native logits, relative to those of transformers in the same precision: five prompts, a long one first."""
+    prompts = [torch.randint(0, 128, (1, tokens)) for tokens in (75, 9, 9, 9, 9)]
+    with torch.no_grad():
+        expected, logits = both(model, lambda: [logits_of(ids).double() for ids in prompts])
+        model.double()
+        exact = [logits_of(ids) for ids in prompts]
+    pairs = zip(logits, expected, exact, strict=True)
+    return torch.stack([(ours - e).norm() / (theirs - e).norm() for ours, theirs, e in pairs])
+
+
+PROMPT = torch.arange(7)[None] * 11 % 128
+
+
+def native_blocks(family="llama", **config):
+    """A model whose blocks are native, and whose sampling is not yet."""
+    model = packed_model(family, **config)
+    assert accelerate_forward(model)
+    return model
+
+
+def generate(model, prompt=PROMPT, **options):
+    torch.manual_seed(3)
+    return model.generate(prompt, **{"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1} | options)
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
+    "penalized": {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+    "shortest": {"min_new_tokens": 9, "eos_token_id": [3, 5]},
+}
+
+
+def rope_options(rope_type):
+    """Options of a model with this kind of rotary embedding; 40 tokens are more than a dynamic one was trained for."""
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0}
+    if rope_type != "default":
+        parameters |= {"factor": 4.0, "original_max_position_embeddings": 16}
+    return {"rope_parameters": parameters, "max_position_embeddings": 16 if rope_type == "dynamic" else 64}
