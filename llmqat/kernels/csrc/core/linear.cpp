@@ -23,7 +23,7 @@ int planes_of(int32_t dtype) { return dtype == LLMQAT_BFLOAT16 ? 1 : dtype == LL
 // Token m as float32, quantized and back if the layer was trained so and the path does not do it, in the variant's form.
 void prepare_token(const Variant& v, const Matrix& w, const Input& in, const void* x, int32_t dtype, int64_t m) {
     thread_local Scratch row_scratch, code_scratch;
-    float* row = in.path == Path::FLOAT ? in.x + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
+    float* row = in.path == Path::FLOAT ? in.floats.x + m * in.k_pad : row_scratch.get<float>(size_t(in.k_pad));
     int64_t known = m < in.m ? in.k : 0;
     v.steps->load(x, m * in.k, known, dtype, row);
     std::fill(row + known, row + in.k_pad, 0.0f);
@@ -35,34 +35,75 @@ void prepare_token(const Variant& v, const Matrix& w, const Input& in, const voi
     v.pack(w, in, m, row);
 }
 
-// fixed: as integers, if the variant wants that.
-Input prepare(const Variant& v, const Matrix& w, const void* x, int64_t m, int32_t dtype, bool fixed) {
-    thread_local Scratch floats, parts, integers, unit, excess, q, q_scale, lane_sum;
-    thread_local std::atomic<bool> rough;
-    Input in = {};
-    in.path = path_of(w, v, dtype), in.tiled = v.tiles(w, in.path, m);
-    in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
-    in.planes = planes_of(dtype);
-    size_t elements = size_t(in.m_pad * in.k_pad);
-    if (in.path == Path::BFLOAT && in.tiled) in.parts = parts.get<uint16_t>(elements * size_t(in.planes));
-    fixed = fixed && in.path == Path::BFLOAT && !in.tiled && dtype == LLMQAT_BFLOAT16 && v.fixed && v.fixed(w);
-    if (in.path != Path::INTEGER && !in.tiled && !fixed) in.x = floats.get<float>(elements);
-    if (fixed) {
-        in.fixed = integers.get<int16_t>(elements), in.unit = unit.get<float>(elements / K_PAD);
-        in.excess = excess.get<int32_t>(elements / 4), in.rough = &rough;
-        rough = false;
+// The activations of one call, on their way to the form that the kernels read.
+struct Preparation {
+    const Variant& v;
+    const Matrix& w;
+    const void* x;
+    int32_t dtype;
+    Input in;  // sizes alone, no form yet
+
+    Preparation(const Variant& variant, const Matrix& matrix, const void* from, int64_t m, int32_t type)
+        : v(variant), w(matrix), x(from), dtype(type), in() {
+        in.path = path_of(w, v, dtype), in.tiled = v.tiles && v.tiles(w, in.path, m);
+        in.m = m, in.k = w.in, in.k_pad = round_up(w.in, K_PAD), in.m_pad = in.tiled ? round_up(m, TILE_ROWS) : m;
     }
-    if (in.path == Path::INTEGER) {
-        in.q = q.get<int8_t>(elements), in.q_scale = q_scale.get<float>(size_t(in.m_pad));
-        in.lane_sum = lane_sum.get<float>(in.tiled ? 0 : elements / 4);
+
+    Input prepare() const {
+        if (in.path == Path::INTEGER) return prepare_integers();
+        if (in.tiled) return prepare_parts();
+        const bool wants_fixed = in.path == Path::BFLOAT && dtype == LLMQAT_BFLOAT16 && v.fixed && v.fixed(w);
+        return wants_fixed ? prepare_fixed_or_float() : prepare_floats();
     }
-    constexpr int64_t TOKENS = 8;
-    parallel_for((in.m_pad + TOKENS - 1) / TOKENS, [&](int64_t chunk) {
-        int64_t end = std::min((chunk + 1) * TOKENS, in.m_pad);
-        for (int64_t i = chunk * TOKENS; i < end; ++i) prepare_token(v, w, in, x, dtype, i);
-    });
-    return in;
-}
+
+private:
+    size_t elements() const { return size_t(in.m_pad) * size_t(in.k_pad); }
+
+    // All tokens in the form for which `to` has memory.
+    Input packed(const Input& to) const {
+        constexpr int64_t TOKENS = 8;
+        parallel_for((to.m_pad + TOKENS - 1) / TOKENS, [&](int64_t chunk) {
+            const int64_t end = std::min((chunk + 1) * TOKENS, to.m_pad);
+            for (int64_t i = chunk * TOKENS; i < end; ++i) prepare_token(v, w, to, x, dtype, i);
+        });
+        return to;
+    }
+
+    Input prepare_integers() const {
+        thread_local Scratch q, scale, lane_sum;
+        Input to = in;
+        to.integers = {q.get<int8_t>(elements()), scale.get<float>(size_t(in.m_pad)),
+                       lane_sum.get<float>(in.tiled ? 0 : elements() / 4)};
+        return packed(to);
+    }
+
+    Input prepare_parts() const {
+        thread_local Scratch parts;
+        Input to = in;
+        to.parts.planes = planes_of(dtype);
+        to.parts.x = parts.get<uint16_t>(elements() * size_t(to.parts.planes));
+        return packed(to);
+    }
+
+    Input prepare_floats() const {
+        thread_local Scratch floats;
+        Input to = in;
+        to.floats.x = floats.get<float>(elements());
+        return packed(to);
+    }
+
+    // As integers, which are faster, unless 16 bits lose too much of some token.
+    Input prepare_fixed_or_float() const {
+        thread_local Scratch fixed, unit, excess;
+        thread_local std::atomic<bool> too_coarse;
+        too_coarse = false;
+        Input to = in;
+        to.fixed = {fixed.get<int16_t>(elements()), unit.get<float>(elements() / K_PAD),
+                    excess.get<int32_t>(elements() / 4), &too_coarse};
+        packed(to);
+        return too_coarse ? prepare_floats() : to;
+    }
+};
 
 // How the rows of layers that share an input become tasks: as many equal shares as threads, each of the same rows of every
 // layer. A share is cut into blocks, and these into slices of their runs: a thread reads on where its last slice ended, and
@@ -118,8 +159,7 @@ void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype)
         count = shared;
     }
     const Variant& v = variant();
-    Input in = prepare(v, *jobs[0].w, x, m, dtype, true);
-    if (in.fixed && *in.rough) in = prepare(v, *jobs[0].w, x, m, dtype, false);
+    const Input in = Preparation(v, *jobs[0].w, x, m, dtype).prepare();
     const Tasks tasks(jobs, count, in);
     parallel_for(tasks.count(), [&](int64_t i) {
         tasks.run(i, [&](const Job& job, const Runs& runs) { v.rows(*job.w, in, job.out, runs); });

@@ -54,21 +54,42 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 constexpr int64_t K_PAD = 128;     // inputs are zero beyond `in`, up to a multiple of this
 constexpr int64_t TILE_ROWS = 16;  // inputs of the tiled kernels come in blocks of this many tokens
 
-// The activations of one call, in the form its path and variant read.
+// Activations in float32, (m, k_pad): for Path::FLOAT, and for Path::BFLOAT without tiles. The order within 128 is the
+// variant's, as in all forms without tiles.
+struct FloatInput {
+    float* x;
+};
+
+// Activations of Path::BFLOAT in tiles, (planes, m_pad / 16, k_pad / 32, 16, 32): bfloat16 parts that add up to a value.
+struct PartsInput {
+    uint16_t* x;
+    int planes;
+};
+
+// Activations of Path::BFLOAT as integers, where the variant wants that.
+struct FixedInput {
+    int16_t* x;                     // (m, k_pad), integers of `unit`
+    float* unit;                    // (m, k_pad / 128)
+    int32_t* excess;                // (m, k_pad / 128, 32), the variant's
+    std::atomic<bool>* too_coarse;  // set if 16 bits lose too much of some token; the caller then prepares floats
+};
+
+// Activations of Path::INTEGER: int8 codes.
+struct IntegerInput {
+    int8_t* q;        // (m, k_pad); in tiles: (k_pad / 128, m_pad / 16, 2, 16, 64)
+    float* scale;     // (m_pad,)
+    float* lane_sum;  // without tiles: (m, k_pad / 64, 16), the variant's
+};
+
+// The activations of one call, in the one form that its path and variant read; pointers of the others are null.
 struct Input {
     Path path;
-    bool tiled;       // blocks of 16 tokens by 64 bytes, for AMX; else rows of k_pad elements
+    bool tiled;  // tiles of 16 tokens by 64 bytes, for AMX; else rows of k_pad elements
     int64_t m, k, k_pad, m_pad;
-    int planes;       // BFLOAT tiled: number of bfloat16 parts that add up to a value
-    float* x;         // FLOAT and BFLOAT: (m, k_pad), the order within 128 is the variant's
-    uint16_t* parts;  // BFLOAT tiled: (planes, m_pad / 16, k_pad / 32, 16, 32)
-    int16_t* fixed;   // BFLOAT, instead of x where the variant wants it: (m, k_pad) integers of `unit`, in its order within 128
-    float* unit;      // with `fixed`: (m, k_pad / 128)
-    int32_t* excess;  // with `fixed`: (m, k_pad / 128, 32), the variant's
-    std::atomic<bool>* rough;  // with `fixed`: whether it holds too little of some token
-    int8_t* q;        // INTEGER: (m, k_pad), the order within 128 is the variant's; tiled: (k_pad / 128, m_pad / 16, 2, 16, 64)
-    float* q_scale;   // INTEGER: (m_pad,)
-    float* lane_sum;  // INTEGER, if the variant wants it: (m, k_pad / 64, 16)
+    FloatInput floats;
+    PartsInput parts;
+    FixedInput fixed;
+    IntegerInput integers;
 };
 
 // Rows of a layer for one task: numbers [first, last) of each of RUNS runs that divide the rows [begin, end). Several runs
@@ -95,17 +116,17 @@ struct Output {
     int32_t dtype;
 };
 
-// One instruction set.
+// One instruction set. What it does not have is null.
 struct Variant {
-    bool bfloat;                                    // whether it knows Path::BFLOAT
-    bool (*tiles)(const Matrix&, Path, int64_t m);  // whether it wants tiled input for this call
     float (*quantize)(const float* x, int64_t k, int8_t* q);  // int8 codes of a token, and its scale
     // Write token m, `row` of k_pad values, in the form that `rows` reads. In Path::FLOAT, `row` is where it goes.
     void (*pack)(const Matrix&, const Input&, int64_t m, const float* row);
     // These outputs of all tokens. Tiled, they are all of [begin, end).
     void (*rows)(const Matrix&, const Input&, const Output&, const Runs&);
     const Steps* steps;
-    bool (*fixed)(const Matrix&) = nullptr;  // whether it wants bfloat16 activations as integers too
+    bool bfloat = false;                                      // whether it knows Path::BFLOAT
+    bool (*tiles)(const Matrix&, Path, int64_t m) = nullptr;  // whether it wants tiled input for this call
+    bool (*fixed)(const Matrix&) = nullptr;                   // whether it wants bfloat16 activations as integers
 };
 
 const Variant* portable_variant();
@@ -126,6 +147,17 @@ inline int zero_point(const Matrix& w, int64_t n, int64_t g) {
     uint32_t value = w.zero_point[word * w.groups + g] >> shift;
     if (shift + w.bits > 32) value |= w.zero_point[(word + 1) * w.groups + g] << (32 - shift);
     return int(value & ((1u << w.bits) - 1));
+}
+
+// f(bits), the number as a constant.
+template <class F>
+inline void by_bits(int bits, F&& f) {
+    switch (bits) {
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        default: return f(std::integral_constant<int, 8>());
+    }
 }
 
 // Tokens [first, count) four, two and one at a time: use(how many, the first of them), the number as a constant.

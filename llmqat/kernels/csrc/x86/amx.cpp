@@ -11,35 +11,35 @@ namespace {
 #include "shared/rows.inc"
 #include "amx_tiles.inc"
 
-constexpr int64_t MAX_ROWS = 128, K_BLOCK = 512;
+constexpr int64_t MAX_ROWS = 128, K_DEPTH = 512;
 
 // The rows [n0, n1) of one call, padded to whole pairs of tiles by repeating the last row.
-struct Block {
+struct TileJob {
     const Matrix& w;
     const Input& in;
     int64_t n0, n1, padded, entries;
     RowScales* rows;
     uint8_t* line;   // decoded rows of 16: (16, line_bytes)
-    uint8_t* tiles;  // (padded / 16, K_BLOCK * width / 64, 1024): width bytes a weight
+    uint8_t* tiles;  // (padded / 16, K_DEPTH * width / 64, 1024): width bytes a weight
     float* sums;     // (padded / 32, m_pad, 32)
 
     float* sums_of(int64_t m, int64_t n) const { return sums + (n / 32 * in.m_pad + m) * 32 + n % 32; }
 
     int64_t row(int64_t n) const { return n0 + n < n1 ? n0 + n : n1 - 1; }
 
-    // Ask the second-level cache for the K_BLOCK columns from k on of row n: the hardware does not foresee such short runs.
+    // Ask the second-level cache for the K_DEPTH columns from k on of row n: the hardware does not foresee such short runs.
     // Inlined, since GCC drops calls that do nothing else.
     __attribute__((always_inline)) void prefetch(int64_t n, int64_t k) const {
         const uint8_t* codes = w.codes + row(n) * w.row_bytes + k * w.bits / 8;
-        for (int64_t i = 0; i < K_BLOCK * w.bits / 8; i += 64) __builtin_prefetch(codes + i, 0, 2);
+        for (int64_t i = 0; i < K_DEPTH * w.bits / 8; i += 64) __builtin_prefetch(codes + i, 0, 2);
     }
 };
 
-constexpr int64_t LINE_BYTES = K_BLOCK * 2 + 64;  // not a power of two: 16 rows share no cache set
+constexpr int64_t LINE_BYTES = K_DEPTH * 2 + 64;  // not a power of two: 16 rows share no cache set
 
-Block make_block(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64_t unit) {
+TileJob make_tile_job(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64_t unit) {
     thread_local Scratch rows, scale, zero, line, tiles, sums;
-    Block b = {w, in, n0, n1, round_up(n1 - n0, 32), round_up(units_of(w, unit), 16) + 16, nullptr, nullptr, nullptr, nullptr};
+    TileJob b = {w, in, n0, n1, round_up(n1 - n0, 32), round_up(units_of(w, unit), 16) + 16, nullptr, nullptr, nullptr, nullptr};
     b.rows = rows.get<RowScales>(size_t(b.padded));
     float* s = scale.get<float>(size_t(b.padded * b.entries));
     float* z = zero.get<float>(size_t(b.padded * b.entries));
@@ -49,13 +49,13 @@ Block make_block(const Matrix& w, const Input& in, int64_t n0, int64_t n1, int64
         expand_scales(w, b.row(n), b.rows[n]);
     }
     b.line = line.get<uint8_t>(size_t(16 * LINE_BYTES));
-    b.tiles = tiles.get<uint8_t>(size_t(b.padded * K_BLOCK * 2));
+    b.tiles = tiles.get<uint8_t>(size_t(b.padded * K_DEPTH * 2));
     b.sums = sums.get<float>(size_t(in.m_pad * b.padded));
     return b;
 }
 
 // Tiles of the 16 decoded rows in `b.line`, `deep` of them.
-void tile_lines(const Block& b, int64_t deep, uint8_t* tiles) {
+void tile_lines(const TileJob& b, int64_t deep, uint8_t* tiles) {
     for (int64_t t = 0; t < deep; ++t, tiles += 1024)
         transpose([&](int i) { return _mm512_loadu_si512(b.line + i * LINE_BYTES + t * 64); },
                   [&](int r, __m512i row) { _mm512_store_si512(tiles + 64 * r, row); });
@@ -71,12 +71,12 @@ struct Part {
     int64_t quarter(int64_t size) const { return n / 32 % 4 * size / 4; }
 };
 
-// Both paths walk the same way: decode K_BLOCK columns, then every `tokens` tokens meet every pair of row tiles.
+// Both paths walk the same way: decode K_DEPTH columns, then every `tokens` tokens meet every pair of row tiles.
 template <class Decode, class Multiply>
-void walk(const Block& b, int width, int64_t tokens, Decode&& decode, Multiply&& multiply) {
+void walk(const TileJob& b, int width, int64_t tokens, Decode&& decode, Multiply&& multiply) {
     const int64_t m_pad = b.in.m_pad, k_pad = b.in.k_pad;
-    for (int64_t k0 = 0; k0 < k_pad; k0 += K_BLOCK) {
-        int64_t k1 = std::min(k0 + K_BLOCK, k_pad);
+    for (int64_t k0 = 0; k0 < k_pad; k0 += K_DEPTH) {
+        int64_t k1 = std::min(k0 + K_DEPTH, k_pad);
         int64_t deep = (k1 - k0) * width / 64;
         for (int64_t n = 0; n < b.padded; n += 16) {
             for (int64_t r = n; r < n + 16 && k1 < b.w.in; ++r) b.prefetch(r, k1);
@@ -91,7 +91,7 @@ void walk(const Block& b, int width, int64_t tokens, Decode&& decode, Multiply&&
     }
 }
 
-void finish(const Block& b, const Output& out, const float* scale) {
+void finish(const TileJob& b, const Output& out, const float* scale) {
     float bias[MAX_ROWS] = {};
     if (b.w.bias)
         for (int64_t n = 0; n < b.n1 - b.n0; ++n) bias[n] = bias_at(b.w, b.n0 + n);
@@ -128,12 +128,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs)
     if (!in.tiled) return avx512_variant()->rows(w, in, out, runs);
     for (int64_t n0 = runs.begin; n0 < runs.end; n0 += MAX_ROWS) {
         int64_t end = n0 + MAX_ROWS < runs.end ? n0 + MAX_ROWS : runs.end;
-        switch (w.bits) {
-            case 2: tiled_rows<2>(w, in, out, n0, end); break;
-            case 3: tiled_rows<3>(w, in, out, n0, end); break;
-            case 4: tiled_rows<4>(w, in, out, n0, end); break;
-            default: tiled_rows<8>(w, in, out, n0, end);
-        }
+        by_bits(w.bits, [&](auto bits) { tiled_rows<bits.value>(w, in, out, n0, end); });
     }
 }
 
@@ -145,7 +140,8 @@ const Variant* amx_variant() {
         steps.attend_block = attend_tiles;
         return steps;
     }();
-    static const Variant VARIANT = {true, tiles, quantize_lanes, pack, rows, &STEPS, avx512_variant()->fixed};
+    static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .bfloat = true,
+                                    .tiles = tiles, .fixed = avx512_variant()->fixed};
     return &VARIANT;
 }
 

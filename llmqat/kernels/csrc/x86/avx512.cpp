@@ -19,31 +19,20 @@ namespace {
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     if (in.path == Path::INTEGER) return pack_integer(w, in, m, row);
     if (in.path != Path::BFLOAT) return;
-    if (!in.fixed) pack_bfloat(w, in, m, row);
-    else if (!pack_fixed(w, in, m, row)) *in.rough = true;
+    if (!in.fixed.x) pack_bfloat(w, in, m, row);
+    else if (!pack_fixed(w, in, m, row)) *in.fixed.too_coarse = true;
 }
-
-template <class F>
-void by_bits(int bits, F&& f) {
-    switch (bits) {
-        case 2: return f(std::integral_constant<int, 2>());
-        case 3: return f(std::integral_constant<int, 3>());
-        case 4: return f(std::integral_constant<int, 4>());
-        default: return f(std::integral_constant<int, 8>());
-    }
-}
-
-bool no_tiles(const Matrix&, Path, int64_t) { return false; }
 
 void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs) {
     if (in.path == Path::FLOAT) return float_rows(w, in, out, runs);
-    if (in.fixed) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, runs);
+    if (in.fixed.x) return (w.bits == 4 ? fixed_rows<4> : fixed_rows<8>)(w, in, out, runs);
     by_bits(w.bits, [&](auto bits) {
         (in.path == Path::INTEGER ? integer_rows_vnni<bits.value> : bfloat_rows<bits.value>)(w, in, out, runs);
     });
 }
 
-constexpr Variant VARIANT = {true, no_tiles, quantize_lanes, pack, rows, &STEPS, fixed};
+constexpr Variant VARIANT = {
+    .quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .bfloat = true, .fixed = fixed};
 
 }  // namespace
 
