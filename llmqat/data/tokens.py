@@ -1,6 +1,6 @@
-"""Documents in, token blocks out.
+"""From documents to tensors of token ids.
 
-Texts become one stream of ids, cut into blocks of one length; conversations stay rows of their own (see
+Texts become one stream of ids, cut into sequences of one length; a conversation stays a sequence of its own (see
 `llmqat.data.chat`).
 """
 
@@ -31,12 +31,16 @@ def encode(tokenizer: Any, documents: Sequence[Document], limit: int | None = No
 
     Returns:
         ids, int64 ``(tokens,)``.
+
+    Raises:
+        LlmqatError: if a document is no text that can be tokenized, or no conversation can be used.
     """
     if is_chat(documents):
         return chat_stream(tokenizer, documents, limit)
     ids: list[int] = []
     remaining = iter(documents)
     while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
+        _check_texts(batch)
         for encoded in tokenizer(batch, verbose=False)["input_ids"]:
             ids.extend(encoded)
         if limit is not None and len(ids) >= limit:
@@ -44,8 +48,23 @@ def encode(tokenizer: Any, documents: Sequence[Document], limit: int | None = No
     return torch.tensor(ids[:limit], dtype=torch.long)
 
 
-def blocks(stream: Tensor, length: int, what: str) -> Tensor:
-    """Cut a stream into sequences of one length, dropping the tail.
+def _check_texts(documents: Sequence[Document]) -> None:
+    """Refuse half a character, which no tokenizer takes.
+
+    Raises:
+        LlmqatError: for a lone surrogate.
+    """
+    for document in documents:
+        try:
+            str(document).encode()
+        except UnicodeEncodeError as error:
+            raise LlmqatError(
+                f"a text holds half a character (a lone surrogate, at {error.start}); decode it strictly, or remove it"
+            ) from error
+
+
+def blocks(stream: Tensor, length: int, what: str = "training") -> Tensor:
+    """Cut a stream of ids into sequences of one length, dropping the tail.
 
     Args:
         stream: ids ``(tokens,)``.
@@ -56,14 +75,18 @@ def blocks(stream: Tensor, length: int, what: str) -> Tensor:
         a view ``(sequences, length)``.
 
     Raises:
-        LlmqatError: if it is shorter than one block.
+        LlmqatError: if the stream is shorter than one sequence, or no stream; if the length is no number of tokens.
     """
+    if stream.ndim != 1 or length < 1:
+        shape = tuple(stream.shape)
+        raise LlmqatError(
+            f"a stream of ids (tokens,) is cut into sequences of 1 token or more; got shape {shape} and length {length}"
+        )
     count = len(stream) // length
     if count == 0:
         raise LlmqatError(
             f"the {what} text has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a "
-            "shorter "
-            "--length or --window"
+            "shorter --length or --window"
         )
     return stream[: count * length].view(count, length)
 
@@ -71,8 +94,8 @@ def blocks(stream: Tensor, length: int, what: str) -> Tensor:
 def sequences(
     tokenizer: Any, documents: Sequence[Document], length: int, limit: int | None = None, what: str = "training"
 ) -> Tensor:
-    """What `llmqat.finetune` trains on: ``(blocks, length)`` of texts; of conversations ``(rows, 2, length)``, ids and
-    labels, at most as long as the longest.
+    """What `llmqat.finetune` trains on: ids ``(sequences, length)`` of texts; of conversations ids and labels
+    ``(sequences, 2, length)``, at most as long as the longest.
 
     Args:
         tokenizer: of the model.
@@ -93,7 +116,7 @@ def sequences(
 
 
 class EndlessSampler(Sampler[list[int]]):
-    """Batches of block indices without end: each epoch a new order, all from the seed, from any step on."""
+    """Batches of indices of sequences without end: each epoch a new order, all from the seed, from any step on."""
 
     def __init__(self, count: int, batch_size: int, seed: int, first_batch: int = 0) -> None:
         self.count, self.batch_size, self.seed, self.first_batch = count, batch_size, seed, first_batch

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmqat.config import BOS_RULES
 from llmqat.data.chat import chat_rows, positions, token_count, unstack
 from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
@@ -104,9 +105,13 @@ def windows(
         the ids, with the rule they were cut by.
 
     Raises:
-        LlmqatError: if the text is missing or shorter than one window, no answer fits one, or a BOS is asked for and
-            the tokenizer has none.
+        LlmqatError: if `window` or `bos` is none of these, the text is missing or shorter than one window, no answer
+            fits one, or a BOS is asked for and the tokenizer has none.
     """
+    if window < 2 or bos not in BOS_RULES:
+        raise LlmqatError(
+            f"windows have 2 tokens or more, and bos is one of {', '.join(BOS_RULES)}; got window {window}, bos {bos!r}"
+        )
     if not documents:
         raise LlmqatError(
             f"there is no {what} text: the dataset has too few rows to hold any out; give it a test split"

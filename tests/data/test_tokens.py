@@ -21,7 +21,23 @@ def test_blocks():
         "the training text has 3 tokens, fewer than one sequence of 4; give more text or a shorter --length or --window"
     )
     with pytest.raises(LlmqatError, match=message):
-        blocks(torch.arange(3), 4, "training")
+        blocks(torch.arange(3), 4)
+    with pytest.raises(LlmqatError, match="the test text has 3 tokens"):
+        blocks(torch.arange(3), 4, what="test")
+
+
+@pytest.mark.parametrize(("stream", "length"), [(torch.arange(8), 0), (torch.arange(8), -2), (torch.zeros(2, 4), 2)])
+def test_what_is_no_stream_or_length(stream, length):
+    message = r"a stream of ids \(tokens,\) is cut into sequences of 1 token or more; got shape \(.*\) and length"
+    with pytest.raises(LlmqatError, match=message):
+        blocks(stream, length)
+
+
+def test_documents_that_cannot_be_tokenized(tokenizer):
+    with pytest.raises(LlmqatError, match=r"a text holds half a character \(a lone surrogate, at 2\); decode"):
+        encode(tokenizer, ["ab\ud83d"])
+    with pytest.raises(LlmqatError, match="documents must be a list of texts or conversations; got one text"):
+        encode(tokenizer, "text")
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 3), (7, 7), (3, 8), (1, 2)])

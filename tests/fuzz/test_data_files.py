@@ -194,10 +194,9 @@ def test_a_text_is_what_its_encoding_says(content, mark):
         path.write_bytes(mark + content)
         text = attempt(read_text, path)
     if text is not None:
-        encoding = next(
-            (name for known, name in BYTE_ORDER_MARKS.items() if (mark + content).startswith(known)), "utf-8"
-        )
-        assert text == content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        stored = mark + content
+        encoding = next((name for start, name in BYTE_ORDER_MARKS.items() if stored.startswith(start)), "utf-8")
+        assert text == stored.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         assert "\0" not in text
 
 

@@ -164,6 +164,13 @@ def test_limit_of_tokens(tokenizer, limit, count):
     assert len(windows(tokenizer, DOCUMENTS, 4, limit, "none").ids) == count
 
 
+@pytest.mark.parametrize(("window", "bos"), [(1, "none"), (0, "stream"), (8, "Stream"), (8, None)])
+def test_windows_and_rules_that_do_not_exist(tokenizer, window, bos):
+    message = rf"2 tokens or more, and bos is one of stream, .*; got window {window}, bos {bos!r}"
+    with pytest.raises(LlmqatError, match=message):
+        windows(tokenizer, DOCUMENTS, window, None, bos)
+
+
 def test_text_shorter_than_a_window(tokenizer):
     with pytest.raises(LlmqatError, match="there is no test text: the dataset has too few rows to hold any out"):
         windows(tokenizer, [], 20, None, what="test")
