@@ -196,11 +196,10 @@ def llmqat_rows(bench: Bench) -> None:
         options = {
             "max_steps": args.max_steps,
             "batch_size": args.batch_size,
-            "length": args.length,
             "precision": "fp32",
             "lr": lr,
         }
-        llmqat.finetune(model, bench.rows, bench.held_out.ids, mode="lora", options=options)
+        llmqat.finetune(model, bench.rows, bench.held_out.ids, mode="lora", **options)
         return model
 
     model, lr = best_of(bench, args.llmqat_lr, train)

@@ -75,7 +75,7 @@ class Sweep:
         if method == "qat":
             options = {"max_steps": self.max_steps}
             teacher = self.reference.model
-            llmqat.finetune(model, self.tokens, self.held_out, mode="full", teacher=teacher, options=options)
+            llmqat.finetune(model, self.tokens, self.held_out, mode="full", teacher=teacher, **options)
         seconds = time.perf_counter() - started
         with tempfile.TemporaryDirectory() as directory:
             llmqat.pack(model, directory)

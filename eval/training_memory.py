@@ -33,8 +33,8 @@ def train(mode: str, checkpointing: bool) -> None:
     if mode == "lora":
         model = llmqat.add_lora(model, r=RANK)
     tokens = torch.randint(SHAPE["vocab_size"], (STEPS * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    options = {"max_steps": STEPS, "batch_size": BATCH, "length": LENGTH, "gradient_checkpointing": checkpointing}
-    llmqat.finetune(model, tokens, tokens[:1], mode=mode, teacher=teacher, options=options)
+    options = {"max_steps": STEPS, "batch_size": BATCH, "gradient_checkpointing": checkpointing}
+    llmqat.finetune(model, tokens, tokens[:1], mode=mode, teacher=teacher, **options)
 
 
 def peak_bytes(mode: str, checkpointing: bool, threads: int, queue: Any) -> None:

@@ -1,4 +1,4 @@
-"""llmqat fine-tunes a language model through its own integer grid, and ships exactly what it trained."""
+"""llmqat: quantization-aware fine-tuning of language models through their own integer grid; what was trained ships."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,43 +7,20 @@ from llmqat.scheme import QuantScheme
 from llmqat.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from llmqat.api import (
-        FloatCopy,
-        FloatView,
-        Windows,
-        add_lora,
-        blocks,
-        convert,
-        encode,
-        environment,
-        evaluate,
-        finetune,
-        follow_activations,
-        inspect,
-        load,
-        load_corpus,
-        load_float,
-        load_tokenizer,
-        observe_activations,
-        pack,
-        peak_memory,
-        perplexity,
-        prepare,
-        scoreboard,
-        scored_windows,
-        sequences,
-        smooth,
-        throughput,
-        verify,
-        windows,
-        write_page,
-    )
+    from llmqat.api import *  # noqa: F403 - names, for tools that read code
 
 __all__ = [
+    "CoverageReport",
     "FloatCopy",
     "FloatView",
+    "Inspection",
     "LlmqatError",
+    "Perplexity",
     "QuantScheme",
+    "Smoothed",
+    "Throughput",
+    "TrainResult",
+    "Verification",
     "Windows",
     "add_lora",
     "blocks",
@@ -72,12 +49,27 @@ __all__ = [
     "windows",
     "write_page",
 ]
+# Spellings of the version before -> today's names; they go with the next version.
+RENAMED: dict[str, str] = {}
 
 
 def __getattr__(name: str) -> Any:
     """Load the notebook surface on first use: `import llmqat` alone stays light."""
+    if name in RENAMED:
+        import warnings
+
+        from llmqat.errors import LlmqatDeprecationWarning
+
+        message = f"llmqat.{name} is now llmqat.{RENAMED[name]}; the old name goes with the next version"
+        warnings.warn(message, LlmqatDeprecationWarning, stacklevel=2)
+        name = RENAMED[name]
     if name not in __all__:
         raise AttributeError(f"module 'llmqat' has no attribute {name!r}")
     from llmqat import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return [*__all__, "__version__"]

@@ -1,5 +1,6 @@
-"""The notebook surface: what `import llmqat` offers."""
+"""The notebook surface: what `import llmqat` offers; `llmqat.__all__` lists it."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import follow_activations, observe_activations
-from llmqat.config import TrainConfig
+from llmqat.algorithms.smoothquant import Smoothed
+from llmqat.config.options import shown
 from llmqat.data.corpus import load_corpus
 from llmqat.data.tokens import blocks, encode, sequences
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
 from llmqat.machine import environment
 from llmqat.metrics.memory import peak_memory
-from llmqat.metrics.perplexity import Windows, evaluate, windows
+from llmqat.metrics.perplexity import Perplexity, Windows, evaluate, windows
 from llmqat.metrics.published import scored_windows
 from llmqat.metrics.throughput import Throughput, throughput
 from llmqat.models.coverage import CoverageReport
-from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.float_view import FloatCopy, FloatView, holds_float, mark_float_lost
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.pair import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
@@ -31,45 +33,9 @@ from llmqat.report.page.render import write_page
 from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe
 from llmqat.report.scoreboard import scoreboard
-from llmqat.train.loop import TrainResult, fit
+from llmqat.train.checkpoint import Checkpoints
+from llmqat.train.loop import TrainingData, TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
-
-__all__ = [
-    "CoverageReport",
-    "FloatCopy",
-    "FloatView",
-    "Inspection",
-    "Throughput",
-    "TrainResult",
-    "Verification",
-    "Windows",
-    "add_lora",
-    "blocks",
-    "convert",
-    "encode",
-    "environment",
-    "evaluate",
-    "finetune",
-    "follow_activations",
-    "inspect",
-    "load",
-    "load_corpus",
-    "load_float",
-    "load_tokenizer",
-    "observe_activations",
-    "pack",
-    "peak_memory",
-    "perplexity",
-    "prepare",
-    "scoreboard",
-    "scored_windows",
-    "sequences",
-    "smooth",
-    "throughput",
-    "verify",
-    "windows",
-    "write_page",
-]
 
 
 def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
@@ -94,10 +60,9 @@ def finetune(
     held_out: Tensor,
     *,
     mode: str = "full",
-    teacher: PreTrainedModel | str | None = None,
-    seed: int = 0,
+    teacher: FloatCopy | FloatView | PreTrainedModel | str | None = None,
     output: str | Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> TrainResult:
     """Train a prepared model in place, and leave it in the state with the least held-out loss.
 
@@ -108,34 +73,72 @@ def finetune(
         mode: full, lora or scales.
         teacher: the float model to distil from; "self" for the float model inside a LoRA or scales model prepared with
             ``keep_float=True``; None trains by cross-entropy.
-        seed: order of the sequences.
         output: directory for checkpoints; None keeps none.
-        options: fields of the recipe's ``train`` section, such as ``{"max_steps": 100, "lr": 0.02}``.
+        options: fields of the recipe's ``train`` section, such as ``max_steps=100, lr=0.02``; and ``seed``, of the
+            order of the sequences.
 
     Returns:
         steps, tokens, seconds, losses by step, and the share of codes that training changed.
 
     Raises:
-        LlmqatError: if an option is wrong, a loss is not finite, or the run was interrupted.
+        LlmqatError: if an option is wrong, `model` cannot train in this mode or by this teacher, a loss is not finite,
+            or the run was interrupted.
     """
-    recipe = config_module.from_dict({"train": {**(options or {}), "mode": mode}})
-    config: TrainConfig = config_module.resolve(recipe, sum(p.numel() for p in model.parameters())).train
+    options = _options(options)
+    values = {"seed": options.pop("seed", 0), "train": {**options, "mode": mode}}
+    recipe = config_module.resolve(config_module.from_dict(values), sum(p.numel() for p in model.parameters()))
     if not quantized_layers(model):
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
-    select_trainable(model, mode, config.lr_scale > 0)
-    view = _teacher(model, teacher)
-    directory = None if output is None else Path(output)
-    return fit(model, tokens, held_out, config, mode=mode, teacher=view, seed=seed, directory=directory)
+    view = _teacher(model, teacher, mode)
+    select_trainable(model, mode, recipe.train.lr_scale > 0)
+    if isinstance(view, FloatView) and view.model is model:
+        view = FloatView(model)  # made before, it would not know which norms train
+    checkpoints = None if output is None else Checkpoints(Path(output))
+    if mode == "full":
+        mark_float_lost(model)
+    data = TrainingData(tokens, held_out)
+    return fit(model, data, recipe.train, teacher=view, seed=recipe.seed, checkpoints=checkpoints)
 
 
-def _teacher(model: nn.Module, teacher: Any) -> FloatCopy | FloatView | None:
-    if isinstance(teacher, nn.Module):
-        return FloatCopy(teacher)
-    if teacher is None or isinstance(teacher, FloatCopy | FloatView):
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by name, those of the mapping that the version before took included."""
+    if "options" not in options:
+        return options
+    warnings.warn(
+        "finetune(options={...}) is now finetune(..., max_steps=100, lr=0.02): the options by their names",
+        LlmqatDeprecationWarning,
+        stacklevel=3,
+    )
+    return {**(options["options"] or {}), **{name: value for name, value in options.items() if name != "options"}}
+
+
+def _teacher(model: nn.Module, teacher: Any, mode: str) -> FloatCopy | FloatView | None:
+    """What to distil from.
+
+    Raises:
+        LlmqatError: if it is none of those, or the float model inside `model` is lost or would train.
+    """
+    if teacher is None or isinstance(teacher, FloatCopy):
         return teacher
-    if isinstance(teacher, str) and teacher == "self":
-        return FloatView(model)
-    raise LlmqatError(f"teacher must be a model, a FloatCopy, a FloatView, 'self' or None; got {teacher!r}")
+    if isinstance(teacher, nn.Module) and teacher is not model:
+        return FloatCopy(teacher)
+    inside = teacher.model if isinstance(teacher, FloatView) else model
+    if not (isinstance(teacher, FloatView) or (isinstance(teacher, str) and teacher == "self")):
+        raise LlmqatError(
+            f"teacher must be a model, a FloatCopy, a FloatView, 'self' or None; got "
+            f"{'the model that trains' if teacher is model else shown(teacher)}"
+        )
+    if mode == "full" and inside is model:
+        raise LlmqatError(
+            "mode='full' trains the weights that teacher='self' would teach from; give a copy of the float model, "
+            "teacher=llmqat.FloatCopy(copy.deepcopy(model)) made before llmqat.prepare, or train with mode='lora'"
+        )
+    if not holds_float(inside):
+        raise LlmqatError(
+            "the float model is no longer inside this one, so that teacher='self' has nothing to teach from; prepare "
+            "it with keep_float=True, or give the float model as teacher"
+        )
+    return teacher if isinstance(teacher, FloatView) else FloatView(model)
 
 
 def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:

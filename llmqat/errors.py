@@ -1,4 +1,4 @@
-"""The one exception of expected failures."""
+"""The one exception of expected failures, and the warning of old spellings."""
 
 
 class LlmqatError(ValueError):
@@ -6,3 +6,7 @@ class LlmqatError(ValueError):
 
     The command line prints it as one line and exits with 1.
     """
+
+
+class LlmqatDeprecationWarning(DeprecationWarning):
+    """An old spelling that is accepted for one version; the message names the new one."""

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all: written beside, synced, renamed."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -7,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmqat.errors import LlmqatError
 
@@ -53,8 +56,8 @@ def replacing(directory: Path, seal: str = "", owned: Sequence[str] = ()) -> Ite
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def make_directory(directory: Path) -> None:
-    """Make `directory`, and what it lies in.
+def make_directory(directory: Path) -> list[Path]:
+    """Make `directory`, and what it lies in; returns what was made, outermost first.
 
     Raises:
         LlmqatError: if that is not possible.
@@ -62,9 +65,11 @@ def make_directory(directory: Path) -> None:
     try:
         if directory.exists() and not directory.is_dir():
             raise LlmqatError(f"output {directory} is a file; choose a directory")
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+    return missing[::-1]
 
 
 def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str]) -> None:
@@ -142,8 +147,40 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def discard_partial(directory: Path) -> None:
-    """Remove what processes that were killed while they wrote left in `directory`, and two folders below it."""
-    for below in ("", "*/", "*/*/"):
-        for scratch in list(directory.glob(f"{below}{PARTIAL}*")):
-            shutil.rmtree(scratch, ignore_errors=True)
+def discard_partial(directory: Path, folders: Sequence[str]) -> None:
+    """Remove what processes that were killed while they wrote left in `folders` of `directory`, and nowhere else."""
+    for folder in (directory / name for name in folders):
+        if folder.is_symlink() and folder != directory:
+            continue
+        for scratch in list(folder.glob(f"{PARTIAL}*")):
+            if not scratch.is_symlink():
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sealed_json(values: dict[str, Any]) -> str:
+    """`values` as JSON, with the SHA-256 of the rest under ``"sha256"``."""
+    return json.dumps({**values, "sha256": _digest(values)})
+
+
+def read_sealed_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """What `sealed_json` gave; None if there is no such file.
+
+    Raises:
+        LlmqatError: if the file is damaged, or nobody sealed it, with the `remedy`.
+    """
+    if not path.exists():
+        return None
+    values = None
+    try:
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        digest = values.pop("sha256") if isinstance(values, dict) else ""
+        sound = isinstance(values, dict) and digest == _digest(values)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        sound = False
+    if not sound or not isinstance(values, dict):
+        raise LlmqatError(f"{path} is damaged, or was written by another version of llmqat; {remedy}")
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -2,20 +2,58 @@
 
 import os
 
+from llmqat.errors import LlmqatError
+
 _INDEX = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # read by accelerate and torch
 
 
 def process_index() -> int:
-    """Index of this process among all, over all machines."""
-    return next((int(os.environ[name]) for name in _INDEX if name in os.environ), 0)
+    """Index of this process among all, over all machines.
+
+    Raises:
+        LlmqatError: if the environment tells anything but a number.
+    """
+    return next((_number(name) for name in _INDEX if name in os.environ), 0)
 
 
 def process_count() -> int:
-    """How many processes there are, over all machines."""
-    return next((int(os.environ[name]) for name in _COUNT if name in os.environ), 1)
+    """How many processes there are, over all machines.
+
+    Raises:
+        LlmqatError: if the environment tells anything but a number.
+    """
+    return next((_number(name) for name in _COUNT if name in os.environ), 1)
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return process_index() == 0
+
+
+def check_environment() -> None:
+    """Refuse an environment in which this process is none of those that it tells of.
+
+    Raises:
+        LlmqatError: naming the variable and its value.
+    """
+    index, count = process_index(), process_count()
+    for name in _LOCAL:
+        if name in os.environ:
+            _number(name)
+    if index >= count and any(name in os.environ for name in _COUNT):
+        raise LlmqatError(
+            f"this process has index {index} of {count}, by the environment; launch by accelerate, or unset "
+            f"{' and '.join(name for name in (*_INDEX, *_COUNT) if name in os.environ)}"
+        )
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise LlmqatError(
+            f"the environment variable {name} must be a whole number, got {text[:40]!r}; unset it, or launch by "
+            "accelerate or torchrun, which set it"
+        )
+    return int(text)

@@ -267,7 +267,7 @@ def small_recipe(model_dir: Path, text_file: Path) -> Callable[..., Recipe]:
         "data.dataset": str(text_file),
         "init.samples": 8,
         "train.max_steps": 4,
-        "train.length": 32,
+        "data.length": 32,
         "train.batch_size": 4,
         "train.lr": 0.005,
         "train.eval_every": 2,
@@ -305,11 +305,16 @@ def call() -> Callable[..., int]:
 
 
 @pytest.fixture(scope="session")
-def small_flags() -> list[str]:
+def quantize_flags() -> list[str]:
+    """Flags of a run of a second without training."""
+    return ["--calibration-samples", "8", "--length", "32", "--window", "32", "--eval-tokens", "512", "--repeats", "0"]
+
+
+@pytest.fixture(scope="session")
+def small_flags(quantize_flags: list[str]) -> list[str]:
     """Flags of a run of a second."""
-    run = "--calibration-samples 8 --max-steps 4 --length 32 --batch-size 4 --eval-every 2 --save-every 2"
-    measure = "--window 32 --eval-tokens 512 --validation-tokens 256 --repeats 0"
-    return [*run.split(), *measure.split()]
+    training = "--max-steps 4 --batch-size 4 --eval-every 2 --save-every 2 --validation-tokens 256"
+    return [*quantize_flags, *training.split()]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,13 +9,13 @@ from rich.console import Console
 from transformers import Trainer, TrainingArguments
 
 import llmqat
-from llmqat import QuantScheme, api
+from llmqat import QuantScheme
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 
 IDS = torch.randint(0, 128, (20, 16), generator=torch.Generator().manual_seed(1))
-OPTIONS = {"max_steps": 4, "batch_size": 4, "length": 16, "precision": "fp32", "eval_every": 2}
+OPTIONS = {"max_steps": 4, "batch_size": 4, "precision": "fp32", "eval_every": 2}
 
 
 def codes(model):
@@ -27,9 +27,7 @@ def test_exports():
     for name in llmqat.__all__:
         assert getattr(llmqat, name) is not None
         assert not isinstance(getattr(llmqat, name), ModuleType), f"a module hides llmqat.{name}"
-    own = {"LlmqatError", "QuantScheme"}
-    assert set(llmqat.__all__) - own <= set(api.__all__)
-    assert all(hasattr(api, name) for name in api.__all__)
+    assert set(llmqat.__all__) <= set(dir(llmqat))
     for verb in ("prepare", "smooth", "add_lora", "finetune", "pack", "load", "perplexity", "throughput", "verify"):
         assert verb in llmqat.__all__
     with pytest.raises(AttributeError, match="module 'llmqat' has no attribute 'quantise'"):
@@ -57,7 +55,7 @@ def test_from_the_float_model_to_the_packed_file(tiny_llama, tokens, tokenizer, 
         IDS[14:],
         mode=mode,
         teacher=teacher if mode == "full" else "self",
-        options=OPTIONS,
+        **OPTIONS,
         output=tmp_path / "checkpoint",
     )
     assert result.steps == 4
@@ -92,7 +90,7 @@ def test_teachers(tiny_llama):
         model = tiny_llama()
         llmqat.prepare(model, QuantScheme(3, 32))
         teacher = teacher(model) if callable(teacher) else teacher
-        return llmqat.finetune(model, IDS[:14], IDS[14:], mode="scales", teacher=teacher, options=OPTIONS).losses
+        return llmqat.finetune(model, IDS[:14], IDS[14:], mode="scales", teacher=teacher, **OPTIONS).losses
 
     distilled = losses("self")
     assert losses(lambda _: tiny_llama()) == distilled
@@ -119,19 +117,19 @@ def test_bad_options(tiny_llama, options, mode, message):
     model = tiny_llama()
     llmqat.prepare(model, QuantScheme(4, 32))
     with pytest.raises(LlmqatError, match=message):
-        llmqat.finetune(model, IDS[:14], IDS[14:], mode=mode, options=options)
+        llmqat.finetune(model, IDS[:14], IDS[14:], mode=mode, **options)
 
 
 def test_unprepared_model(tiny_llama):
     with pytest.raises(LlmqatError, match=r"no layer of this model is quantized; call llmqat\.prepare"):
-        llmqat.finetune(tiny_llama(), IDS[:14], IDS[14:], options=OPTIONS)
+        llmqat.finetune(tiny_llama(), IDS[:14], IDS[14:], **OPTIONS)
 
 
 def test_seed_and_default_rate(tiny_llama):
     def train(**options):
         model = tiny_llama()
         llmqat.prepare(model, QuantScheme(4, 32))
-        return llmqat.finetune(model, IDS[:14], IDS[14:], options={**OPTIONS, **options}, seed=3).losses
+        return llmqat.finetune(model, IDS[:14], IDS[14:], **{**OPTIONS, **options}, seed=3).losses
 
     assert train() == train()
     assert train() != train(lr=0.05)

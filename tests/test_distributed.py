@@ -200,7 +200,7 @@ def test_frozen_static_ranges_train_what_one_process_does(launch):
 @pytest.mark.parametrize("environment", [DDP, FSDP2], ids=["ddp", "fsdp2"])
 def test_conversations(launch, talks, environment):
     """The loss is the mean over all answer tokens of a step, however they fall on the processes."""
-    changes = changes_of("full") | {"data.dataset": talks, "train.length": 64, "eval.window": 64, "init.method": "rtn"}
+    changes = changes_of("full") | {"data.dataset": talks, "data.length": 64, "eval.window": 64, "init.method": "rtn"}
     if not (one := launch.folder / "chat-alone").exists():
         launch("chat-alone", changes, ALONE)
     check_same_run(one, launch(f"chat-{'fsdp' if environment is FSDP2 else 'ddp'}", changes, environment))

@@ -18,7 +18,7 @@ from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, replacing
 from llmqat.formats.verify import verify
 from llmqat.pipeline import run as pipeline
-from llmqat.train import checkpoint
+from llmqat.train.checkpoint import Checkpoints
 
 
 def listing(directory):
@@ -62,7 +62,7 @@ def read_only():
 BIG = torch.zeros(1000)
 WRITERS = {
     "safetensors": lambda scratch: save_file({"x": BIG}, scratch / "a.safetensors"),
-    "torch": lambda scratch: checkpoint.save(scratch, {"x": BIG}),
+    "torch": lambda scratch: Checkpoints(scratch).save({"x": BIG}),
     "text": lambda scratch: (scratch / "a.json").write_text("x" * 2000),
 }
 
@@ -113,7 +113,7 @@ def test_leavings_of_a_killed_process(tmp_path):
         (place / f"{PARTIAL}x").mkdir(parents=True)
         (place / f"{PARTIAL}x" / "half").write_text("half")
         (place / "whole").write_text("whole")
-    discard_partial(tmp_path)
+    discard_partial(tmp_path, ("", "checkpoint", "checkpoint/gptq"))
     names = ("whole", "checkpoint/whole", "checkpoint/gptq/whole")
     assert listing(tmp_path) == dict.fromkeys(names, b"whole")
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmqat.cli.flags import recipe_from
+from llmqat.cli.flags import check_fields, recipe_from
 from llmqat.cli.parser import EVAL_DATA_FIELDS
 from llmqat.cli.recipes import bundled_recipes, bundled_scripts, command_of, find_recipe
-from llmqat.config import DataConfig
+from llmqat.config import DataConfig, EvalConfig
+from llmqat.config.options import NO_LIMITS, check_value
 from llmqat.errors import LlmqatError
 
 
@@ -16,11 +17,11 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
     """`llmqat finetune`."""
     from llmqat.pipeline.run import RECIPE, run
 
-    saved = Path(args.resolved.output) / RECIPE
+    saved = Path(args.parsed_recipe.output) / RECIPE
     if args.resume and not args.recipe and saved.exists():
         args.recipe = str(saved)
-        args.resolved = recipe_from(args)
-    run(args.resolved, train=train, resume=args.resume, overwrite=args.overwrite)
+        args.parsed_recipe = recipe_from(args)
+    run(args.parsed_recipe, train=train, resume=args.resume, overwrite=args.overwrite)
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -32,7 +33,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         return
     if args.resume:
         raise LlmqatError("--low-memory keeps nothing to go on from: leave it out, or --resume")
-    quantize_by_block(args.resolved, args.overwrite)
+    quantize_by_block(args.parsed_recipe, args.overwrite)
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     if args.machine:
         return print_machine()
-    print(describe(inspect(args.resolved)))
+    print(describe(inspect(args.parsed_recipe)))
 
 
 def print_machine() -> None:
@@ -69,24 +70,44 @@ def load_any(name: str, dtype: Any = None, activations: Any = None) -> tuple[Any
     return model, load_tokenizer(str(directory))
 
 
+def context_of(model: Any) -> int | None:
+    """Tokens that a model can see; None if its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def run_eval(args: argparse.Namespace) -> None:
     """`llmqat eval`."""
     import torch
 
-    from llmqat.kernels.native import kernel_name
     from llmqat.machine import environment
-    from llmqat.metrics.perplexity import evaluate
-    from llmqat.metrics.throughput import throughput
-    from llmqat.models.float_view import FloatCopy
+    from llmqat.nn.context import check_context, position_limit
     from llmqat.pipeline.inputs import eval_windows
+
+    check_fields(DataConfig, vars(args))
+    check_fields(EvalConfig, vars(args))
+    model, tokenizer = load_any(args.model, torch.float32, args.activations)
+    source = DataConfig(**{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
+    data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, args.bos)
+    check_context(position_limit(model), data.ids.shape[-1])
+    numbers = perplexity_numbers(args, model, data)
+    if args.throughput:
+        numbers |= speed_numbers(args, context_of(model))
+    for key, value in numbers.items():
+        if value is not None:
+            print(f"{key:<16} {value:.6g}" if isinstance(value, float) else f"{key:<16} {value}")
+    if args.json:
+        write_text(Path(args.json), json.dumps({**numbers, "environment": environment()}, indent=2) + "\n")
+
+
+def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[str, Any]:
+    """Perplexity of a model on windows, how they were cut, and how far it is from what it is compared with."""
+    import torch
+
+    from llmqat.kernels.native import kernel_name
+    from llmqat.metrics.perplexity import evaluate
+    from llmqat.models.float_view import FloatCopy
     from llmqat.serve.activations import AsTrained
 
-    if any(given is not None and given < 2 for given in (args.window, args.eval_tokens)):
-        raise LlmqatError("--window and --eval-tokens must be at least 2")
-    model, tokenizer = load_any(args.model, torch.float32, args.activations)
-    context = getattr(model.config, "max_position_embeddings", None)
-    source = DataConfig(args.dataset, **{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
-    data = eval_windows(source, tokenizer, context, args.window, args.eval_tokens, args.bos)
     reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
     result = evaluate(model, data, reference)
     numbers = {
@@ -107,16 +128,29 @@ def run_eval(args: argparse.Namespace) -> None:
         trained = evaluate(model, data, AsTrained(model))
         numbers |= {"activations": f"{args.activations}, not as trained", "kl_to_trained": trained.kl_to_float}
         numbers |= {"top1_to_trained": trained.top1_agreement}
-    if args.throughput:
-        context = context or 320
-        new_tokens = min(64, context // 2)
-        speed = throughput(load_any(args.model, None, args.activations)[0], min(256, context - new_tokens), new_tokens)
-        numbers |= {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
-    for key, value in numbers.items():
-        if value is not None:
-            print(f"{key:<16} {value:.6g}" if isinstance(value, float) else f"{key:<16} {value}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({**numbers, "environment": environment()}, indent=2) + "\n")
+    return numbers
+
+
+def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, float]:
+    """Speed of a model loaded anew, in its stored dtype."""
+    from llmqat.metrics.throughput import throughput
+    from llmqat.pipeline.inputs import speed_lengths
+
+    prompt, new_tokens = speed_lengths(EvalConfig.prompt, EvalConfig.new_tokens, context)
+    speed = throughput(load_any(args.model, None, args.activations)[0], prompt, new_tokens, EvalConfig.repeats)
+    return {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a flag names.
+
+    Raises:
+        LlmqatError: if it cannot be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise LlmqatError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def run_verify(args: argparse.Namespace) -> None:
@@ -148,14 +182,28 @@ def run_generate(args: argparse.Namespace) -> None:
     from llmqat.data.template import as_question
     from llmqat.nn.context import check_sequence
 
+    check_sampling(args)
     model, tokenizer = load_any(args.model, None, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
     encoded = tokenizer(text, add_special_tokens=not args.chat)
-    ids = torch.tensor([encoded["input_ids"]], device=model.device)
+    ids = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)
+    if ids.numel() == 0:
+        raise LlmqatError("the prompt gives no token, and this tokenizer adds none; give a longer --prompt")
     check_sequence(model, ids, args.max_new_tokens - 1)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **sampling)
     print(tokenizer.decode(output[0, ids.shape[1] if args.chat else 0 :], skip_special_tokens=True))
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuse flags of `llmqat generate` that no model can follow.
+
+    Raises:
+        LlmqatError: naming the flag, its value and its limit.
+    """
+    check_value(str, args.prompt, "--prompt", {**NO_LIMITS, "free": True})
+    check_value(int, args.max_new_tokens, "--max-new-tokens", {**NO_LIMITS, "least": 1})
+    check_value(float, args.temperature, "--temperature", {**NO_LIMITS, "least": 0, "most": 100})
 
 
 def run_recipes(args: argparse.Namespace) -> None:

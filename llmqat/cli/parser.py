@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
-from llmqat.config import BOS_RULES, DataConfig
+from llmqat.config import DataConfig, EvalConfig
 from llmqat.version import __version__
 
 FINETUNE = """\
@@ -76,7 +76,20 @@ List the bundled recipes, or print one: YAML for --recipe, or a script to save a
   llmqat recipes bert_classification > bert_classification.py
 """
 
-EVAL_DATA_FIELDS = ("text_field", "rows", "streaming", "max_rows")
+EVAL_DATA_FIELDS = ("dataset", "text_field", "rows", "streaming", "max_rows")
+# What `llmqat eval` leaves to the dataset -> the choice.
+EVAL_OPEN = {
+    "window": f"{EvalConfig.window}; named sets: 2048",
+    "tokens": f"{EvalConfig.tokens}; named sets: all",
+    "bos": f"{EvalConfig.bos}; named sets: tokenizer",
+}
+NO_TRAINING = "quantize does not train; llmqat finetune does"
+# Recipe fields that a command cannot honour -> why.
+REFUSED = {
+    "finetune": {},
+    "quantize": dict.fromkeys(("train", "quant.clip_mask", "eval.validation_tokens", "eval.control"), NO_TRAINING),
+    "inspect": {"eval": "inspect measures nothing"},
+}
 
 
 def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
@@ -95,14 +108,14 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
         sub.set_defaults(run=commands[name])
         return sub
 
-    for name, text, skip in (("finetune", FINETUNE, ()), ("quantize", QUANTIZE, ()), ("inspect", INSPECT, ("eval",))):
+    for name, text in (("finetune", FINETUNE), ("quantize", QUANTIZE), ("inspect", INSPECT)):
         sub = command(name, text)
-        add_recipe_flags(sub, skip)
-        if name != "inspect":
-            sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
-            sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
-        else:
+        add_recipe_flags(sub, REFUSED[name])
+        if name == "inspect":
             sub.add_argument("--machine", action="store_true", help="which kernels run here, and why not others")
+            continue
+        sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
+        sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
         if name == "quantize":
             sub.add_argument(
                 "--low-memory", action="store_true", help="block by block, for a model larger than memory; not measured"
@@ -111,7 +124,8 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     sub = command("eval", EVAL)
     sub.add_argument("model", help="directory, Hub id, or llama")
     sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
-    add_scored_flags(sub)
+    add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
+    add_fields(sub, EvalConfig, tuple(EVAL_OPEN), EVAL_OPEN)
     sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
     add_activations_flag(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
@@ -138,19 +152,11 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     return parser
 
 
-def add_scored_flags(sub: Parser) -> None:
-    """Flags of what `llmqat eval` scores."""
-    sub.add_argument("--dataset", default="stdlib", help="as in finetune; its test split is scored (default: stdlib)")
-    add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
-    sub.add_argument("--window", type=int, metavar="N", help="tokens per window (default: 512; named sets: 2048)")
-    sub.add_argument("--eval-tokens", type=int, metavar="N", help="tokens at most (default: 65536; named sets: all)")
-    sub.add_argument("--bos", choices=BOS_RULES, help="BOS rule (default: stream; named sets: tokenizer)")
-
-
 def add_activations_flag(parser: argparse.ArgumentParser) -> None:
     """`--activations int8`."""
     parser.add_argument(
         "--activations",
         choices=("int8",),
-        help="of a model packed without --act-bits: faster, but not what was trained; eval says how far from it",
+        help="run a weight-only packed model with int8 activations: faster, but not the arithmetic it was trained "
+        "with; llmqat eval reports the difference",
     )

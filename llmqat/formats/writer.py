@@ -25,6 +25,8 @@ from llmqat.nn.kv_cache import kv_bits_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
+# The file that makes a directory a model, and those that belong to a model and go with it.
+SEAL, OWNED = "config.json", ("model*.safetensors", INDEX)
 
 
 def storage_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -117,7 +119,7 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
     check_ranges(model)
     state = packed_state(model)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
-    with replacing(directory, seal="config.json", owned=("model*.safetensors", INDEX)) as scratch:
+    with replacing(directory, seal=SEAL, owned=OWNED) as scratch:
         for filename, names in shards.filename_to_tensors.items():
             save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:

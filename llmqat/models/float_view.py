@@ -32,6 +32,21 @@ def disable_quantizers(model: nn.Module, adapters: bool = True) -> Iterator[None
         yield
 
 
+def holds_float(model: nn.Module) -> bool:
+    """Whether the float model that a model was prepared from is still inside it, for a `FloatView`.
+
+    It is not after GPTQ without ``keep_float``, and after training the weights themselves.
+    """
+    return all(layer.holds_float for layer in model.modules() if isinstance(layer, FakeQuantLinear))
+
+
+def mark_float_lost(model: nn.Module) -> None:
+    """Remember that the weights of a prepared model are no longer those that it was prepared from."""
+    for layer in model.modules():
+        if isinstance(layer, FakeQuantLinear):
+            layer.holds_float = False
+
+
 class FloatView:
     """The float model inside a prepared model, also while a few of its small float parameters train.
 

@@ -14,9 +14,9 @@ from llmqat.algorithms.calibration import Saved, check_batches, gptq_head, gptq_
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
-from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage, check_coverage
+from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_apart, split_experts
-from llmqat.models.planning import Overrides, check_divisible, plan, scheme_of
+from llmqat.models.planning import Overrides, checked_plan, scheme_of
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
 from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
@@ -135,11 +135,7 @@ def prepare(
         raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
     if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
-    report = plan(model, scheme, overrides, lm_head_bits)
-    if not report.quantized:
-        raise LlmqatError(f"{type(model).__name__} has no linear layer to quantize: {report.summary()}")
-    check_coverage(report, min_coverage)
-    check_divisible(report)
+    report = checked_plan(model, scheme, overrides, lm_head_bits, min_coverage)
     if init == "gptq":  # what it lacks is said before anything is replaced
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
@@ -188,6 +184,9 @@ def run_gptq(
     head = model.get_output_embeddings()
     if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS:
         errors.append(gptq_head(model, head, batches, damp, keep_float))
+    if not keep_float:
+        for on_grid in quantized_layers(model):
+            on_grid.layer.holds_float = False
     return {error.layer: (error.rtn, error.gptq) for error in errors}
 
 

@@ -11,7 +11,15 @@ from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES, blocks_path
-from llmqat.models.coverage import HEAD, TIED_HEAD, CoverageReport, LayerCoverage, by_expert, total_parameters
+from llmqat.models.coverage import (
+    HEAD,
+    TIED_HEAD,
+    CoverageReport,
+    LayerCoverage,
+    by_expert,
+    check_coverage,
+    total_parameters,
+)
 from llmqat.models.experts import check_experts, expert_layers, fused_shapes, splits
 from llmqat.nn.embedding import embed_scale_of
 from llmqat.nn.experts import is_fused
@@ -73,6 +81,26 @@ def plan(
     check_experts(layers)
     check_transposed(model, layers)
     return CoverageReport(tuple(layers), total_parameters(model), *block_parameters(model))
+
+
+def checked_plan(
+    model: PreTrainedModel,
+    scheme: QuantScheme,
+    overrides: Overrides | None = None,
+    lm_head_bits: int | None = None,
+    min_coverage: float = 0.9,
+) -> CoverageReport:
+    """A `plan` that can be carried out: enough of the blocks is quantized, and every group size divides its rows.
+
+    Raises:
+        LlmqatError: see `plan`, `check_coverage` and `check_divisible`; or if no layer would be quantized.
+    """
+    report = plan(model, scheme, overrides, lm_head_bits)
+    if not report.quantized:
+        raise LlmqatError(f"{type(model).__name__} has no linear layer to quantize: {report.summary()}")
+    check_coverage(report, min_coverage)
+    check_divisible(report)
+    return report
 
 
 def block_parameters(model: PreTrainedModel) -> tuple[int, dict[str, int]]:

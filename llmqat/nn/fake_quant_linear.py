@@ -38,6 +38,7 @@ class FakeQuantLinear(nn.Module):
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
         compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
         enabled: False runs the plain float layer, without grid and compensation.
+        holds_float: whether the weight is still that of the float model; see `llmqat.models.float_view`.
         act_scale: ``(1,)`` float32, of static int8 activations; None without, 0 as long as nothing was observed.
         observing: in training mode the range of static activations follows the inputs.
         transposed: the layer it replaced keeps its weight as ``(in, out)``, and so does its packed file.
@@ -45,6 +46,7 @@ class FakeQuantLinear(nn.Module):
 
     code_scale: Tensor | None
     compensation: Tensor | None
+    holds_float = True
     act_scale: Tensor | None
     act_state: Tensor | None
 

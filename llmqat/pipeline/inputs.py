@@ -1,27 +1,93 @@
-"""What a run reads: its dataset, the stream of ids it trains on, and its calibration batches."""
+"""What a run reads besides its model: dataset, tokens to train on, to score and to calibrate with, and their hashes."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmqat.config import DataConfig, Recipe
+from llmqat.config import DataConfig, EvalConfig, Resolved
 from llmqat.data.corpus import Corpus, load_corpus
 from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
-from llmqat.data.tokens import blocks, encode
-from llmqat.metrics.perplexity import Windows
+from llmqat.data.tokens import blocks, encode, sequences
+from llmqat.metrics.perplexity import Windows, windows
 from llmqat.metrics.published import scored_windows
+from llmqat.models.coverage import CoverageReport
 from llmqat.processes import process_count
 from llmqat.progress import say
 
 CALIBRATION_BATCH = 8
+# Calibration sequences are drawn from so many tokens of the training text, whatever else the run does.
+CALIBRATION_TOKENS = 8_000_000
 # Text is tokenized up to this many tokens, or as many as the run trains on if that is more.
 LEAST_TRAIN_TOKENS = 8_000_000
-# What `llmqat eval` scores of a dataset without a published protocol.
-WINDOW, EVAL_TOKENS, BOS = 512, 65536, "stream"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All tokens of a run.
+
+    Attributes:
+        test: windows that are scored.
+        validation: sequences that choose the best state; None without training.
+        training: sequences to train on, see `llmqat.sequences`; None without training.
+        calibration: batches ``(batch, length)``; empty where nothing is calibrated.
+    """
+
+    test: Windows
+    validation: Windows | None = None
+    training: Tensor | None = None
+    calibration: tuple[Tensor, ...] = ()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each kind of tokens, by its name in words."""
+        found = {"test tokens": self.test.sha256}
+        if self.calibration:
+            found["calibration tokens"] = _hash_of(list(self.calibration))
+        if self.validation is not None and self.training is not None:
+            found["validation tokens"] = self.validation.sha256
+            found["training tokens"] = _hash_of([self.training])
+        return found
+
+
+def calibrates(recipe: Resolved, coverage: CoverageReport) -> bool:
+    """Whether a run needs calibration data: for GPTQ, SmoothQuant, or static activation ranges."""
+    static = any(layer.scheme is not None and layer.scheme.act_static for layer in coverage.quantized)
+    return recipe.init.method == "gptq" or recipe.init.smooth is not None or static
+
+
+def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: CoverageReport, train: bool) -> Inputs:
+    """All tokens of a run.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of its model.
+        corpus: its dataset.
+        coverage: its plan, which says whether anything is calibrated.
+        train: whether it trains.
+
+    Raises:
+        LlmqatError: if a text is too short, or a calibration dataset cannot be had.
+    """
+    limits = recipe.eval.window, recipe.eval.tokens, recipe.eval.bos
+    inputs = Inputs(scored_windows(recipe.data.dataset, tokenizer, *limits, corpus.test))
+    if calibrates(recipe, coverage):
+        inputs = replace(inputs, calibration=tuple(calibration(recipe, tokenizer, corpus.train)))
+    if not train:
+        return inputs
+    name, length, bos = recipe.data.dataset, recipe.data.length, recipe.eval.bos
+    held_out = recipe.eval.validation_tokens
+    return replace(
+        inputs,
+        validation=windows(tokenizer, corpus.validation, length, held_out, bos, f"{name} evaluation"),
+        training=sequences(tokenizer, corpus.train, length, train_tokens(recipe), f"{name} training"),
+    )
 
 
 def read(data: DataConfig, dataset: str) -> Corpus:
@@ -31,24 +97,55 @@ def read(data: DataConfig, dataset: str) -> Corpus:
     return load_corpus(dataset, data.text_field, data.rows, streaming, data.max_rows)
 
 
-def train_tokens(recipe: Recipe) -> int:
+def train_tokens(recipe: Resolved) -> int:
     """How much of the training text is tokenized: enough for the run, and at least `LEAST_TRAIN_TOKENS`."""
     config = recipe.train
-    rows = config.max_steps * config.batch_size * config.accumulation * process_count()
-    return max(rows * config.length, LEAST_TRAIN_TOKENS)
+    count = config.max_steps * config.batch_size * config.accumulation * process_count()
+    return max(count * recipe.data.length, LEAST_TRAIN_TOKENS)
 
 
-def training_stream(tokenizer: Any, documents: Sequence[Document], recipe: Recipe) -> Tensor:
-    """Training text as one stream of ids."""
-    return encode(tokenizer, documents, train_tokens(recipe))
+def calibration(recipe: Resolved, tokenizer: Any, documents: Sequence[Document] | None = None) -> list[Tensor]:
+    """Batches ``(batch, length)`` of sequences drawn by the seed, the same for every way of quantizing.
 
-
-def calibration_batches(stream: Tensor, recipe: Recipe) -> list[Tensor]:
-    """Batches ``(batch, length)`` of sequences drawn from a stream of ids, by the seed."""
-    rows = blocks(stream, recipe.train.length, "calibration")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
+    Args:
+        recipe: names the dataset, how many sequences are drawn, and the seed.
+        tokenizer: of the model.
+        documents: training text of the recipe's dataset, where that has been read.
+    """
+    source = recipe.data.calibration
+    if source is not None or documents is None:
+        documents = read(recipe.data, source or recipe.data.dataset).train
+    found = blocks(encode(tokenizer, documents, CALIBRATION_TOKENS), recipe.data.length, "calibration")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
     size = min(CALIBRATION_BATCH, len(order))
-    return list(rows[order[: len(order) // size * size]].split(size))
+    return list(found[order[: len(order) // size * size]].split(size))
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """SHA-256 of all tensors of a model: names, dtypes, shapes and values."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    with ThreadPoolExecutor() as pool:  # hashing releases the lock of Python
+        digests = list(pool.map(lambda tensor: _hash_of([tensor]), state.values()))
+    return hashlib.sha256(
+        "".join(f"{name} {digest}\n" for name, digest in zip(state, digests, strict=True)).encode()
+    ).hexdigest()
+
+
+def hash_of_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer makes of texts and conversations: vocabulary, rules, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    told = [rules, special, getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_of(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def eval_windows(
@@ -67,10 +164,32 @@ def eval_windows(
     known = named_set(data.dataset)
     if known is None:
         documents = read(data, data.dataset).test
-        limits = window or WINDOW, max_tokens or EVAL_TOKENS
-        return scored_windows(data.dataset, tokenizer, *limits, bos or BOS, documents)
+        limits = window or EvalConfig.window, max_tokens or EvalConfig.tokens
+        return scored_windows(data.dataset, tokenizer, *limits, bos or EvalConfig.bos, documents)
     check_options(data.dataset, data.streaming, data.rows)
     if window is None and context is not None and context < PUBLISHED_WINDOW:
         say(f"the model's context is {context} tokens: windows are cut to it; papers take {PUBLISHED_WINDOW}")
     window = window or min(PUBLISHED_WINDOW, context or PUBLISHED_WINDOW)
     return scored_windows(data.dataset, tokenizer, window, max_tokens, bos or "tokenizer")
+
+
+def fit_context(recipe: Resolved, context: int | None) -> Resolved:
+    """Sequences and windows no longer than the model's context; says so where one is cut."""
+    if context is None:
+        return recipe
+    if recipe.data.length > context or recipe.eval.window > context:
+        say(f"the model's context is {context} tokens: sequences and windows are cut to it")
+    prompt, new_tokens = speed_lengths(recipe.eval.prompt, recipe.eval.new_tokens, context)
+    return replace(
+        recipe,
+        data=replace(recipe.data, length=min(recipe.data.length, context)),
+        eval=replace(recipe.eval, window=min(recipe.eval.window, context), prompt=prompt, new_tokens=new_tokens),
+    )
+
+
+def speed_lengths(prompt: int, new_tokens: int, context: int | None) -> tuple[int, int]:
+    """Prompt and new tokens of a measurement of speed, as far as the context of the model allows."""
+    if context is None:
+        return prompt, new_tokens
+    prompt = min(prompt, max(1, context - new_tokens))
+    return prompt, min(new_tokens, context - prompt)

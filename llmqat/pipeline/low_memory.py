@@ -1,12 +1,11 @@
 """`llmqat quantize --low-memory`: a model larger than memory, quantized block by block from its safetensors.
 
 The model is built on the meta device. What lies outside the blocks (embeddings, norms, output head) is read once; each
-block is read, put on its grid, written as a shard of its own, and freed. The functions are those of the ordinary way,
-and so are the bytes of the result.
+block is read, put on its grid, written as a shard of its own, and freed. The functions and the calibration data are
+those of `pipeline.run`, so the packed bytes are identical.
 """
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,16 +16,16 @@ from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
 from llmqat.formats.partial import PartialModel
-from llmqat.formats.writer import packed_state, save_shard, write_companions, write_index
+from llmqat.formats.writer import OWNED, SEAL, packed_state, save_shard, write_companions, write_index
 from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
-from llmqat.models.coverage import CoverageReport, check_coverage
+from llmqat.models.coverage import CoverageReport
 from llmqat.models.experts import splits
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.patcher import put_on_grid
-from llmqat.models.planning import check_divisible, plan
-from llmqat.pipeline.inputs import calibration_batches, read, training_stream
-from llmqat.pipeline.run import fit_context
-from llmqat.pipeline.saved import RECIPE, check_output
+from llmqat.models.planning import checked_plan
+from llmqat.pipeline.inputs import calibrates, calibration, fit_context
+from llmqat.pipeline.output import RECIPE, REPORT_FILES, claimed, forget_earlier
+from llmqat.processes import process_count
 from llmqat.progress import say, track
 
 
@@ -36,7 +35,7 @@ def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport
     In memory are, in float32: one block and its Hessians, the calibration activations, embeddings and output head.
 
     Args:
-        recipe: what to do; ``train`` and ``eval`` are not looked at, except for the length of calibration sequences.
+        recipe: what to do; ``train`` and ``eval`` mean nothing here.
         overwrite: the output directory may hold something.
 
     Raises:
@@ -51,33 +50,33 @@ def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport
         raise LlmqatError(
             "static activation ranges are observed in the whole model: leave out --act-static, or --low-memory"
         )
-    directory = Path(recipe.output)
-    check_output(directory, False, overwrite)
-    source = PartialModel(recipe.model)
-    recipe = config_module.resolve(recipe, sum(p.numel() for p in source.model.parameters()))
-    recipe = fit_context(recipe, getattr(source.model.config, "max_position_embeddings", None))
+    if process_count() > 1:
+        raise LlmqatError(
+            f"--low-memory runs in one process, and there are {process_count()}; start it without launcher"
+        )
+    with claimed(Path(recipe.output), recipe.model, resume=False, overwrite=overwrite):
+        return _quantize(recipe, Path(recipe.output))
+
+
+def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
+    source = PartialModel(asked.model)
+    resolved = config_module.resolve(asked, sum(p.numel() for p in source.model.parameters()))
+    recipe = fit_context(resolved, getattr(source.model.config, "max_position_embeddings", None))
     architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")
     if splits(source.model):
         raise LlmqatError("--low-memory does not know how to split fused experts yet: leave it out")
-    report = plan(source.model, recipe.scheme(), recipe.quant.overrides)
-    check_coverage(report, recipe.quant.min_coverage)
-    check_divisible(report)
+    report = checked_plan(source.model, recipe.scheme(), recipe.quant.overrides, min_coverage=recipe.quant.min_coverage)
     tokenizer = load_tokenizer(recipe.model)
-    batches = calibration(tokenizer, recipe) if recipe.init.method == "gptq" else []
-    with replacing(directory) as scratch:
+    batches = calibration(recipe, tokenizer) if calibrates(recipe, report) else []
+    with replacing(directory, seal=SEAL, owned=(*OWNED, *REPORT_FILES)) as scratch:
         layers = Streaming(source, report, recipe.init.damp, scratch).run(batches)
         write_companions(source.model, scratch, tokenizer, layers)
         (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
+    forget_earlier(directory)
     say(report.summary())
     if report.errors:
         say(report.error_summary())
     return report
-
-
-def calibration(tokenizer: Any, recipe: Recipe) -> list[Tensor]:
-    """The calibration batches of the ordinary way."""
-    corpus = read(recipe.data, recipe.data.calibration or recipe.data.dataset)
-    return calibration_batches(training_stream(tokenizer, corpus.train, recipe), recipe)
 
 
 class Streaming:

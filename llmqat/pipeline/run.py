@@ -2,20 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
 from llmqat.algorithms.smoothquant import describe
-from llmqat.config import Recipe
-from llmqat.data.tokens import blocks, encode, sequences
+from llmqat.config import Recipe, Resolved
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats.reader import load_packed
@@ -23,11 +20,9 @@ from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.kernels.native import kernel_name
 from llmqat.metrics.memory import peak_memory
-from llmqat.metrics.perplexity import Perplexity, evaluate, windows
-from llmqat.metrics.published import scored_windows
+from llmqat.metrics.perplexity import Perplexity, evaluate
 from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
-from llmqat.models.coverage import check_coverage
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.loading import load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
@@ -39,16 +34,24 @@ from llmqat.models.patcher import (
     smooth,
     smoothable,
 )
-from llmqat.models.planning import check_divisible, plan
-from llmqat.pipeline.inputs import LEAST_TRAIN_TOKENS, calibration_batches, read, train_tokens, training_stream
-from llmqat.pipeline.saved import (
+from llmqat.models.planning import checked_plan
+from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
+from llmqat.pipeline.output import (
     ADAPTER,
     CHECKPOINT,
+    CONTROL,
+    GPTQ,
     RECIPE,
     REPORT,
+    REPORT_FILES,
+    claimed,
+    forget_earlier,
+)
+from llmqat.pipeline.saved import (
+    Record,
+    check_measured,
     check_same_recipe,
     check_same_step,
-    claimed,
     read_measurements,
     write_measurements,
 )
@@ -58,13 +61,11 @@ from llmqat.report import details
 from llmqat.report.measured import Measured, model_card, show, write_json
 from llmqat.report.page.render import write_page
 from llmqat.train import checkpoint
-from llmqat.train.checkpoint import SavedBlocks
-from llmqat.train.loop import fit
+from llmqat.train.checkpoint import Checkpoints, SavedBlocks
+from llmqat.train.loop import TrainingData, fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
-from llmqat.train.together import check_agreement, leave, meet
+from llmqat.train.together import check_agreement, close_process_group, wait_for_all_processes
 from llmqat.train.tracking import check_tracker
-
-GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
 
 
 def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: bool = False) -> Measured:
@@ -79,96 +80,140 @@ def run(recipe: Recipe, *, train: bool = True, resume: bool = False, overwrite: 
     Raises:
         LlmqatError: whatever goes wrong and can be mended by the caller.
     """
-    with claimed(Path(recipe.output), resume, overwrite):
+    with claimed(Path(recipe.output), recipe.model, resume, overwrite):
         try:
             return Run(recipe, train, resume).execute()
         finally:
-            leave()
+            close_process_group()
 
 
 class Run:
     """State of one run; `execute` is its table of contents."""
 
+    model: Any
+    recipe: Resolved
+
     def __init__(self, recipe: Recipe, train: bool, resume: bool) -> None:
+        self.asked, self.train, self.resume = recipe, train, resume
         self.directory = Path(recipe.output)
-        self.train = train
-        torch.manual_seed(recipe.seed)
-        say(f"reading {recipe.data.dataset}")
-        self.corpus = read(recipe.data, recipe.data.dataset)
-        say(f"loading {recipe.model}")
-        self.model: Any
-        self.model = load_float(recipe.model, torch.float32)
-        self.stored_dtype = storage_dtype_of(self.model)
-        self.tokenizer = load_tokenizer(recipe.model)
-        self.recipe = recipe = config_module.resolve(recipe, sum(p.numel() for p in self.model.parameters()))
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None:
-            self.recipe = recipe = fit_context(recipe, context)
-        limits = recipe.eval.window, recipe.eval.tokens, recipe.eval.bos
-        self.test = scored_windows(recipe.data.dataset, self.tokenizer, *limits, self.corpus.test)
-        planned = plan(self.model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
-        check_coverage(planned, recipe.quant.min_coverage)
-        check_divisible(planned)
+
+    def execute(self) -> Measured:
+        """All stages in order."""
+        torch.manual_seed(self.asked.seed)
+        self.open_inputs()
+        self.plan_layers()
+        self.record_inputs()
+        self.claim_directory()
+        self.restore_state()
+        torch.manual_seed(self.recipe.seed)
+        self.smooth_model()
+        self.prepare_model()
+        self.initialize_codes()
+        if self.train:
+            self.train_model()
+        if is_first():
+            if self.train:
+                self.round_and_measure_trained()
+            self.pack_model()
+            self.measure_packed()
+            self.write_report()
+        return self.measured
+
+    # -- before anything is written -------------------------------------------------------------------------------
+
+    def open_inputs(self) -> None:
+        """Read the dataset, load the model, and choose what the recipe left open."""
+        asked = self.asked
+        say(f"reading {asked.data.dataset}")
+        self.corpus = read(asked.data, asked.data.dataset)
+        say(f"loading {asked.model}")
+        self.model = load_float(asked.model, torch.float32)
+        self.tokenizer = load_tokenizer(asked.model)
+        resolved = config_module.resolve(asked, sum(p.numel() for p in self.model.parameters()))
+        self.recipe = fit_context(resolved, getattr(self.model.config, "max_position_embeddings", None))
+
+    def plan_layers(self) -> None:
+        """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
+        recipe, quant = self.recipe, self.recipe.quant
+        self.coverage = checked_plan(
+            self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
+        )
         if recipe.init.method == "gptq":
             architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
-        check_tracker(recipe.train.tracker, self.directory)
         if recipe.init.smooth is not None:
             smoothable(self.model)
-        # From here on the run can start: only now may it touch what an earlier one left.
-        if is_first():
-            self.claim(resume)
-        meet()
-        self.state = checkpoint.load(self.checkpoint)
-        result = None if self.state is None else self.state["result"]
-        check_agreement(result and result["steps"], self.checkpoint)
-        if result is not None and not self.train:
-            raise LlmqatError(
-                f"{self.directory} holds a training run; go on with llmqat finetune --resume, or choose another "
-                "--output"
-            )
-        if result is not None:
-            check_same_step(result, recipe)
-            say(f"resuming after step {result['steps']}")
-        if is_first():
-            with replacing(self.directory) as scratch:
-                (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
-        self.rows, self.layer_errors = read_measurements(self.checkpoint)
+        if self.train:
+            check_tracker(recipe.train.tracker, self.directory)
+
+    def record_inputs(self) -> None:
+        """Cut all tokens, and hash what the run depends on."""
+        self.inputs = tokenized(self.recipe, self.tokenizer, self.corpus, self.coverage, self.train)
+        self.calibration = list(self.inputs.calibration)
+        hashes = self.inputs.hashes()
+        hashes["float weights"] = hash_of_weights(self.model)
+        hashes["rules of the tokenizer"] = hash_of_tokenizer(self.tokenizer)
+        self.record = Record(self.recipe, hashes)
+
+    # -- what an earlier run left ---------------------------------------------------------------------------------
 
     @property
     def checkpoint(self) -> Path:
         """Where everything lies that only `--resume` needs."""
         return self.directory / CHECKPOINT
 
-    def claim(self, resume: bool) -> None:
-        """Make the directory this run's: go on with its recipe, or forget what an earlier run left."""
-        path = self.directory / RECIPE
-        if resume and path.exists():
-            check_same_recipe(path, self.recipe)
-        else:
-            if resume:
-                say("nothing to resume: starting from the beginning")
-            path.unlink(missing_ok=True)  # first: what is left is not resumed if this is cut short
-            checkpoint.discard(self.checkpoint)
-            checkpoint.discard(self.directory / ADAPTER)
-
-    def execute(self) -> Measured:
-        """All stages in order."""
-        torch.manual_seed(self.recipe.seed)
-        self.smooth()
-        self.prepare()
-        if self.train:
-            self.fit()
+    def claim_directory(self) -> None:
+        """Make the directory this run's: go on with what it has of this run, or forget what an earlier one left."""
         if is_first():
-            if self.train:
-                self.settle()
-            self.pack()
-            self.measure_packed()
-            self.finish()
-        return self.measured
+            recipe_file = self.directory / RECIPE
+            if self.resume and recipe_file.exists():
+                check_same_recipe(recipe_file, self.recipe)
+            begun = self.resume and self.record.check(self.checkpoint)
+            if begun:  # refused before anything is touched
+                self.load_state()
+            elif self.resume:
+                say("nothing to resume: starting from the beginning")
+            with replacing(self.directory) as scratch:  # first: what is left of another run is not resumed with it
+                (scratch / RECIPE).write_text(config_module.to_yaml(self.recipe))
+            if not begun:
+                forget_earlier(self.directory)
+            self.record.write(self.checkpoint)
+        wait_for_all_processes()
 
-    # -- stages ----------------------------------------------------------------------------------------------------
+    def restore_state(self) -> None:
+        """What the interrupted run had measured and trained; every process must find the same."""
+        self.load_state()
+        check_agreement((self.record.key, self.steps_done), self.checkpoint)
+        if self.steps_done is not None:
+            say(f"resuming after step {self.steps_done}")
 
-    def smooth(self) -> None:
+    def load_state(self) -> None:
+        """Read measurements and training state of this run.
+
+        Raises:
+            LlmqatError: if they are damaged, or this run cannot go on from them.
+        """
+        self.checkpoints = Checkpoints(self.checkpoint, self.record.key)
+        self.scores, self.layer_errors = read_measurements(self.checkpoint, self.record.key)
+        self.state = self.checkpoints.load()
+        if self.state is None:
+            return
+        if not self.train:
+            raise LlmqatError(
+                f"{self.directory} holds a training run; go on with llmqat finetune --resume, or choose another "
+                "--output"
+            )
+        check_same_step(self.state["result"], self.recipe)
+        rows = ["float", "rtn"] + (["gptq"] if self.recipe.init.method == "gptq" else [])
+        check_measured(self.scores, rows + (["float_finetuned"] if self.recipe.eval.control else []), self.checkpoint)
+
+    @property
+    def steps_done(self) -> int | None:
+        """Steps that the interrupted run had trained; None if it had not begun to."""
+        return None if self.state is None else int(self.state["result"]["steps"])
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def smooth_model(self) -> None:
         """SmoothQuant on the float model, if asked for."""
         recipe = self.recipe
         if recipe.init.smooth is not None:
@@ -178,107 +223,103 @@ class Run:
                 recipe.init.smooth,
                 scheme=recipe.scheme(),
                 overrides=recipe.quant.overrides,
-                storage_dtype=self.stored_dtype,
+                storage_dtype=storage_dtype_of(self.model),
             )
             say(describe(done))
 
-    def prepare(self) -> None:
-        """Put the model on its grid, measuring float, round-to-nearest and GPTQ on the way."""
+    def prepare_model(self) -> None:
+        """Measure the float model, put it on its grid by rounding to nearest, and measure that."""
         recipe = self.recipe
-        full = self.train and recipe.train.mode == "full"
-        copied = FloatCopy(copy.deepcopy(self.model)) if full else None
-        self.measure("float", partial(evaluate, self.model, self.test, description="perplexity, float"))
-        coverage = prepare(
+        trains_weights = self.train and recipe.train.mode == "full"
+        self.float_copy = FloatCopy(copy.deepcopy(self.model)) if trains_weights else None
+        self.measure("float", partial(evaluate, self.model, self.inputs.test, description="perplexity, float"))
+        prepare(
             self.model,
             recipe.scheme(),
             overrides=recipe.quant.overrides,
-            storage_dtype=self.stored_dtype,
+            storage_dtype=storage_dtype_of(self.model),
             clip_mask=recipe.quant.clip_mask,
             lm_head_bits=recipe.quant.lm_head_bits,
             kv_bits=recipe.quant.kv_bits,
             min_coverage=recipe.quant.min_coverage,
         )
-        batches = self.calibration if static_layers(self.model) and self.state is None else []
-        observe_activations(self.model, batches, recipe.quant.observer)
-        say(coverage.summary())
+        observed = self.calibration if static_layers(self.model) and self.state is None else []
+        observe_activations(self.model, observed, recipe.quant.observer)
+        say(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
-        self.measured = Measured(recipe, coverage, self.test, self.rows)
-        self.reference = copied or FloatView(self.model)
-        self.measure("rtn", partial(self.evaluate, "round to nearest"))
-        self.measured.tokens["calibration"] = 0
-        if recipe.init.method == "gptq" or recipe.init.smooth is not None or static_layers(self.model):
-            self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
+        self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores)
+        self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
+        self.reference = self.float_copy or FloatView(self.model)
+        self.measure("rtn", partial(self.compare_with_float, "round to nearest"))
+
+    def initialize_codes(self) -> None:
+        """GPTQ, if asked for, unless the codes come with the training state; then mark what trains."""
+        recipe = self.recipe
         if recipe.init.method == "gptq":
-            if self.state is None:  # else the grid comes with the training state
-                saved = SavedBlocks(self.checkpoint / GPTQ)
-                self.layer_errors = run_gptq(self.model, self.calibration, recipe.init.damp, not full, saved)
-            coverage.errors.update(self.layer_errors)
-            say(coverage.error_summary())
+            if self.state is None:
+                saved = SavedBlocks(self.checkpoints.below(GPTQ))
+                keep_float = self.float_copy is None
+                self.layer_errors = run_gptq(self.model, self.calibration, recipe.init.damp, keep_float, saved)
+            self.coverage.errors.update(self.layer_errors)
+            say(self.coverage.error_summary())
         if self.train:
-            self.select_trainable()
-        self.reference = copied or FloatView(self.model)
+            self.mark_trainable()
+        self.reference = self.float_copy or FloatView(self.model)
         if recipe.init.method == "gptq":
-            self.measure("gptq", partial(self.evaluate, "GPTQ"))
+            self.measure("gptq", partial(self.compare_with_float, "GPTQ"))
 
-    def measure(self, row: str, evaluation: Callable[[], Perplexity]) -> None:
-        """Fill in a row of the scoreboard, unless the interrupted run has it."""
-        if row not in self.rows:
-            self.rows[row] = evaluation()
-            if is_first():
-                write_measurements(self.checkpoint, self.rows, self.layer_errors)
-
-    def select_trainable(self) -> None:
+    def mark_trainable(self) -> None:
         """Mark what trains; LoRA wraps the model."""
-        config, mode = self.recipe.train, self.recipe.train.mode
-        assert mode is not None
+        config = self.recipe.train
         torch.manual_seed(self.recipe.seed)  # whatever was measured or skipped before
-        if mode == "lora":
+        if config.mode == "lora":
             self.model = add_lora(self.model, config.lora_r, self.lora_alpha)
-        select_trainable(self.model, mode, config.lr_scale > 0)
+        select_trainable(self.model, config.mode, config.lr_scale > 0)
 
-    def fit(self) -> None:
+    def train_model(self) -> None:
         """Train through the grid, and the float control if it was asked for."""
-        recipe, config = self.recipe, self.recipe.train
-        tokens, what = recipe.eval.validation_tokens, f"{recipe.data.dataset} evaluation"
-        validation = windows(self.tokenizer, self.corpus.validation, config.length, tokens, recipe.eval.bos, what)
+        recipe, inputs = self.recipe, self.inputs
+        assert inputs.training is not None
+        assert inputs.validation is not None
         train = partial(
             fit,
-            blocks=self.train_rows(),
-            held_out=validation.ids,
-            config=config,
-            mode=config.mode or "full",
-            teacher=self.reference if config.loss == "kd" else None,
+            data=TrainingData(inputs.training, inputs.validation.ids),
+            config=recipe.train,
+            teacher=self.reference if recipe.train.loss == "kd" else None,
             seed=recipe.seed,
         )
         if recipe.eval.control:
-            self.measure("float_finetuned", partial(self.fit_control, train))
+            self.measure("float_finetuned", partial(self.train_control, train))
         torch.manual_seed(recipe.seed)
         with peak_memory() as peak:
-            self.measured.training = train(self.model, directory=self.checkpoint, resume=self.state)
+            checkpoints = Checkpoints(self.checkpoint, self.record.key, self.state)
+            self.measured.training = train(self.model, checkpoints=checkpoints)
         self.measured.peak_memory_bytes = peak.bytes
         self.measured.tokens["train"] = self.measured.training.tokens
 
-    def settle(self) -> None:
+    def train_control(self, train: Callable[..., Any]) -> Perplexity:
+        """The same training with quantizers off: what the text alone gives."""
+        say("training the float control")
+        control, below = copy.deepcopy(self.model), self.checkpoints.below(CONTROL)
+        with disable_quantizers(control, adapters=False):
+            train(control, checkpoints=Checkpoints(below.directory, below.run, below.load()))
+            return evaluate(control, self.inputs.test, self.reference, "perplexity, control")
+
+    def round_and_measure_trained(self) -> None:
         """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
         for model in (self.model, self.reference.model):
             model.to("cpu")  # where the packed file is loaded and measured
         round_float_parts(self.model)
-        self.measured.perplexity["qat"] = self.evaluate("trained")
+        self.measured.perplexity["qat"] = self.compare_with_float("trained")
         if self.recipe.train.mode == "lora":
             with replacing(self.directory / ADAPTER) as scratch:
                 self.model.save_pretrained(str(scratch), save_embedding_layers=False)
 
-    def fit_control(self, train: Callable[..., Any]) -> Perplexity:
-        """The same training with quantizers off: what the text alone gives."""
-        say("training the float control")
-        control, directory = copy.deepcopy(self.model), self.checkpoint / CONTROL
-        with disable_quantizers(control, adapters=False):
-            train(control, directory=directory, resume=checkpoint.load(directory))
-            return evaluate(control, self.test, self.reference, "perplexity, control")
-
-    def pack(self) -> None:
-        """Write the packed model, and count its bytes."""
+    def pack_model(self) -> None:
+        """Write the packed model, and count its bytes; reports of another model go before."""
         say(f"packing to {self.directory}")
+        for name in REPORT_FILES:
+            (self.directory / name).unlink(missing_ok=True)
         save_packed(self.model, self.directory, self.tokenizer)
         self.measured.size = layer_sizes(self.model)
         for finished in (GPTQ, CONTROL):
@@ -288,7 +329,8 @@ class Run:
         """Perplexity through the kernel op, throughput, and the proof."""
         self.measured.kernel = kernel_name()
         packed = load_packed(self.directory, torch.float32)
-        self.measured.perplexity["packed"] = evaluate(packed, self.test, self.reference, "perplexity, packed")
+        description = "perplexity, packed"
+        self.measured.perplexity["packed"] = evaluate(packed, self.inputs.test, self.reference, description)
         del packed
         self.measured.verification = verify(self.directory, against=self.model)
         config = self.recipe.eval
@@ -299,7 +341,7 @@ class Run:
             ):
                 self.measured.throughput[row] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
 
-    def finish(self) -> None:
+    def write_report(self) -> None:
         """Report and model card."""
         with replacing(self.directory) as scratch:
             write_json(self.measured, scratch / REPORT)
@@ -314,48 +356,19 @@ class Run:
                 f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it"
             )
 
-    # -- data and measurements --------------------------------------------------------------------------------------
+    # -- measurements ---------------------------------------------------------------------------------------------
 
-    def train_rows(self) -> Tensor:
-        """What the loop trains on: blocks of the stream, or conversations."""
-        length, what = self.recipe.train.length, f"{self.recipe.data.dataset} training"
-        if self.corpus.is_chat:
-            return sequences(self.tokenizer, self.corpus.train, length, train_tokens(self.recipe), what)
-        return blocks(self.train_stream, length, what)
+    def measure(self, row: str, evaluation: Callable[[], Perplexity]) -> None:
+        """Fill in a row of the scoreboard, unless the interrupted run has it."""
+        if row not in self.scores:
+            self.scores[row] = evaluation()
+            if is_first():
+                write_measurements(self.checkpoint, self.record.key, self.scores, self.layer_errors)
 
-    @cached_property
-    def train_stream(self) -> Tensor:
-        """Training text as one stream of ids."""
-        return training_stream(self.tokenizer, self.corpus.train, self.recipe)
-
-    @cached_property
-    def calibration(self) -> list[Tensor]:
-        """Calibration batches ``(batch, length)``, from the training text or a dataset of their own."""
-        recipe, source = self.recipe, self.recipe.data.calibration
-        stream = self.train_stream
-        if source is not None:
-            stream = encode(self.tokenizer, read(recipe.data, source).train, LEAST_TRAIN_TOKENS)
-        return calibration_batches(stream, recipe)
-
-    def evaluate(self, name: str) -> Perplexity:
-        """Perplexity of the current state, compared with the float model."""
+    def compare_with_float(self, name: str) -> Perplexity:
+        """Perplexity of the current state, and its distance from the float model."""
         layers = [on_grid.name for on_grid in quantized_layers(self.model)]
-        return evaluate(self.model, self.test, self.reference, f"perplexity, {name}", layers)
-
-
-def fit_context(recipe: Recipe, context: int | None) -> Recipe:
-    """Sequences and windows no longer than the model's context; says so where it shortens one."""
-    if context is None:
-        return recipe
-    if recipe.train.length > context or recipe.eval.window > context:
-        say(f"the model's context is {context} tokens: sequences and windows are cut to it")
-    prompt = min(recipe.eval.prompt, max(1, context - recipe.eval.new_tokens))
-    new_tokens = min(recipe.eval.new_tokens, context - prompt)
-    return replace(
-        recipe,
-        train=replace(recipe.train, length=min(recipe.train.length, context)),
-        eval=replace(recipe.eval, window=min(recipe.eval.window, context), prompt=prompt, new_tokens=new_tokens),
-    )
+        return evaluate(self.model, self.inputs.test, self.reference, f"perplexity, {name}", layers)
 
 
 def layer_sizes(model: PreTrainedModel) -> dict[str, float]:

@@ -1,8 +1,11 @@
-"""What an interrupted run left in its output directory, and whether another may go on from it."""
+"""What an interrupted run left in its output directory, and whether another may go on from it.
 
+The checkpoint holds a record of what the run reads: its recipe, and hashes of its tokens, weights and tokenizer. The
+key of the run is the hash of that record; measurements and training states carry the key, and belong to nothing else.
+"""
+
+import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,48 +15,68 @@ import numpy as np
 from llmqat import config as config_module
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
-from llmqat.files import discard_partial, locked, make_directory, replacing
+from llmqat.files import read_sealed_json, replacing, sealed_json
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.processes import is_first, process_count
+from llmqat.processes import process_count
+from llmqat.train.checkpoint import OWN_FILES, REMEDY
 
-RECIPE, REPORT, CHECKPOINT, MEASURED, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "measured.json", "adapter"
-
+FORMAT = 1
+INPUTS, MEASURED = "inputs.json", "measured.json"
 # The directory may have moved; how a step is cut into batches may change with the machines (see `check_same_step`).
 MAY_DIFFER = ("output", "train.batch_size", "train.accumulation")
+# What a run without training does not read: it may be trained later.
+TRAINING_ONLY = ("training tokens", "validation tokens")
 
 
-def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to damage a finished run or foreign files, and find out early whether the directory can be written.
+class Record:
+    """What a run reads: recipe, and hashes by name."""
 
-    Files that a killed run had not finished are removed.
+    def __init__(self, recipe: Recipe, hashes: dict[str, str]) -> None:
+        values = flattened(recipe.to_dict())
+        self.recipe = {key: value for key, value in values.items() if key not in MAY_DIFFER}
+        self.hashes = hashes
 
-    Raises:
-        LlmqatError: if it holds a run or anything else and neither flag allows to go on, or cannot be written.
-    """
-    make_directory(directory)
-    discard_partial(directory)
-    if any(directory.iterdir()) and not (resume or overwrite):
-        raise LlmqatError(
-            f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite"
-        )
-    with replacing(directory):
-        pass
+    @property
+    def key(self) -> str:
+        """Names the run: equal for runs whose measurements are equal."""
+        hashes = {name: value for name, value in self.hashes.items() if name not in TRAINING_ONLY}
+        return hashlib.sha256(json.dumps([self.recipe, hashes], sort_keys=True).encode()).hexdigest()
 
+    def write(self, checkpoint: Path) -> None:
+        """Keep the record for a resume."""
+        with replacing(checkpoint) as scratch:
+            values = {"format": FORMAT, "recipe": self.recipe, "hashes": self.hashes}
+            (scratch / INPUTS).write_text(sealed_json(values))
 
-@contextmanager
-def claimed(directory: Path, resume: bool, overwrite: bool) -> Iterator[None]:
-    """`check_output`, and no other process in the directory meanwhile; only the first of several processes writes.
+    def check(self, checkpoint: Path) -> bool:
+        """Whether there is a record to go on from, which then is of the same run.
 
-    Raises:
-        LlmqatError: see `check_output`; or if another process is writing there.
-    """
-    if not is_first():
-        yield
-        return
-    make_directory(directory)
-    with locked(directory):
-        check_output(directory, resume, overwrite)
-        yield
+        Raises:
+            LlmqatError: naming the first difference; or if the record is damaged.
+        """
+        saved = read_sealed_json(checkpoint / INPUTS, REMEDY)
+        if saved is None:
+            left = [path.name for name in OWN_FILES for path in checkpoint.glob(name)]
+            if left:
+                raise LlmqatError(
+                    f"{checkpoint} holds {left[0]} and no {INPUTS}: it is incomplete, or of another version of llmqat; "
+                    f"{REMEDY}"
+                )
+            return False
+        if saved.get("format") != FORMAT:
+            raise LlmqatError(
+                f"{checkpoint / INPUTS} has format {saved.get('format')}, and this llmqat reads {FORMAT}; go on with "
+                f"the version that wrote it, or {REMEDY}"
+            )
+        check_same_values(saved["recipe"], self.recipe, checkpoint / INPUTS)
+        for name, value in self.hashes.items():
+            if saved["hashes"].get(name, value if name in TRAINING_ONLY else None) != value:
+                raise LlmqatError(
+                    f"--resume: the {name} are not those that the run in {checkpoint.parent} began with; give it the "
+                    f"same dataset, model and tokenizer, or {REMEDY}"
+                )
+        self.hashes = {**saved["hashes"], **self.hashes}
+        return True
 
 
 def check_same_recipe(path: Path, recipe: Recipe) -> None:
@@ -62,7 +85,15 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     Raises:
         LlmqatError: naming the first difference.
     """
-    saved, asked = flat(config_module.from_yaml(path).to_dict()), flat(recipe.to_dict())
+    check_same_values(flattened(config_module.from_yaml(path).to_dict()), flattened(recipe.to_dict()), path)
+
+
+def check_same_values(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    """Values of a recipe by dotted key must be those saved in `path`.
+
+    Raises:
+        LlmqatError: naming the first difference.
+    """
     different = [key for key in asked if asked[key] != saved.get(key) and key not in MAY_DIFFER]
     if different:
         raise LlmqatError(
@@ -91,32 +122,51 @@ def check_same_step(result: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested recipe values by dotted key."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "overrides":
-            result.update(flat(value, f"{prefix}{key}."))
+            result.update(flattened(value, f"{prefix}{key}."))
         else:
             result[prefix + key] = value
     return result
 
 
-def read_measurements(directory: Path) -> tuple[dict[str, Perplexity], dict[str, Any]]:
-    """Rows of the scoreboard and GPTQ's layer errors, as `write_measurements` left them; empty if it did not."""
-    path = directory / MEASURED
-    if not path.exists():
+def read_measurements(checkpoint: Path, run: str) -> tuple[dict[str, Perplexity], dict[str, Any]]:
+    """Scores by row of the scoreboard and GPTQ's layer errors, as `write_measurements` left them; empty if it did not.
+
+    Raises:
+        LlmqatError: if they are damaged, or of another run than that with key `run`.
+    """
+    path = checkpoint / MEASURED
+    saved = read_sealed_json(path, REMEDY)
+    if saved is None:
         return {}, {}
-    saved: dict[str, Any] = json.loads(path.read_text())
-    rows = {}
+    if saved.get("run") != run:
+        raise LlmqatError(f"{path} holds measurements of other inputs than those of this run; {REMEDY}")
+    scores = {}
     for row, values in saved["perplexity"].items():
         targets = values.pop("targets")
-        rows[row] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
-    return rows, {layer: tuple(errors) for layer, errors in saved["errors"].items()}
+        scores[row] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
+    return scores, {layer: tuple(errors) for layer, errors in saved["errors"].items()}
 
 
-def write_measurements(directory: Path, rows: dict[str, Perplexity], errors: dict[str, Any]) -> None:
-    """Remember what was measured, to the bit, for a resume."""
-    perplexity = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in rows.items()}
-    with replacing(directory) as scratch:
-        (scratch / MEASURED).write_text(json.dumps({"perplexity": perplexity, "errors": errors}))
+def write_measurements(checkpoint: Path, run: str, scores: dict[str, Perplexity], errors: dict[str, Any]) -> None:
+    """Remember what was measured, to the bit, for a resume of the run with key `run`."""
+    perplexity = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in scores.items()}
+    with replacing(checkpoint) as scratch:
+        (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": perplexity, "errors": errors}))
+
+
+def check_measured(scores: dict[str, Perplexity], rows: list[str], checkpoint: Path) -> None:
+    """A trained state tells nothing of the model before training: its `rows` must have been measured.
+
+    Raises:
+        LlmqatError: if one is missing.
+    """
+    missing = [row for row in rows if row not in scores]
+    if missing:
+        raise LlmqatError(
+            f"{checkpoint / MEASURED} lacks the row {missing[0]}, which cannot be measured after training; {REMEDY}"
+        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmqat.config import Recipe
+from llmqat.config import Resolved
 from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.verify import Verification
 from llmqat.machine import environment
@@ -30,7 +30,7 @@ class Measured:
         kernel: implementation that ran the packed layers.
     """
 
-    recipe: Recipe
+    recipe: Resolved
     coverage: CoverageReport
     data: Windows
     perplexity: dict[str, Perplexity] = field(default_factory=dict)

@@ -6,12 +6,12 @@ from math import ceil
 import torch
 
 from llmqat import config as config_module
-from llmqat.config import Recipe
+from llmqat.config import Recipe, Resolved
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
-from llmqat.models.coverage import CoverageReport, by_expert, check_coverage
+from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_empty
-from llmqat.models.planning import check_divisible, plan
+from llmqat.models.planning import checked_plan
 
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes per parameter: float32 master, two float32 moments, float32 gradient
 
@@ -31,7 +31,7 @@ class Inspection:
         tied: whether the output head is the embedding.
     """
 
-    recipe: Recipe
+    recipe: Resolved
     coverage: CoverageReport
     packed_bytes: int
     float_bytes: int
@@ -53,10 +53,10 @@ def inspect(recipe: Recipe) -> Inspection:
     model, stored = load_empty(recipe.model)
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
-    recipe = config_module.resolve(recipe, parameters)
-    coverage = plan(model, recipe.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits)
-    check_coverage(coverage, recipe.quant.min_coverage)
-    check_divisible(coverage)
+    resolved = config_module.resolve(recipe, parameters)
+    coverage = checked_plan(
+        model, resolved.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits, recipe.quant.min_coverage
+    )
     quantized = sum(layer.parameters for layer in coverage.quantized)
     packed_bits = sum(
         layer.parameters * layer.scheme.bits_per_weight(layer.shape[1], stored.itemsize * 8)
@@ -64,18 +64,18 @@ def inspect(recipe: Recipe) -> Inspection:
         if layer.scheme is not None
     )
     return Inspection(
-        recipe,
+        resolved,
         coverage,
         ceil(packed_bits / 8) + (parameters - quantized) * stored.itemsize,
         parameters * stored.itemsize,
-        training_bytes(recipe, coverage, parameters, stored),
+        training_bytes(resolved, coverage, parameters, stored),
         config.model_type in ARCHITECTURES,
         config.model_type in ARCHITECTURES and bool(ARCHITECTURES[config.model_type].smooth_sites),
         bool(getattr(config, "tie_word_embeddings", False)),
     )
 
 
-def training_bytes(recipe: Recipe, coverage: CoverageReport, parameters: int, stored: torch.dtype) -> int:
+def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, stored: torch.dtype) -> int:
     """Weights, gradients, optimizer states and teacher; the same sums as the training modes make."""
     layers = coverage.quantized
     quantized = sum(layer.parameters for layer in layers)

@@ -6,22 +6,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llmqat.algorithms.activation_ranges import follow_activations
-from llmqat.config import TrainConfig
+from llmqat.config import ResolvedTrain, TrainConfig
 from llmqat.data.chat import positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.nn.dtensor import whole
 from llmqat.progress import Meter
-from llmqat.train import checkpoint
+from llmqat.train.checkpoint import Checkpoints
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
 from llmqat.train.sharding import load_whole_state, prepare_model, whole_state
@@ -46,7 +45,7 @@ class TrainResult:
         clip_rate: share of weights beyond the ends of the grid at the end.
         flipped: share of codes that differed from the first ones, by step of a held-out loss.
         layers_changed: `codes_changed` of each layer.
-        sequences: blocks or conversations seen.
+        sequences: those seen.
     """
 
     steps: int = 0
@@ -70,44 +69,55 @@ def lr_factor(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.max_steps - warmup)))
 
 
+class TrainingData(NamedTuple):
+    """Sequences ``(sequences, length)``, or ids and labels of conversations ``(sequences, 2, length)``.
+
+    Attributes:
+        train: what is trained on.
+        held_out: what chooses the best state.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+
 class Trainer:
     """State of one run; `fit` drives it."""
 
     def __init__(
         self,
         model: nn.Module,
-        blocks: Tensor,
-        held_out: Tensor,
-        config: TrainConfig,
-        mode: str,
-        teacher: Teacher | None,
-        seed: int,
-        directory: Path | None,
-        resume: dict[str, Any] | None,
+        data: TrainingData,
+        config: ResolvedTrain,
+        teacher: Teacher | None = None,
+        seed: int = 0,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        self.config, self.teacher, self.directory, self.blocks, self.seed = config, teacher, directory, blocks, seed
+        self.config, self.teacher, self.checkpoints, self.data, self.seed = config, teacher, checkpoints, data, seed
+        directory = None if checkpoints is None else checkpoints.directory
         check_tracker(config.tracker, directory)
         self.accelerator = accelerator_for(config, directory)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.held_out = held_out.split(config.batch_size)
+        self.held_out = data.held_out.split(config.batch_size)
         self.result = TrainResult()
         self.best: dict[str, Tensor] = {}
         self.plain_model = model
-        if resume is None:
+        state = None if checkpoints is None else checkpoints.state
+        if state is None:
             self.first_codes, _ = code_statistics(model)
         else:  # while every process has all of the model
-            model.load_state_dict(resume["model"])
-        groups = parameter_groups(model, mode, config)
+            model.load_state_dict(state["model"])
+        groups = parameter_groups(model, config.mode, config)
         self.model, optimizer, self.sharded = prepare_model(self.accelerator, model, groups, teacher, config.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = scheduler  # stepped here, once per optimizer step, whatever the number of processes
-        if resume is not None:
-            self.restore(resume)
+        if state is not None:
+            self.restore(state)
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Loss of one batch of rows, see `fit`: cross-entropy, or distance from the teacher."""
+        """Loss of one batch of sequences: cross-entropy, or distance from the teacher."""
         ids, counts = unstack(batch.to(self.accelerator.device))
         if self.teacher is None:
             return ce_loss(self.model(input_ids=ids, use_cache=False).logits, ids, counts)
@@ -124,7 +134,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean loss over the held-out blocks, of which each process takes its share."""
+        """Mean loss over the held-out sequences, of which each process takes its share."""
         self.model.eval()
         index, count, total = self.accelerator.process_index, self.accelerator.num_processes, 0.0
         with self.accelerator.autocast():
@@ -198,7 +208,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint, if there is a place for it."""
-        if self.directory is None:
+        if self.checkpoints is None:
             return
         state = {
             "model": {name: whole(value) for name, value in self.plain_model.state_dict().items()},
@@ -210,7 +220,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
         }
         if self.accelerator.is_main_process:
-            checkpoint.save(self.directory, state)
+            self.checkpoints.save(state)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, whose model is in place already."""
@@ -253,47 +263,41 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def fit(
     model: nn.Module,
-    blocks: Tensor,
-    held_out: Tensor,
-    config: TrainConfig,
+    data: TrainingData,
+    config: ResolvedTrain,
     *,
-    mode: str,
     teacher: Teacher | None = None,
     seed: int = 0,
-    directory: Path | None = None,
-    resume: dict[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train a prepared model in place, and leave it in the state with the least held-out loss.
 
     Args:
-        model: prepared, with `requires_grad` set for `mode`.
-        blocks: training tokens ``(blocks, length)``, or ids and labels ``(rows, 2, length)`` (`llmqat.sequences`).
-        held_out: likewise; they choose the best state; step 0, before training, competes.
-        config: steps, rates, precision.
-        mode: full, lora or scales.
+        model: prepared, with `requires_grad` set for the mode of `config`.
+        data: sequences to train on and to hold out; step 0, before training, competes.
+        config: mode, steps, rates, precision.
         teacher: the float model to distil from; None trains by cross-entropy.
-        seed: order of the blocks.
-        directory: where checkpoints go; None keeps none.
-        resume: a checkpoint (see `llmqat.train.checkpoint`) to continue from.
+        seed: order of the sequences.
+        checkpoints: where states are kept, and the one to go on from; None keeps none.
 
     Raises:
         LlmqatError: if a loss is not finite, or the run was interrupted (after its checkpoint was written).
     """
-    trainer = Trainer(model, blocks, held_out, config, mode, teacher, seed, directory, resume)
+    trainer = Trainer(model, data, config, teacher, seed, checkpoints)
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
-    if resume is None:
+    if checkpoints is None or checkpoints.state is None:
         trainer.evaluate()
         trainer.save()
     _run(trainer, config)
     return trainer.finish()
 
 
-def _run(trainer: Trainer, config: TrainConfig) -> None:
+def _run(trainer: Trainer, config: ResolvedTrain) -> None:
     result = trainer.result
     done = result.steps * config.accumulation * trainer.accelerator.num_processes
-    sampler = EndlessSampler(len(trainer.blocks), config.batch_size, trainer.seed, done)
-    loader: DataLoader[Tensor] = DataLoader(trainer.blocks, batch_sampler=sampler)  # type: ignore[arg-type]
+    sampler = EndlessSampler(len(trainer.data.train), config.batch_size, trainer.seed, done)
+    loader: DataLoader[Tensor] = DataLoader(trainer.data.train, batch_sampler=sampler)  # type: ignore[arg-type]
     batches = iter(trainer.accelerator.prepare(loader))
     trainer.model.train()
     clock = Clock(result, "KL" if trainer.teacher else "loss")

@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.config import TrainConfig
+from llmqat.config import ResolvedTrain
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear, targets_by_module
+from llmqat.quant.packing import unpack_rows
 
 
 def default_alpha(model: nn.Module, r: int) -> float:
@@ -72,6 +73,13 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the LoRA adapters inside the quantizers of a model."""
+    return [
+        p for module in model.modules() if isinstance(module, LoraFakeQuantLinear) for p in module.adapter_parameters()
+    ]
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, by the name of its class."""
     return type(module).__name__.endswith(("Norm", "NormBase")) or isinstance(module, nn.LayerNorm)
@@ -82,8 +90,16 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
 
     full: everything but zero points, and but the scales where `scales` is False. scales: the scales and the norms, with
     codes frozen. A scale that trains is decoupled from the codes first.
+
+    Raises:
+        LlmqatError: if the mode is LoRA, and the model has no adapters.
     """
     if mode == "lora":
+        if not any(parameter.requires_grad for parameter in adapter_parameters(model)):
+            raise LlmqatError(
+                "mode 'lora' trains adapters, and this model has none that train; call model = llmqat.add_lora(model) "
+                "first, or train with mode='full' or mode='scales'"
+            )
         return
     scales = scales or mode == "scales"
     model.requires_grad_(mode == "full")
@@ -101,9 +117,8 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
             parameter.data = parameter.data.float()
 
 
-def parameter_groups(model: nn.Module, mode: str, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, mode: str, config: ResolvedTrain) -> list[dict[str, Any]]:
     """Optimizer groups of what trains: one per tensor, each with its own learning rate."""
-    assert config.lr is not None
     if mode == "lora":
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
     rates: dict[int, float] = {}
@@ -136,8 +151,6 @@ def share_changed(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: nn.Module
 ) -> tuple[float, dict[str, float]]:
     """Share of codes that differ between two results of `code_statistics`: of the whole model, and by layer."""
-    from llmqat.quant.packing import unpack_rows
-
     changed = total = 0
     by_layer = {}
     for name, layer, _ in quantized_layers(model):

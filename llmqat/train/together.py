@@ -1,4 +1,4 @@
-"""Several processes as one, on accelerate: meeting, agreeing, averaging. Alone, all of it does nothing."""
+"""Several processes as one, on accelerate: waiting, agreeing, averaging. A single process passes through."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,14 @@ from llmqat.errors import LlmqatError
 from llmqat.processes import process_count
 
 
-def meet() -> None:
-    """Wait until every process is here."""
+def wait_for_all_processes() -> None:
+    """Wait until every process has come this far."""
     if process_count() > 1:
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
-def leave() -> None:
-    """End what `meet` began; the last thing a process does."""
+def close_process_group() -> None:
+    """Close the connection between the processes, if there is one; the last thing a process does."""
     if PartialState._shared_state:
         PartialState().destroy_process_group()
 

@@ -7,7 +7,7 @@ from llmqat.algorithms import calibration
 from llmqat.algorithms.calibration import gptq_model
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
-from llmqat.train.checkpoint import SavedBlocks
+from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -32,13 +32,13 @@ def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_
         patch.setattr(calibration, "_quantize_layer", quantize_layer)
         if finished < 2:
             with pytest.raises(KeyboardInterrupt):
-                run(SavedBlocks(tmp_path))
+                run(SavedBlocks(Checkpoints(tmp_path)))
         else:
-            run(SavedBlocks(tmp_path))
+            run(SavedBlocks(Checkpoints(tmp_path)))
     assert len(list(tmp_path.iterdir())) == finished
     calls = []
     monkeypatch.setattr(calibration, "_quantize_layer", lambda *args: calls.append(1) or original(*args))
-    resumed, errors = run(SavedBlocks(tmp_path))
+    resumed, errors = run(SavedBlocks(Checkpoints(tmp_path)))
     assert len(calls) == 14 - 7 * finished
     assert errors == expected
     states = whole.state_dict(), resumed.state_dict()
@@ -50,7 +50,7 @@ def test_blocks_of_the_other_kind_are_not_taken(tiny_llama, tokens, tmp_path):
     for keep_float in (True, False):
         model = tiny_llama()
         prepare(model, QuantScheme(3, 16), storage_dtype=torch.bfloat16)
-        gptq_model(model, model.model.layers, tokens, 0.01, keep_float, SavedBlocks(tmp_path))
+        gptq_model(model, model.model.layers, tokens, 0.01, keep_float, SavedBlocks(Checkpoints(tmp_path)))
         for _, layer, _ in quantized_layers(model):
             assert (layer.compensation is not None) == keep_float
 
@@ -58,7 +58,7 @@ def test_blocks_of_the_other_kind_are_not_taken(tiny_llama, tokens, tmp_path):
 def test_a_block_holds_what_gptq_changed(tiny_llama, tokens, tmp_path):
     model = tiny_llama()
     prepare(model, QuantScheme(3, 16), storage_dtype=torch.bfloat16)
-    gptq_model(model, model.model.layers, tokens, 0.01, True, SavedBlocks(tmp_path))
+    gptq_model(model, model.model.layers, tokens, 0.01, True, SavedBlocks(Checkpoints(tmp_path)))
     layers = [name.removeprefix("model.layers.1.") for name, _, _ in quantized_layers(model) if ".1." in name]
-    state = SavedBlocks(tmp_path).get(1)["state"]
+    state = SavedBlocks(Checkpoints(tmp_path)).get(1)["state"]
     assert state.keys() == {f"{layer}.{tensor}" for layer in layers for tensor in ("scale", "compensation")}

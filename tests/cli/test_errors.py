@@ -7,7 +7,7 @@ import pytest
 
 from llmqat.cli import main
 from llmqat.cli.commands import COMMANDS
-from llmqat.pipeline.saved import check_output
+from llmqat.pipeline.output import check_output
 
 
 def listing(directory):

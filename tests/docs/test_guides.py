@@ -27,10 +27,10 @@ BLOCK = re.compile(
     r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 MEASURE = ["--window", 64, "--eval-tokens", 512]
-RUN = [*MEASURE, "--validation-tokens", 256, "--calibration-samples", 8, "--max-steps", 2, "--length", 64]
-RUN += ["--eval-every", 1, "--save-every", 1, "--repeats", 0]
+RUN = [*MEASURE, "--calibration-samples", 8, "--length", 64, "--repeats", 0]
+TRAIN = [*RUN, "--validation-tokens", 256, "--max-steps", 2, "--eval-every", 1, "--save-every", 1]
 # Added to a command of a guide; the last of two equal flags counts.
-SMALL = {"finetune": RUN, "quantize": RUN, "eval": MEASURE, "generate": ["--max-new-tokens", 4]}
+SMALL = {"finetune": TRAIN, "quantize": RUN, "eval": MEASURE, "generate": ["--max-new-tokens", 4]}
 OTHER_TOOLS = {"--num_processes", "--machine_rank", "--write-support"}
 STAND_INS = (('"llama"', '"./my-model"'), ('"stdlib"', '"my.txt"'))
 
@@ -107,7 +107,7 @@ def test_every_example_runs(page, shell, desk):
             continue
         for name, stand_in in STAND_INS:
             code = code.replace(name, stand_in)
-        code = re.sub(r'"max_steps": \d+', '"max_steps": 2', code)
+        code = re.sub(r'("max_steps": |max_steps=)\d+', r"\g<1>2", code)
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 

@@ -105,7 +105,7 @@ def test_a_model_of_three_times_the_memory(tmp_path, text_file, large, way):
     """
     small_directory, large_directory, size = large
     values = {"small": str(small_directory), "large": str(large_directory), "allowed": size // 3}
-    values |= {"output": str(tmp_path / "out"), "data.dataset": str(text_file), "init.samples": 8, "train.length": 32}
+    values |= {"output": str(tmp_path / "out"), "data.dataset": str(text_file), "init.samples": 8, "data.length": 32}
     process = subprocess.run(
         [sys.executable, "-c", LIMITED, json.dumps(values), way],
         capture_output=True,
@@ -171,8 +171,8 @@ def test_fused_experts(tiny_moe, small_recipe, tmp_path):
         quantize_by_block(small_recipe(tmp_path / "out", {"model": str(tmp_path / "moe")}))
 
 
-def test_low_memory_on_the_command_line(call, model_dir, text_file, small_flags, tmp_path, capsys):
-    flags = ["quantize", "--model", model_dir, "--dataset", text_file, *small_flags, "--low-memory"]
+def test_low_memory_on_the_command_line(call, model_dir, text_file, quantize_flags, tmp_path, capsys):
+    flags = ["quantize", "--model", model_dir, "--dataset", text_file, *quantize_flags, "--low-memory"]
     assert call([*flags, "--output", tmp_path / "out", "--group-size", "32"]) == 0
     assert "GPTQ: output error" in capsys.readouterr().err
     assert call(["verify", tmp_path / "out"]) == 0

@@ -18,8 +18,9 @@ from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.pipeline.run import fit_context, run
-from llmqat.pipeline.saved import check_output
+from llmqat.pipeline.inputs import fit_context
+from llmqat.pipeline.output import check_output
+from llmqat.pipeline.run import run
 from llmqat.train.loop import Trainer
 
 
@@ -130,7 +131,7 @@ def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes)
     with monkeypatch.context() as patch:
         # The float control trains first and to its end: it is not checkpointed, but what it measured is kept.
         if "eval.control" in changes:
-            patch.setattr("llmqat.pipeline.run.Run.fit_control", patched_control(patch))
+            patch.setattr("llmqat.pipeline.run.Run.train_control", patched_control(patch))
         else:
             crash_after(patch, 3)
         with pytest.raises(RuntimeError, match="power cut"):
@@ -150,14 +151,14 @@ def patched_control(patch):
     """The real control, then a power cut in the third step of the real training."""
     from llmqat.pipeline.run import Run
 
-    original = Run.fit_control
+    original = Run.train_control
 
-    def fit_control(self, train):
+    def train_control(self, train):
         row = original(self, train)
         crash_after(patch, 3)
         return row
 
-    return fit_control
+    return train_control
 
 
 def test_resume_continues_the_recipe_it_has(go, finished, tmp_path, capsys):
@@ -312,9 +313,9 @@ def test_quantized_head_and_cache(go, tied_dir, mode):
 
 
 def test_context_shortens_sequences(small_recipe, capsys):
-    recipe = small_recipe("x", {"train.length": 512, "eval.window": 100, "eval.prompt": 60, "eval.new_tokens": 10})
+    recipe = small_recipe("x", {"data.length": 512, "eval.window": 100, "eval.prompt": 60, "eval.new_tokens": 10})
     fitted = fit_context(recipe, 64)
-    assert (fitted.train.length, fitted.eval.window, fitted.eval.prompt, fitted.eval.new_tokens) == (64, 64, 54, 10)
+    assert (fitted.data.length, fitted.eval.window, fitted.eval.prompt, fitted.eval.new_tokens) == (64, 64, 54, 10)
     assert "the model's context is 64 tokens: sequences and windows are cut to it" in capsys.readouterr().err
     assert fit_context(small_recipe("x", {"eval.prompt": 8, "eval.new_tokens": 4}), 64).eval.prompt == 8
     assert fit_context(recipe, None) == recipe

@@ -30,7 +30,7 @@ def talks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_command_of_a_recipe_runs(name, family_dir, text_file, talks, tmp_path, call, small_flags):
+def test_the_command_of_a_recipe_runs(name, family_dir, text_file, talks, tmp_path, call, small_flags, quantize_flags):
     """Only model, data, and sizes of the run are replaced; the grid, the mode and the rest are the recipe's."""
     recipe, model_type, out = from_yaml(RECIPES[name]), FAMILY.get(name, "llama"), tmp_path / "out"
     program, *arguments = shlex.split(command_of(RECIPES[name]))
@@ -38,7 +38,8 @@ def test_the_command_of_a_recipe_runs(name, family_dir, text_file, talks, tmp_pa
     assert arguments[arguments.index("--recipe") + 1] == name
     data = talks if recipe.data.rows == "chat" else text_file
     stand_ins = ["--model", family_dir(model_type), "--dataset", data, "--output", out]
-    small = [*small_flags, "--max-steps", 2, "--length", 64, "--window", 64]
+    small = [*small_flags, "--max-steps", 2] if arguments[0] == "finetune" else quantize_flags
+    small = [*small, "--length", 64, "--window", 64]
     assert call([*arguments, *stand_ins, *small]) == 0
     report = json.loads((out / "report.json").read_text())
     assert json.loads((out / "config.json").read_text())["model_type"] == model_type

@@ -6,19 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmqat.config import TrainConfig, from_dict, resolve
+from llmqat.config import ResolvedTrain, from_dict, resolve
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
+from llmqat.train.loop import TrainingData
 from llmqat.train.modes import add_lora, select_trainable
 
 
 @pytest.fixture
-def train_config() -> Callable[..., TrainConfig]:
+def train_config() -> Callable[..., ResolvedTrain]:
     """``train_config(mode, **fields)``: small steps in float32."""
 
-    def make(mode: str, **fields: object) -> TrainConfig:
-        small = {"max_steps": 4, "batch_size": 4, "length": 16, "precision": "fp32", "eval_every": 2, "save_every": 2}
+    def make(mode: str, **fields: object) -> ResolvedTrain:
+        small = {"max_steps": 4, "batch_size": 4, "precision": "fp32", "eval_every": 2, "save_every": 2}
         return resolve(from_dict({"train": {**small, "mode": mode, **fields}}), 1).train
 
     return make
@@ -38,7 +39,7 @@ def prepared(tiny_llama) -> Callable[..., SimpleNamespace]:
         if mode != "full":
             teacher = FloatView(model)
         ids = torch.randint(0, 128, (20, 16), generator=torch.Generator().manual_seed(1))
-        return SimpleNamespace(model=model, teacher=teacher, blocks=ids[:14], held_out=ids[14:])
+        return SimpleNamespace(model=model, teacher=teacher, data=TrainingData(ids[:14], ids[14:]))
 
     return make
 

@@ -9,13 +9,14 @@ import torch
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
-from llmqat.train import checkpoint, loop
-from llmqat.train.loop import Trainer, fit, lr_factor
+from llmqat.train import loop
+from llmqat.train.checkpoint import NAME, Checkpoints, discard
+from llmqat.train.loop import Trainer, TrainingData, fit, lr_factor
 
 
 def train(run, config, mode, **kwargs):
     kwargs.setdefault("teacher", run.teacher)
-    return fit(run.model, run.blocks, run.held_out, config, mode=mode, **kwargs)
+    return fit(run.model, run.data, dataclasses.replace(config, mode=mode), **kwargs)
 
 
 def codes(model):
@@ -50,7 +51,7 @@ def crash():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_falls(prepared, train_config, mode, precision):
     run = prepared(mode)
-    run.held_out = run.blocks  # random tokens: what is learned is these
+    run.data = TrainingData(run.data.train, run.data.train)  # random tokens: what is learned is these
     lr = 0.02 if mode == "lora" else 0.01
     result = train(run, train_config(mode, max_steps=16, lr=lr, precision=precision), mode)
     assert result.held_out[result.best_step] < 0.99 * result.held_out[0]
@@ -92,13 +93,13 @@ def test_resume_is_bit_identical(prepared, train_config, mode, dtype, monkeypatc
     with monkeypatch.context() as patch:
         stop_after(patch, 5, crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            train(broken, config, mode, directory=tmp_path)
+            train(broken, config, mode, checkpoints=Checkpoints(tmp_path))
 
     again = prepared(mode, dtype=dtype)
     torch.rand(3)  # a new process has another random state
-    state = checkpoint.load(tmp_path)
+    state = Checkpoints(tmp_path).load()
     assert state["result"]["steps"] == 3
-    result = train(again, config, mode, directory=tmp_path, resume=state)
+    result = train(again, config, mode, checkpoints=Checkpoints(tmp_path, state=state))
     assert dataclasses.replace(result, seconds=0) == dataclasses.replace(expected, seconds=0)
     assert same(codes(again.model), codes(whole.model))
     assert same(trained(again.model), trained(whole.model))
@@ -112,9 +113,9 @@ def test_resume_rebuilds_the_optimizer_whatever_the_grid_was(prepared, train_con
         for index, (_, layer, _) in enumerate(quantized_layers(first.model)):
             layer.scale.fill_(0.02 if index < 4 else 0.03)
             layer.code_scale.copy_(layer.scale)
-    result = train(first, config, "full", directory=tmp_path)
-    state = checkpoint.load(tmp_path)
-    assert train(fresh, config, "full", resume=state).held_out == result.held_out
+    result = train(first, config, "full", checkpoints=Checkpoints(tmp_path))
+    state = Checkpoints(tmp_path).load()
+    assert train(fresh, config, "full", checkpoints=Checkpoints(tmp_path, state=state)).held_out == result.held_out
     assert same(codes(fresh.model), codes(first.model))
 
 
@@ -183,8 +184,13 @@ def test_non_finite_training_loss_names_the_step(prepared, train_config, monkeyp
     with pytest.raises(
         LlmqatError, match=r"the training loss became nan at step 4; lower --lr, or use --precision fp32"
     ):
-        train(prepared("full"), train_config("full", eval_every=9, save_every=1), "full", directory=tmp_path)
-    assert checkpoint.load(tmp_path)["result"]["steps"] == 3
+        train(
+            prepared("full"),
+            train_config("full", eval_every=9, save_every=1),
+            "full",
+            checkpoints=Checkpoints(tmp_path),
+        )
+    assert Checkpoints(tmp_path).load()["result"]["steps"] == 3
 
 
 def test_non_finite_held_out_loss_names_the_step(prepared, train_config, tmp_path):
@@ -192,8 +198,8 @@ def test_non_finite_held_out_loss_names_the_step(prepared, train_config, tmp_pat
     with torch.no_grad():
         run.model.model.norm.weight[0] = float("inf")
     with pytest.raises(LlmqatError, match="the held-out loss became nan at step 0; lower --lr"):
-        train(run, train_config("scales"), "scales", directory=tmp_path)
-    assert checkpoint.load(tmp_path) is None
+        train(run, train_config("scales"), "scales", checkpoints=Checkpoints(tmp_path))
+    assert Checkpoints(tmp_path).load() is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -202,8 +208,8 @@ def test_a_signal_waits_for_the_step_and_saves(prepared, train_config, monkeypat
     stop_after(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
     message = "interrupted after step 3; the same command with --resume goes on from there"
     with pytest.raises(LlmqatError, match=message):
-        train(prepared("full"), train_config("full"), "full", directory=tmp_path)
-    assert checkpoint.load(tmp_path)["result"]["steps"] == 3
+        train(prepared("full"), train_config("full"), "full", checkpoints=Checkpoints(tmp_path))
+    assert Checkpoints(tmp_path).load()["result"]["steps"] == 3
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
@@ -237,7 +243,7 @@ def test_gradient_checkpointing_changes_nothing(prepared, train_config, mode):
 def test_training_leaves_float32_logits(prepared, train_config):
     """accelerate wraps the forward in autocast; what is measured afterwards must not be."""
     run = prepared("full")
-    ids = run.held_out[:1]
+    ids = run.data.held_out[:1]
     train(run, train_config("full", lr=0.0, lr_scale=0.0, lr_float=0.0, precision="bf16"), "full")
     assert torch.equal(run.model.eval()(input_ids=ids).logits, prepared("full").model(input_ids=ids).logits)
 
@@ -256,30 +262,32 @@ def test_learning_rate_schedule(warmup, steps, factors):
 
 
 def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
-    assert checkpoint.load(tmp_path) is None
-    checkpoint.save(tmp_path, {"x": torch.ones(2)})
+    assert Checkpoints(tmp_path).load() is None
+    Checkpoints(tmp_path).save({"x": torch.ones(2)})
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda state, file: file.write(b"half") and crash())
         with pytest.raises(RuntimeError, match="power cut"):
-            checkpoint.save(tmp_path, {"x": torch.zeros(2)})
-    assert torch.equal(checkpoint.load(tmp_path)["x"], torch.ones(2))
-    checkpoint.discard(tmp_path)
-    assert checkpoint.load(tmp_path) is None
+            Checkpoints(tmp_path).save({"x": torch.zeros(2)})
+    assert torch.equal(Checkpoints(tmp_path).load()["x"], torch.ones(2))
+    discard(tmp_path)
+    assert Checkpoints(tmp_path).load() is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip file at all"], ids=["empty", "text"])
 def test_damaged_checkpoint(tmp_path, content):
-    (tmp_path / checkpoint.NAME).write_bytes(content)
-    with pytest.raises(LlmqatError, match=r"checkpoint\.pt is damaged; delete it and start again without --resume"):
-        checkpoint.load(tmp_path)
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(
+        LlmqatError, match=r"checkpoint\.pt is damaged, or of another run .*; start again with --overwrite"
+    ):
+        Checkpoints(tmp_path).load()
 
 
 def test_truncated_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, {"x": torch.ones(1000)})
-    path = tmp_path / checkpoint.NAME
+    Checkpoints(tmp_path).save({"x": torch.ones(1000)})
+    path = tmp_path / NAME
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(LlmqatError, match="is damaged"):
-        checkpoint.load(tmp_path)
+        Checkpoints(tmp_path).load()
 
 
 def conversations(rows, length=16):
@@ -299,7 +307,7 @@ def test_conversations_train_on_their_answers_alone(prepared, train_config, mode
         rows = conversations(20)
         behind = torch.arange(16) > (rows[:, 1] != -100).float().cumsum(-1).argmax(-1)[:, None]
         rows[:, 0][behind] = filler
-        run.blocks, run.held_out = rows[:14], rows[14:]
+        run.data = TrainingData(rows[:14], rows[14:])
         teacher = run.teacher if loss == "kd" else None
         results.append(train(run, train_config(mode, loss=loss), mode, teacher=teacher))
     assert results[0].losses == results[1].losses
@@ -314,7 +322,7 @@ def test_accumulation_weighs_conversations_by_their_answers(prepared, train_conf
         run = prepared("full")
         rows = conversations(20)
         rows[::2, 1, :8] = rows[::2, 0, :8]  # every other answer is longer
-        run.blocks, run.held_out = rows[:14], rows[14:]
+        run.data = TrainingData(rows[:14], rows[14:])
         config = train_config("full", max_steps=3, batch_size=size, accumulation=accumulation, eval_every=1)
         results.append(train(run, config, "full"))
     for other in results[1:]:
@@ -330,9 +338,9 @@ def test_resume_with_8_bit_moments_is_bit_identical(prepared, train_config, mode
     with monkeypatch.context() as patch:
         stop_after(patch, 4, crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            train(prepared(mode), config, mode, directory=tmp_path)
+            train(prepared(mode), config, mode, checkpoints=Checkpoints(tmp_path))
     again = prepared(mode)
-    result = train(again, config, mode, resume=checkpoint.load(tmp_path))
+    result = train(again, config, mode, checkpoints=Checkpoints(tmp_path, state=Checkpoints(tmp_path).load()))
     assert dataclasses.replace(result, seconds=0) == dataclasses.replace(expected, seconds=0)
     assert same(trained(again.model), trained(whole.model))
     assert expected.held_out[4] < expected.held_out[0]

@@ -144,7 +144,7 @@ def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, mov
     config = train_config(mode, max_steps=16)
     before, _ = code_statistics(run.model)
     scales = {name: layer.scale.detach().clone() for name, layer, _ in quantized_layers(run.model)}
-    result = fit(run.model, run.blocks, run.held_out, config, mode=mode, teacher=run.teacher)
+    result = fit(run.model, run.data, config, teacher=run.teacher)
     after, _ = code_statistics(run.model)
     assert result.best_step > 0
     assert any(not torch.equal(before[name], after[name]) for name in before) == moves

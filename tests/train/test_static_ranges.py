@@ -6,7 +6,7 @@ import torch
 from llmqat.algorithms.activation_ranges import static_layers
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
-from llmqat.train.loop import Trainer, fit
+from llmqat.train.loop import Trainer, TrainingData, fit
 from llmqat.train.modes import select_trainable
 
 
@@ -29,7 +29,7 @@ def run(tiny_llama, train_config, monkeypatch):
 
         monkeypatch.setattr(Trainer, "evaluate", recording)
         config = train_config("full", loss="ce", eval_every=1, **fields)
-        return model, fit(model, ids[:14], ids[14:], config, mode="full"), seen
+        return model, fit(model, TrainingData(ids[:14], ids[14:]), config), seen
 
     return make
 

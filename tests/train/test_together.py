@@ -7,16 +7,23 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import local, split_like, whole
 from llmqat.train import together
 from llmqat.train.sharding import sharding_requested
-from llmqat.train.together import accelerator_for, any_of, check_agreement, leave, mean, meet
+from llmqat.train.together import (
+    accelerator_for,
+    any_of,
+    check_agreement,
+    close_process_group,
+    mean,
+    wait_for_all_processes,
+)
 
 
 def test_alone_nothing_happens(tmp_path):
-    meet()
+    wait_for_all_processes()
     check_agreement(3, tmp_path)
     accelerator = accelerator_for(TrainConfig(precision="fp32"), None)
     assert mean(accelerator, torch.tensor(0.1, requires_grad=True)) == torch.tensor(0.1).item()
     assert [any_of(accelerator, flag) for flag in (True, False)] == [True, False]
-    leave()
+    close_process_group()
 
 
 def test_the_launcher_does_not_change_the_recipe(monkeypatch):

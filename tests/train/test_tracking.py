@@ -2,6 +2,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmqat.errors import LlmqatError
+from llmqat.train.checkpoint import Checkpoints
 from llmqat.train.loop import fit
 from llmqat.train.tracking import check_tracker
 
@@ -18,8 +19,7 @@ def scalars(directory):
 
 def test_tensorboard_holds_the_curves(prepared, train_config, tmp_path):
     run, config = prepared("full"), train_config("full", tracker="tensorboard")
-    arguments = {"mode": "full", "teacher": run.teacher, "directory": tmp_path}
-    result = fit(run.model, run.blocks, run.held_out, config, **arguments)
+    result = fit(run.model, run.data, config, teacher=run.teacher, checkpoints=Checkpoints(tmp_path))
     logged = scalars(tmp_path)
     assert logged["loss"] == pytest.approx(result.losses, rel=1e-6)
     assert logged["held_out_loss"] == pytest.approx(result.held_out, rel=1e-6)

@@ -196,8 +196,8 @@ def test_report_command(finished, tmp_path, call, capsys):
     assert (directory / PAGE).read_bytes() == before
 
 
-def test_quantize_writes_a_page_and_names_it(model_dir, text_file, tmp_path, call, capsys, small_flags):
-    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out", *small_flags]
+def test_quantize_writes_a_page_and_names_it(model_dir, text_file, tmp_path, call, capsys, quantize_flags):
+    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out", *quantize_flags]
     assert call([*argv, "--act-bits", "8", "--asym"]) == 0
     assert capsys.readouterr().err.splitlines()[-1] == f"look at it in a browser: {tmp_path / 'out' / PAGE}"
     page = Page((tmp_path / "out" / PAGE).read_text("utf-8"))

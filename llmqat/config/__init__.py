@@ -1,0 +1,57 @@
+"""Recipes: every choice of a run, as dataclasses read from YAML, from flags, or from Python.
+
+A recipe file holds differences from the defaults; the resolved recipe is written beside the weights.
+"""
+
+from llmqat.config.files import from_yaml, to_yaml
+from llmqat.config.recipe import (
+    DEFAULT_LR,
+    Recipe,
+    Resolved,
+    ResolvedQuant,
+    ResolvedTrain,
+    check_pattern,
+    from_dict,
+    resolve,
+)
+from llmqat.config.sections import (
+    BOS_RULES,
+    INITS,
+    LOSSES,
+    MODES,
+    OBSERVERS,
+    OPTIMIZERS,
+    PRECISIONS,
+    ROWS,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    QuantConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BOS_RULES",
+    "DEFAULT_LR",
+    "INITS",
+    "LOSSES",
+    "MODES",
+    "OBSERVERS",
+    "OPTIMIZERS",
+    "PRECISIONS",
+    "ROWS",
+    "DataConfig",
+    "EvalConfig",
+    "InitConfig",
+    "QuantConfig",
+    "Recipe",
+    "Resolved",
+    "ResolvedQuant",
+    "ResolvedTrain",
+    "TrainConfig",
+    "check_pattern",
+    "from_dict",
+    "from_yaml",
+    "resolve",
+    "to_yaml",
+]

@@ -1,0 +1,185 @@
+"""A recipe: every choice of a run. `Recipe` may leave some to the size of the model; `Resolved` leaves nothing open."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+from llmqat.config.options import NO_LIMITS, check_value, option, shown
+from llmqat.config.sections import DataConfig, EvalConfig, InitConfig, QuantConfig, TrainConfig
+from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
+from llmqat.scheme import QuantScheme
+
+DEFAULT_LR = {"full": 5e-3, "lora": 3e-3, "scales": 3e-3}
+# Keys of the version before -> their names today.
+RENAMED = {"train.length": "data.length"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, from the float model to the packed file."""
+
+    model: str = option("llama", "Hub id, local directory, or llama: the small Llama inside this package", "--model")
+    output: str = option("runs/llmqat", "directory to write", "--output")
+    seed: int = option(0, "order of the data, initial adapters", "--seed", least=0, most=2**63 - 1)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values."""
+        return asdict(self)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Recipe":
+        """A copy with dotted keys set: ``{"quant.bits": 3, "model": "llama"}``; checked like YAML."""
+        nested: dict[str, Any] = self.to_dict()
+        for dotted, value in values.items():
+            *path, key = _renamed(dotted).split(".")
+            section = nested
+            for name in path:
+                section = section[name]
+            section[key] = value
+        return from_dict(nested)
+
+
+@dataclass(frozen=True)
+class ResolvedQuant(QuantConfig):
+    """The grid, its group size chosen."""
+
+    group_size: int = 32
+
+
+@dataclass(frozen=True)
+class ResolvedTrain(TrainConfig):
+    """Fine-tuning, its mode and learning rate chosen."""
+
+    mode: str = "full"
+    lr: float = DEFAULT_LR["full"]
+
+
+@dataclass(frozen=True)
+class Resolved(Recipe):
+    """A recipe that leaves nothing open; see `resolve`."""
+
+    quant: ResolvedQuant = field(default_factory=ResolvedQuant)
+    train: ResolvedTrain = field(default_factory=ResolvedTrain)
+
+    def scheme(self) -> QuantScheme:
+        """The grid of every layer that no override touches."""
+        q = self.quant
+        return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static)
+
+
+def resolve(recipe: Recipe, parameters: int) -> Resolved:
+    """Choose what a recipe leaves to the number of `parameters` of the model: group size, mode and learning rate."""
+    quant, train = recipe.quant, recipe.train
+    group_size = quant.group_size if quant.group_size is not None else 32 if parameters < 2e9 else 128
+    mode = train.mode or ("full" if parameters < 1e9 else "lora")
+    lr = train.lr if train.lr is not None else DEFAULT_LR[mode]
+    chosen = {
+        "quant": ResolvedQuant(**{**vars(quant), "group_size": group_size}),
+        "train": ResolvedTrain(**{**vars(train), "mode": mode, "lr": lr}),
+    }
+    return Resolved(**{**vars(recipe), **chosen})
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested plain values; missing keys take their defaults.
+
+    Raises:
+        LlmqatError: for an unknown key, a wrong type or a value out of range, naming the key and the remedy.
+    """
+    recipe = _section(Recipe, _with_new_names(values), "")
+    assert isinstance(recipe, Recipe)
+    _check_overrides(recipe.quant.overrides)
+    return recipe
+
+
+def _renamed(key: str) -> str:
+    """Today's name of a dotted key."""
+    if key not in RENAMED:
+        return key
+    warnings.warn(
+        f"{key} is now {RENAMED[key]}; the old name goes with the next version", LlmqatDeprecationWarning, stacklevel=3
+    )
+    return RENAMED[key]
+
+
+def _with_new_names(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A copy of nested values with keys of the version before under their names today.
+
+    Raises:
+        LlmqatError: if both names are given.
+    """
+    for old in RENAMED:
+        section, key = old.split(".")
+        before = values.get(section) if isinstance(values, Mapping) else None
+        if not isinstance(before, Mapping) or key not in before:
+            continue
+        new_section, new_key = _renamed(old).split(".")
+        target = values.get(new_section, {})
+        if isinstance(target, Mapping) and new_key in target:
+            raise LlmqatError(f"{old} is now {RENAMED[old]}, and both are given; leave {old} out")
+        values = {**values, section: {name: value for name, value in before.items() if name != key}}
+        if isinstance(target, Mapping):
+            values[new_section] = {**target, new_key: before[key]}
+    return values
+
+
+def _section(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    hints = get_type_hints(cls)
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if not isinstance(key, str) or key not in known:
+            name = key[:80] if isinstance(key, str) else shown(key)
+            close = get_close_matches(name, known, n=1, cutoff=0.5)
+            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+            raise LlmqatError(f"unknown key {prefix}{' '.join(ascii(name)[1:-1].split())}; {remedy}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise LlmqatError(f"{prefix}{key} is a section: write its keys below it, indented; got {shown(value)}")
+            chosen[key] = _section(hints[key], value, f"{prefix}{key}.")
+        else:
+            chosen[key] = check_value(hints[key], value, f"{prefix}{key}", known[key].metadata)
+    return cls(**chosen)
+
+
+def _check_overrides(overrides: Mapping[Any, Any]) -> None:
+    """Every override must be a regular expression, and change fields of the scheme or say float.
+
+    Raises:
+        LlmqatError: naming the first that is not or does not.
+    """
+    for pattern, change in overrides.items():
+        if not isinstance(pattern, str):
+            raise LlmqatError(f"quant.overrides: a pattern must be text, got {shown(pattern)}; put it in quotes")
+        check_pattern(pattern)
+        known = {f.name: get_type_hints(QuantScheme)[f.name] for f in fields(QuantScheme)}
+        if change == "float":
+            continue
+        if not isinstance(change, Mapping) or not set(change) <= set(known):
+            raise LlmqatError(
+                f"override {shown(pattern)}: write float, or any of {', '.join(known)} with a value; got "
+                f"{shown(change)}"
+            )
+        for name, value in change.items():
+            check_value(known[name], value, f"quant.overrides[{shown(pattern)}].{name}", NO_LIMITS)
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        LlmqatError: with what is wrong.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise LlmqatError(
+            f"{shown(pattern)} is no regular expression ({error}); write something like 'down_proj$'"
+        ) from error

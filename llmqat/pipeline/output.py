@@ -1,0 +1,104 @@
+"""The output directory of a run: whose it is, what may be replaced in it, and what of an earlier run goes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llmqat.config.files import is_resolved
+from llmqat.errors import LlmqatError
+from llmqat.files import PARTIAL, discard_partial, locked, make_directory, replacing
+from llmqat.models.loading import resolve_name
+from llmqat.processes import is_first
+from llmqat.train import checkpoint
+
+RECIPE, REPORT, CHECKPOINT, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "adapter"
+GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
+# What a report of a run consists of: stale as soon as another model is in the directory.
+REPORT_FILES = (REPORT, "report.html", "details.json", "README.md")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+# Where a run writes, and so where a killed one may leave unfinished files.
+FOLDERS = ("", CHECKPOINT, f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", ADAPTER)
+
+
+def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to damage a finished run or foreign files; touches nothing.
+
+    Raises:
+        LlmqatError: if it holds a run or anything else and neither flag allows to go on, or cannot be read.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise LlmqatError(f"output {directory} is a file; choose a directory")
+    except OSError as error:
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+    try:
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    except OSError as error:
+        raise LlmqatError(f"cannot read {directory}: {error.strerror}; choose another --output") from error
+    if overwrite or all(name.startswith(PARTIAL) for name in names):
+        return
+    if not resume:
+        raise LlmqatError(
+            f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite"
+        )
+    if not is_resolved(directory / RECIPE):
+        raise LlmqatError(
+            f"--resume: {directory} holds other files, and no run of llmqat (no {RECIPE} that a run wrote); choose "
+            "another --output, or start there with --overwrite"
+        )
+
+
+def check_apart(directory: Path, model: str) -> None:
+    """Refuse an output directory that is the model's, lies in it or holds it.
+
+    Raises:
+        LlmqatError: if it does.
+    """
+    source = Path(resolve_name(model))
+    if not source.is_dir():
+        return
+    output, source = directory.resolve(), source.resolve()
+    for relation, wrong in (
+        ("is", output == source),
+        ("lies inside", source in output.parents),
+        ("holds", output in source.parents),
+    ):
+        if wrong:
+            raise LlmqatError(
+                f"output {directory} {relation} the directory of the model {model}; choose another --output"
+            )
+
+
+@contextmanager
+def claimed(directory: Path, model: str, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The output directory, made, seen to be writable, and kept from other processes; of several, the first claims it.
+
+    What processes that were killed left unfinished is removed. A directory that was made here and stayed empty goes.
+
+    Raises:
+        LlmqatError: see `check_output` and `check_apart`; or if another process is writing there.
+    """
+    check_apart(directory, model)
+    if not is_first():
+        yield
+        return
+    check_output(directory, resume, overwrite)
+    made = make_directory(directory)
+    try:
+        with locked(directory):
+            check_output(directory, resume, overwrite)
+            discard_partial(directory, FOLDERS)
+            with replacing(directory):
+                pass
+            yield
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+
+
+def forget_earlier(directory: Path) -> None:
+    """Remove the state and the adapter of an earlier run; its model goes when another is packed."""
+    for folder in (f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", CHECKPOINT):
+        checkpoint.discard(directory / folder)
+    checkpoint.discard(directory / ADAPTER, ADAPTER_FILES)
