@@ -1,4 +1,8 @@
-"""What transformers changed between the versions that llmqat runs on, in one place.
+"""Everything that llmqat leans on in transformers, peft, accelerate and torch and that is not public there.
+
+`REGISTER` names each with its reason, the file that uses it and the test that fails first when it moves;
+`tests/test_compat.py` holds it against the code and against the installed versions. Where there is a public door, it is
+taken instead: `generate(custom_generate=...)`, subclasses of `Cache`, forward hooks.
 
 The key-value cache is the argument and the output `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
 `cache_name` reads the name from the model at hand, because code of a model may be older than the library around it.
@@ -7,11 +11,159 @@ The key-value cache is the argument and the output `past_key_values` up to trans
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llmqat.errors import LlmqatError
 
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One thing that is not public, or may be renamed.
+
+    Attributes:
+        name: dotted path of what must exist.
+        why: what llmqat does with it.
+        used_in: the file that uses it.
+        test: the test that fails first when it moves.
+    """
+
+    name: str
+    why: str
+    used_in: str
+    test: str
+
+
+REGISTER = (
+    Reliance(
+        "transformers.PreTrainedModel._from_config",
+        "makes a model of a class and a config, in a dtype and on meta",
+        "llmqat/formats/reader.py",
+        "tests/formats/test_reader.py",
+    ),
+    Reliance(
+        "transformers.PreTrainedModel._tied_weights_keys",
+        "emptied where the embedding looks up rows of the packed head: no weight is left to tie",
+        "llmqat/formats/reader.py",
+        "tests/formats/test_lm_head.py",
+    ),
+    Reliance(
+        "transformers.PreTrainedModel._load_pretrained_model",
+        "reads some tensors of a file into a model, renamed and converted as from_pretrained does",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.conversion_mapping.get_model_conversion_mapping",
+        "names and layouts of a file against those of the model",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.core_model_loading.rename_source_key",
+        "the name in the model of a tensor in a file",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.core_model_loading.WeightConverter",
+        "tells conversions from renamings in that mapping",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.core_model_loading.WeightRenaming",
+        "tells renamings from conversions in that mapping",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.modeling_utils.LoadStateDictConfig",
+        "dtype and mapping of such a partial read",
+        "llmqat/formats/partial.py",
+        "tests/pipeline/test_low_memory.py",
+    ),
+    Reliance(
+        "transformers.core_model_loading._weight_conversions",
+        "emptied where experts were split: the model is saved as it is, not as it was loaded",
+        "llmqat/models/experts.py",
+        "tests/models/test_experts.py",
+    ),
+    Reliance(
+        "transformers.PreTrainedModel._no_split_modules",
+        "which modules are the blocks that sharded training wraps",
+        "llmqat/train/sharding.py",
+        "tests/test_distributed.py",
+    ),
+    Reliance(
+        "transformers.utils.output_capturing",
+        "its hooks stay in a model once hidden states were asked for; the native blocks may pass them by",
+        "llmqat/serve/blocks.py",
+        "tests/serve/test_forward.py",
+    ),
+    Reliance(
+        "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers",
+        "kept from rewriting targets of families with experts, for the length of a with",
+        "llmqat/nn/lora.py",
+        "tests/models/test_experts.py",
+    ),
+    Reliance(
+        "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
+        "kept from rewriting adapters of families with experts, for the length of a with",
+        "llmqat/nn/lora.py",
+        "tests/models/test_experts.py",
+    ),
+    Reliance(
+        "peft.tuners.tuners_utils.check_adapters_to_merge",
+        "which adapters a merge is for",
+        "llmqat/nn/lora.py",
+        "tests/nn/test_lora.py",
+    ),
+    Reliance(
+        "peft.LoraConfig._register_custom_module",
+        "adapters inside the quantizer are a layer of llmqat's own",
+        "llmqat/train/modes.py",
+        "tests/train/test_modes.py",
+    ),
+    Reliance(
+        "peft.tuners.lora.layer.LoraLayer._disable_adapters",
+        "adapters off for the float view of a model",
+        "llmqat/models/float_view.py",
+        "tests/models/test_float_view.py",
+    ),
+    Reliance(
+        "accelerate.state.AcceleratorState._reset_state",
+        "a second run of one process may compute in another precision",
+        "llmqat/train/together.py",
+        "tests/train/test_together.py",
+    ),
+    Reliance(
+        "accelerate.state.AcceleratorState._shared_state",
+        "whether an earlier run of this process has left its state",
+        "llmqat/train/together.py",
+        "tests/train/test_together.py",
+    ),
+    Reliance(
+        "torch._C._current_graph_task_id",
+        "whether a forward runs again inside a backward, as gradient checkpointing does",
+        "llmqat/nn/fake_quant_linear.py",
+        "tests/nn/test_fake_quant_linear.py",
+    ),
+    Reliance(
+        "torch.Tensor._version",
+        "which tensors of a block GPTQ has written to",
+        "llmqat/algorithms/calibration.py",
+        "tests/algorithms/test_calibration.py",
+    ),
+    Reliance(
+        "torch.nn.Module._apply",
+        "scales keep their dtype when a model is cast",
+        "llmqat/nn/packed_linear.py",
+        "tests/nn/test_packed_linear.py",
+    ),
+)
 
 
 @functools.cache
@@ -84,3 +236,17 @@ def output_with_cache(hidden: Any, cache: Any) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return BaseModelOutputWithPast(hidden, **{_known(cache_name(BaseModelOutputWithPast)): cache})  # type: ignore[arg-type]
+
+
+def unknown_transformers() -> str:
+    """Why the native path does not recognise the installed transformers; empty if it does."""
+    import transformers
+    from transformers import GenerationMixin
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    doors = (GenerationMixin.prepare_inputs_for_generation, BaseModelOutputWithPast)
+    if any(cache_name(door) is None for door in doors):
+        return f"transformers {transformers.__version__} names its cache neither {' nor '.join(CACHE_NAMES)}"
+    if "custom_generate" not in inspect.signature(GenerationMixin.generate).parameters:
+        return f"generate of transformers {transformers.__version__} takes no custom_generate"
+    return ""

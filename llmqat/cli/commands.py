@@ -49,10 +49,12 @@ def print_machine() -> None:
     """What `inspect --machine` shows."""
     from llmqat.kernels.native import explain
     from llmqat.machine import environment
+    from llmqat.serve.paths import native_path
 
     for key, value in environment().items():
         print(f"{key:>13}: {value or '-'}")
     print(f"{'kernels':>13}: {explain()}")
+    print(f"{'native path':>13}: {native_path()}")
 
 
 def load_any(name: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:
@@ -131,14 +133,15 @@ def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[
     return numbers
 
 
-def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, float]:
-    """Speed of a model loaded anew, in its stored dtype."""
+def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, Any]:
+    """Speed, and path, of a model loaded anew, in its stored dtype."""
     from llmqat.metrics.throughput import throughput
     from llmqat.pipeline.inputs import speed_lengths
 
     prompt, new_tokens = speed_lengths(EvalConfig.prompt, EvalConfig.new_tokens, context)
     speed = throughput(load_any(args.model, None, args.activations)[0], prompt, new_tokens, EvalConfig.repeats)
-    return {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s}
+    path = speed.paths.describe() if speed.paths else None
+    return {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s, "path": path}
 
 
 def write_text(path: Path, text: str) -> None:

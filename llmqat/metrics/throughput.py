@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts, is_fused
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.serve.paths import PathCounts, path_counts
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Throughput:
         prompt: tokens of the prompt.
         new_tokens: tokens generated.
         decode_bytes: bytes of weights that one decoded token reads.
+        paths: which path the timed calls of a packed model took; None where it was not counted.
     """
 
     prefill: tuple[float, ...]
@@ -32,6 +34,7 @@ class Throughput:
     prompt: int
     new_tokens: int
     decode_bytes: int
+    paths: PathCounts | None = None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -124,7 +127,8 @@ def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: in
         tokens per second at batch 1, one value per repetition, and their medians.
 
     Raises:
-        LlmqatError: if prompt and new tokens do not fit the model's context.
+        LlmqatError: if prompt and new tokens do not fit the model's context, or if a packed model that can run natively
+            did not: such numbers say nothing about it.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and prompt + new_tokens > context:
@@ -138,6 +142,14 @@ def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: in
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
     _once(model, ids, min(new_tokens, 8))
+    before = path_counts(model)
     seconds = [_once(model, ids, new_tokens) for _ in range(repeats)]
+    paths = path_counts(model) - before
+    if paths.native and paths.reference_calls:
+        raise LlmqatError(
+            f"throughput was measured on the wrong path ({paths.describe()}); take away what keeps the model from its "
+            "native path, or load it with native=False to time the code of transformers"
+        )
     prefill, decode = tuple(prompt / p for p, _ in seconds), tuple(new_tokens / d for _, d in seconds)
-    return Throughput(prefill, decode, prompt, new_tokens, weight_bytes(model))
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    return Throughput(prefill, decode, prompt, new_tokens, weight_bytes(model), paths if packed else None)

@@ -6,6 +6,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from llmqat.compat import unknown_transformers
+from llmqat.kernels import native
+from llmqat.serve.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class PathCounts:
@@ -88,3 +92,12 @@ def path_counts(model: nn.Module) -> PathCounts:
     why_not = "" if counts.native else counts.why_not
     numbers = counts.loop_tokens, counts.native_calls, counts.reference_calls
     return PathCounts(counts.native, why_not, *numbers, tuple(counts.reasons.most_common()))
+
+
+def native_path() -> str:
+    """One line: what packed models run on here, and why not natively if so."""
+    why_not = unknown_transformers() or ("" if native.library() else native.explain())
+    families = ", ".join(sorted(FAMILIES))
+    return (
+        f"reference ({why_not})" if why_not else f"native blocks and sampling for {families}; transformers for others"
+    )

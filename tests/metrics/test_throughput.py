@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llmqat.compat import cache_of
 from llmqat.errors import LlmqatError
 from llmqat.metrics import throughput as module
 from llmqat.metrics.throughput import Throughput, throughput, weight_bytes
@@ -22,7 +23,7 @@ def test_what_is_timed(tiny_llama, monkeypatch):
         lambda _, args, kwargs: lengths.append(
             (
                 kwargs["input_ids"].shape[1],
-                kwargs["past_key_values"].get_seq_length() if kwargs["past_key_values"] else 0,
+                cache_of(kwargs).get_seq_length() if cache_of(kwargs) else 0,
             )
         ),
         with_kwargs=True,
