@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import llmqat
-from llmqat.kernels import native
+from llmqat.kernels import native, pages
 
 from . import torch_peers
 from .shapes import GROUP_SIZE, MODELS
@@ -70,7 +70,7 @@ class Worker(torch_peers.Worker):
     def open_layer(self, out: int, inner: int, rows: list[int], cold_bytes: int) -> dict[str, Any]:
         """As for any peer, on large pages."""
         opened = super().open_layer(out, inner, rows, cold_bytes)
-        native.use_huge_pages(self.layers)
+        pages.use_huge_pages(self.layers)
         return opened
 
     def path(self, shape: str) -> Path:
@@ -103,7 +103,7 @@ class KernelWorker(Worker):
         opened = super().open_layer(out, inner, rows, cold_bytes)
         if native.library() is None:
             raise llmqat.LlmqatError(native.explain())
-        self.matrices = (native.Matrix * len(self.layers))(*(native.matrix(*x.arguments()) for x in self.layers))
+        self.matrices = (native.Matrix * len(self.layers))(*(native.matrix(x.packed) for x in self.layers))
         self.output = torch.empty(max(rows), out, dtype=self.dtype)
         return opened
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmqat.kernels import native
+from llmqat.kernels.packed import Packed
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
@@ -79,29 +80,33 @@ class Block:
     """One block.
 
     Attributes:
-        linears: seven packed layers, arguments of `native.matrix` each.
+        linears: seven packed layers, those of `LINEARS`.
         norms: weights by their name in `NORMS`.
         window: how many tokens a query sees, itself included.
         rotary: which of the rotary tables turns its queries and keys.
     """
 
-    linears: Sequence[tuple[Any, ...]]
+    linears: Sequence[Packed]
     norms: Mapping[str, Tensor]
     window: int = UNLIMITED
     rotary: int = 0
 
 
-def split_rows(arguments: tuple[Any, ...], rows: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """Arguments of `native.matrix` for the first ``rows[0]`` rows of a layer, the next ``rows[1]``, ...: its memory.
+def split_rows(packed: Packed, rows: Sequence[int]) -> Iterator[Packed]:
+    """The first ``rows[0]`` rows of a layer, the next ``rows[1]``, ..., as layers on its memory.
 
     Zero points are packed along rows: each part has to begin at a whole word of them.
     """
-    packed, scale, zero_point, bias, bits, *rest = arguments
+    codes, scale, zero_point, bias, bits, *_ = packed
     for part, count in enumerate(rows):
         start = sum(rows[:part])
         own, words = slice(start, start + count), slice(start * bits // 32, -(-(start + count) * bits // 32))
-        optional = (None if zero_point is None else zero_point[words], None if bias is None else bias[own])
-        yield (packed[own], scale[own], *optional, bits, *rest)
+        yield packed._replace(
+            codes=codes[own],
+            scale=scale[own],
+            zero_point=None if zero_point is None else zero_point[words],
+            bias=None if bias is None else bias[own],
+        )
 
 
 class NativeDecoder:
@@ -112,8 +117,8 @@ class NativeDecoder:
         self.blocks = len(blocks)
         self._blocks = (_Block * len(blocks))()
         for target, block in zip(self._blocks, blocks, strict=True):
-            for name, arguments in zip(LINEARS, block.linears, strict=True):
-                setattr(target, name, native.matrix(*arguments))
+            for name, packed in zip(LINEARS, block.linears, strict=True):
+                setattr(target, name, native.matrix(packed))
             for name, weight in block.norms.items():
                 setattr(target, name, weight.data_ptr())
             target.window, target.rotary = block.window, block.rotary

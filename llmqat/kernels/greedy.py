@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmqat.kernels import native
 from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, rotary_structs
+from llmqat.kernels.packed import Packed
 
 
 class _Greedy(ctypes.Structure):
@@ -26,19 +27,19 @@ class GreedyDecoder:
     It borrows the tensors of the model and of the cache: `use` a cache again when its buffers have grown.
     """
 
-    def __init__(self, decoder: NativeDecoder, embedding: tuple[Any, ...] | Tensor, head: tuple[Any, ...]) -> None:
-        """Arguments of `native.matrix` of both ends, or float rows ``(vocabulary, hidden)`` in the decoder's dtype."""
+    def __init__(self, decoder: NativeDecoder, embedding: Packed | Tensor, head: Packed) -> None:
+        """A float embedding is its rows ``(vocabulary, hidden)``, in the decoder's dtype."""
         library = native.library()
         assert library is not None
-        self._next, self._head = library.llmqat_next_token, native.matrix(*head)
-        packed = None if isinstance(embedding, Tensor) else native.matrix(*embedding)
+        self._next, self._head = library.llmqat_next_token, native.matrix(head)
+        packed = None if isinstance(embedding, Tensor) else native.matrix(embedding)
         rows = embedding.data_ptr() if isinstance(embedding, Tensor) else None
         hidden, logits = (torch.empty(n, dtype=decoder.dtype) for n in (decoder.shape.hidden, self._head.out))
         self._struct = _Greedy(
             decoder=ctypes.addressof(decoder.struct),
             embedding=None if packed is None else ctypes.addressof(packed),
             embedding_rows=rows,
-            vocabulary=len(embedding if isinstance(embedding, Tensor) else embedding[0]),
+            vocabulary=len(embedding if isinstance(embedding, Tensor) else embedding.codes),
             head=ctypes.addressof(self._head),
             threads=native.threads(),
             hidden=hidden.data_ptr(),

@@ -8,11 +8,9 @@ import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import accumulate
-from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 import llmqat.kernels
 from llmqat.errors import LlmqatError
+from llmqat.kernels.packed import Packed, check_input, check_packed
 
 LIBRARY = "_kernels.so"
 SOURCES = Path(__file__).with_name("csrc") / "core"  # of an editable install
@@ -33,8 +32,6 @@ RESULTS = {
     **dict.fromkeys(("llmqat_next_token", "llmqat_argmax"), ctypes.c_int64),
     "llmqat_read_bandwidth": ctypes.c_double,
 }
-HUGE_PAGE, ALIGNMENT = 2 << 20, 64
-MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -169,81 +166,91 @@ def supports(x: Tensor, weight_scale: Tensor, in_features: int) -> bool:
     return fits and known and x.device.type == "cpu" and library() is not None
 
 
-def matrix(
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    act_bits: int | None,
-) -> Matrix:
-    """The struct of a layer. It borrows the tensors, all contiguous: keep them alive while it is used."""
+def matrix(packed: Packed) -> Matrix:
+    """The struct of a layer. It borrows the tensors: keep them alive, and where they are, while it is used.
+
+    Raises:
+        LlmqatError: if the layer is no valid one, or the library cannot read its tensors as they lie.
+    """
+    check_packed(packed)
+    for name, tensor in zip(packed._fields, packed[:4], strict=False):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise LlmqatError(
+                f"the {name} of a packed layer must lie on the CPU, contiguous; it is on {tensor.device} with strides "
+                f"{tensor.stride()}: call .contiguous()"
+            )
+    for name, tensor in (("scale", packed.scale), ("bias", packed.bias)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise LlmqatError(f"the compiled kernels read no {name} of {tensor.dtype}; cast it to torch.float32")
+    return _struct(packed)
+
+
+def _struct(packed: Packed) -> Matrix:
+    codes, scale, zero_point, bias, bits, in_features, act_bits = packed
     return Matrix(
-        weight_packed.data_ptr(),
-        weight_scale.data_ptr(),
-        None if weight_zero_point is None else weight_zero_point.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        weight_packed.shape[0],
+        codes.shape[0],
         in_features,
-        weight_scale.shape[1],
-        weight_packed.shape[1] * 4,
+        scale.shape[1],
+        codes.shape[1] * 4,
         bits,
-        DTYPES[weight_scale.dtype],
+        DTYPES[scale.dtype],
         0 if bias is None else DTYPES[bias.dtype],
         act_bits or 0,
     )
 
 
 class Layer:
-    """A layer that is called again and again: its struct is made once, of arguments as `matrix` takes them."""
+    """A layer that is called again and again: its struct is made once."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self._kept, self._matrix = arguments, matrix(*arguments)
-        self._in, self._dtype = getattr(self._matrix, "in"), arguments[1].dtype
+    def __init__(self, packed: Packed) -> None:
+        """See `matrix` for what is refused."""
+        self._packed, self._matrix = packed, matrix(packed)
 
     def linear(self, x: Tensor) -> Tensor:
-        """``(..., out)`` of `x` ``(..., in)``, contiguous, as `ops.packed_linear`; `supports` has said yes."""
-        kernels = library()
-        assert kernels is not None
-        y = torch.empty(*x.shape[:-1], self._matrix.out, dtype=x.dtype)
-        kernels.llmqat_set_threads(threads())
-        tokens, dtype = x.numel() // self._in, DTYPES[x.dtype]
-        kernels.llmqat_linear(ctypes.addressof(self._matrix), x.data_ptr(), y.data_ptr(), tokens, dtype)
-        return y
+        """``(..., out)`` of `x` ``(..., in)``, as `ops.packed_linear`; `supports` has said yes."""
+        check_input(x, self._packed)
+        return _linear(x, self._matrix)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Rows `index` ``(n,)``, contiguous, of ``W_hat``: ``(n, in)`` in the dtype of its scales."""
+        """Rows `index` ``(n,)`` of ``W_hat``: ``(n, in)`` in the dtype of its scales.
+
+        Raises:
+            LlmqatError: if there is no such row.
+        """
         kernels = library()
         assert kernels is not None
-        y = torch.empty(index.numel(), self._in, dtype=self._dtype)
+        index, dtype = index.to(torch.int64).contiguous(), self._packed.scale.dtype
+        y = torch.empty(index.numel(), self._packed.in_features, dtype=dtype)
         kernels.llmqat_set_threads(threads())
         kernels.llmqat_rows(
-            ctypes.addressof(self._matrix), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[self._dtype]
+            ctypes.addressof(self._matrix), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[dtype]
         )
         return y
 
 
-def linear(
-    x: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    in_features: int,
-    act_bits: int | None,
-) -> Tensor:
-    """`ops.packed_linear` by the compiled kernels; `supports` has said yes."""
-    zero_point = None if weight_zero_point is None else weight_zero_point.contiguous()
-    bias = None if bias is None else (bias if bias.dtype in DTYPES else bias.float()).contiguous()
-    weights = (weight_packed.contiguous(), weight_scale.contiguous(), zero_point, bias)
-    return Layer(*weights, bits, in_features, act_bits).linear(x.contiguous())
+def linear(x: Tensor, packed: Packed) -> Tensor:
+    """`ops.packed_linear` by the compiled kernels, of a checked layer; `supports` has said yes."""
+    codes, scale, zero_point, bias, bits, in_features, act_bits = packed
+    if bias is not None:
+        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    borrowed = Packed(codes.contiguous(), scale.contiguous(), zero_point, bias, bits, in_features, act_bits)
+    return _linear(x, _struct(borrowed))
 
 
-def rows(index: Tensor, *arguments: Any) -> Tensor:
-    """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of its scales; `arguments` are those of `matrix`."""
-    return Layer(*arguments).rows(index.contiguous())
+def _linear(x: Tensor, matrix: Matrix) -> Tensor:
+    kernels = library()
+    assert kernels is not None
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], matrix.out, dtype=x.dtype)
+    kernels.llmqat_set_threads(threads())
+    tokens = x.numel() // x.shape[-1]
+    kernels.llmqat_linear(ctypes.addressof(matrix), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
+    return y
 
 
 def argmax(x: Tensor) -> int:
@@ -252,59 +259,6 @@ def argmax(x: Tensor) -> int:
     assert kernels is not None
     kernels.llmqat_set_threads(threads())
     return int(kernels.llmqat_argmax(x.data_ptr(), x.numel(), DTYPES[x.dtype]))
-
-
-def use_huge_pages(layers: Sequence[Any]) -> None:
-    """Move what the kernels read of packed layers, by `onto_huge_pages`."""
-    names = ("weight_packed", "weight_scale", "weight_zero_point")
-    places = [(layer, name) for layer in layers for name in names if getattr(layer, name) is not None]
-    moved = onto_huge_pages([getattr(layer, name) for layer, name in places])
-    for (layer, name), tensor in zip(places, moved, strict=True):
-        setattr(layer, name, tensor)
-
-
-def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values side by side on pages of 2 MiB, where Linux gives them: reading them misses the page tables less.
-
-    `tensors` are not to be used afterwards: their pages are given back, so that a model is not in memory twice.
-    """
-    sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    fit = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
-    if sum(sizes) < HUGE_PAGE or not fit or not _gives_huge_pages():
-        return list(tensors)
-    buffer = torch.empty(sum(sizes) + 2 * HUGE_PAGE, dtype=torch.uint8)
-    buffer = buffer[-buffer.data_ptr() % HUGE_PAGE :]
-    _madvise(buffer.data_ptr(), len(buffer) // HUGE_PAGE * HUGE_PAGE, 14)  # MADV_HUGEPAGE
-    return [
-        _move(tensor, buffer[end - size : end])
-        for tensor, size, end in zip(tensors, sizes, accumulate(sizes), strict=True)
-    ]
-
-
-def _move(tensor: Tensor, place: Tensor) -> Tensor:
-    """Copy to `place`, and give back whole pages of the source as soon as they are copied."""
-    old = tensor.view(-1).view(torch.uint8)
-    kept = -(-old.data_ptr() // PAGESIZE) * PAGESIZE
-    for first in range(0, len(old), MOVED_BYTES):
-        part = slice(first, min(first + MOVED_BYTES, len(old)))
-        place[part] = old[part]
-        end = (old.data_ptr() + part.stop) // PAGESIZE * PAGESIZE
-        if end > kept:
-            _madvise(kept, end - kept, 4)  # MADV_DONTNEED
-            kept = end
-    return place[: len(old)].view(tensor.dtype).view(tensor.shape)
-
-
-def _madvise(start: int, length: int, advice: int) -> None:
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.madvise(start, length, advice)
-
-
-@cache
-def _gives_huge_pages() -> bool:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return setting.exists() and "[never]" not in setting.read_text()
 
 
 def read_bandwidth(data: Tensor) -> float:

@@ -1,17 +1,18 @@
 """`PackedLinear`: the layer that ships. Its state dict is the file format (turned for `Conv1D`, formats/conv1d.py)."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from llmqat.kernels import native, ops
+from llmqat.kernels.packed import Packed, check_index
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
 from llmqat.quant.grid import Adapters
-from llmqat.quant.packing import from_unsigned, pack_rows, packed_width, to_unsigned, unpack_at, unpack_rows
+from llmqat.quant.packing import pack_rows, packed_width, to_unsigned, unpack_at
 from llmqat.scheme import QuantScheme
 
 
@@ -81,34 +82,35 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes ``(out, in)``, scale ``(out, groups)`` and zero point ``(out, groups)`` or None."""
-        codes, zero_point = ops.unpack_weight(
-            self.weight_packed, self.weight_scale, self.weight_zero_point, self.scheme, self.in_features
-        )
-        return codes, self.weight_scale, zero_point
+        packed = self.packed
+        return packed.unpack(), packed.scale, packed.unpack_zero_point()
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of the scale: the lookup of a tied embedding."""
+        check_index(index, self.packed)
         if native.supports(self.weight_scale, self.weight_scale, self.in_features):
-            return native.rows(index, *self.arguments())
+            return native.Layer(self.packed).rows(index)
         zero_point = self.weight_zero_point
         if zero_point is not None:
             zero_point = unpack_at(zero_point.T, self.scheme.bits, index).T
-        codes = from_unsigned(unpack_rows(self.weight_packed[index], self.scheme.bits, self.in_features), self.scheme)
-        return dequantize(codes, self.weight_scale[index], zero_point, self.scheme)
+        return dequantize(self.packed.unpack(index), self.weight_scale[index], zero_point, self.scheme)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What the operator takes after `x`; with static activations it takes them quantized already."""
-        own = self._buffers  # attributes of a module are found by a slow search
-        tensors = (own["weight_packed"], own["weight_scale"], own["weight_zero_point"], own["bias"])
-        act_bits = self.scheme.act_bits if own["input_scale"] is None else None
-        return (*tensors, self.scheme.bits, self.in_features, act_bits)
+    @property
+    def packed(self) -> Packed:
+        """The layer as the operator takes it; static activations are quantized before, by `forward`."""
+        own, scheme = self._buffers, self.scheme  # attributes of a module are found by a slow search
+        act_bits = scheme.act_bits if own["input_scale"] is None else None
+        codes, scale = own["weight_packed"], own["weight_scale"]
+        assert codes is not None
+        assert scale is not None
+        return Packed(codes, scale, own["weight_zero_point"], own["bias"], scheme.bits, self.in_features, act_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
         input_scale = self._buffers["input_scale"]
         if input_scale is not None:
             x = fake_quantize_static(x, input_scale)
-        y: Tensor = ops.packed_linear(x, *self.arguments())
+        y: Tensor = ops.packed_linear(x, self.packed)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

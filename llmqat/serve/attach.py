@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from llmqat.compat import unknown_transformers
 from llmqat.errors import LlmqatError
-from llmqat.kernels.native import use_huge_pages
+from llmqat.kernels.pages import use_huge_pages
 from llmqat.nn.context import check_inputs, position_limit
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear

@@ -67,7 +67,7 @@ def why_blocks_not_covered(stack: Any) -> str:
 
 def fits_shape(linear: PackedLinear, out_features: int) -> bool:
     """Whether the tensors of a packed layer have the sizes that the library reads, with `out_features` rows."""
-    bits, packed, scale, zero_point = linear.scheme.bits, *linear.arguments()[:3]
+    bits, packed, scale, zero_point = linear.scheme.bits, *linear.packed[:3]
     groups = scale.shape[1]
     return (
         packed.shape == (out_features, packed_width(linear.in_features, bits))
@@ -99,7 +99,7 @@ def _parts(layer: Any, family: Family, rows: list[list[int]]) -> Iterator[tuple[
 
 
 def _block(layer: Any, family: Family, rows: list[list[int]], rotary: int) -> Block:
-    linears = [part for parts, linear in _parts(layer, family, rows) for part in split_rows(linear.arguments(), parts)]
+    linears = [part for parts, linear in _parts(layer, family, rows) for part in split_rows(linear.packed, parts)]
     norms = {name: layer.get_submodule(path).weight.detach() for name, path in family.norms.items()}
     return Block(linears, norms, window_of(layer, family) or UNLIMITED, rotary)
 

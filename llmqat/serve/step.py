@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmqat.kernels import native
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.kernels.greedy import GreedyDecoder
+from llmqat.kernels.packed import Packed
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
@@ -19,25 +20,25 @@ from llmqat.serve.families import FAMILIES, cap_of
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 
-def _packed_head(module: Any) -> tuple[Any, ...] | None:
+def _packed_head(module: Any) -> Packed | None:
     """Kernel arguments of a packed output head; None if it is float, has hooks, or has an unsupported layout."""
     if not isinstance(module, PackedLinear) or module.input_scale is not None or _hooked(module):
         return None
     if not fits_shape(module, module.out_features):
         return None
     runs = native.supports(module.weight_scale, module.weight_scale, module.in_features)
-    return module.arguments() if runs else None
+    return module.packed if runs else None
 
 
-def _packed_rows(module: Any) -> tuple[Any, ...] | None:
+def _packed_rows(module: Any) -> Packed | None:
     """Kernel arguments of a packed embedding (the codes of the tied head), or None."""
     if not isinstance(module, PackedEmbedding) or module.embed_scale is not None or _hooked(module):
         return None
     head: Any = module.head()
-    return head.arguments() if native.supports(head.weight_scale, head.weight_scale, head.in_features) else None
+    return head.packed if native.supports(head.weight_scale, head.weight_scale, head.in_features) else None
 
 
-def _rows(module: Any, dtype: torch.dtype) -> tuple[Any, ...] | Tensor | None:
+def _rows(module: Any, dtype: torch.dtype) -> Packed | Tensor | None:
     """Kernel arguments of a packed embedding, or the float table, that looks up rows of `dtype`; None for others."""
     packed = _packed_rows(module)
     if packed is not None:
@@ -55,13 +56,13 @@ def _hooked(module: Any) -> bool:
 def _head(module: Any) -> Callable[[Tensor], Tensor]:
     """A function from contiguous hidden states to logits: the kernel itself where the head is packed."""
     packed = _packed_head(module)
-    return module if packed is None else native.Layer(*packed).linear
+    return module if packed is None else native.Layer(packed).linear
 
 
 def _embed(module: Any) -> Callable[[Tensor], Tensor]:
     """A function from token ids ``(n,)`` to embeddings: the kernel itself where the embedding is packed."""
     packed = _packed_rows(module)
-    return module if packed is None or packed[1].dtype != module.compute.dtype else native.Layer(*packed).rows
+    return module if packed is None or packed.scale.dtype != module.compute.dtype else native.Layer(packed).rows
 
 
 class Step:
@@ -115,8 +116,8 @@ class GreedyStep:
         head, embedding = _packed_head(model.lm_head), _rows(model.model.embed_tokens, step.decoder.dtype)
         if head is None or embedding is None or step.cap or not step.fixed:
             return None
-        rows = embedding if isinstance(embedding, Tensor) else embedding[0]
-        return cls(step, GreedyDecoder(step.decoder, embedding, head)) if len(rows) >= len(head[0]) else None
+        rows = embedding if isinstance(embedding, Tensor) else embedding.codes
+        return cls(step, GreedyDecoder(step.decoder, embedding, head)) if len(rows) >= len(head.codes) else None
 
     def __call__(self, token: int) -> int:
         """The token after `token`, which the cache then holds."""

@@ -116,8 +116,8 @@ def test_transformers_runs_static_activations(small_llama, tmp_path):
 def test_no_dense_weight_is_ever_made(trained, tmp_path, monkeypatch, overrides):
     model = trained(INT4, overrides=overrides)
     directory = save_packed(model, tmp_path)
-    for name in ("dequantize", "unpack_rows"):
-        monkeypatch.setattr(f"llmqat.kernels.ops.{name}", lambda *_: pytest.fail("loading made a dense weight"))
+    for function in ("ops.dequantize", "packed.unpack_rows"):
+        monkeypatch.setattr(f"llmqat.kernels.{function}", lambda *_: pytest.fail("loading made a dense weight"))
     loaded = load_packed(directory)
     assert [name for name, module in loaded.named_modules() if isinstance(module, nn.Linear)] == ["lm_head"]
     packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]

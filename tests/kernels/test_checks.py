@@ -4,7 +4,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.decoder import LINEARS, Block, CacheBuffers, NativeDecoder, Shape
 from llmqat.kernels.greedy import GreedyDecoder
+from llmqat.kernels.packed import Packed
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_ops import packed_layer
 
@@ -20,16 +20,16 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, ROOM = 64, 4, 2, 16
 SHAPE = Shape(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 1e-5, 0.0, 0.25, 0.0, 0)
 
 
-def layer(out: int, in_features: int) -> tuple[Any, ...]:
+def layer(out: int, in_features: int) -> Packed:
     packed, *_ = packed_layer(out, in_features, QuantScheme(4, 16))
-    return (*packed, None, 4, in_features, None)
+    return Packed(*packed, None, 4, in_features)
 
 
 @pytest.fixture
 def arguments():
     """A layer of 7 rows of 32 weights, its struct, input and output."""
     kept = layer(7, 32)
-    return kept, native.matrix(*kept), torch.randn(3, 32), torch.empty(3, 7)
+    return kept, native.matrix(kept), torch.randn(3, 32), torch.empty(3, 7)
 
 
 MATRICES = [
@@ -80,7 +80,7 @@ def test_calls_of_a_layer(arguments):
 def test_rows_that_a_matrix_does_not_have(arguments, number):
     kept, *_ = arguments
     with pytest.raises(LlmqatError, match=f"number of a row is {number}, the kernels take 0 to 6"):
-        native.rows(torch.tensor([0, number]), *kept)
+        native.Layer(kept).rows(torch.tensor([0, number]))
 
 
 def test_the_largest_of_no_values():
@@ -203,10 +203,11 @@ LIMITED = """
 import resource, sys, torch
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
+from llmqat.kernels.packed import Packed
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_ops import packed_layer
 packed, *_ = packed_layer(64, 512, QuantScheme(4, 128), torch.bfloat16)
-layer = native.Layer(*packed, None, 4, 512, None)
+layer = native.Layer(Packed(*packed, None, 4, 512))
 
 def limit(more):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

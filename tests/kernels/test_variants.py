@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmqat.kernels import native, ops
+from llmqat.kernels.packed import Packed
 from llmqat.quant.affine import dequantize, fake_quantize_activation, quantize_activation
 from llmqat.quant.packing import pack_rows, to_unsigned
 from llmqat.scheme import QuantScheme
@@ -47,7 +48,7 @@ def error_ratio(shape, bits, symmetric, stored, dtype, act_bits, tokens):
     exact = exact_product(x, w_hat, codes, zero_point, packed[1], act_bits) + bias.double()
     x_hat = x if act_bits is None else fake_quantize_activation(x)
     plain = torch.nn.functional.linear(x_hat, w_hat.to(dtype), bias.to(dtype)).double() - exact
-    y = ops.packed_linear(x, *packed, bias, bits, shape[1], act_bits)
+    y = ops.packed_linear(x, Packed(*packed, bias, bits, shape[1], act_bits))
     assert y.dtype == dtype
     return ((y.double() - exact).norm() / plain.norm()).item()
 
@@ -67,7 +68,9 @@ def test_rows_are_those_of_w_hat(isa, bits, symmetric, stored):
     for shape in SHAPES:
         packed, *_, w_hat = packed_layer(*shape[:2], QuantScheme(bits, shape[2], symmetric), stored)
         index = torch.tensor([shape[0] - 1, 0, 3, 3])
-        assert torch.equal(native.rows(index, *packed, None, bits, shape[1], None), w_hat[index].to(stored))
+        assert torch.equal(
+            native.Layer(Packed(*packed, None, bits, shape[1], None)).rows(index), w_hat[index].to(stored)
+        )
 
 
 COUNTS = (1, 7, 31, 64, 65, 500, 2048, 2049, 9000)  # of values: parts of a vector, and more than one chunk
@@ -130,7 +133,7 @@ def test_activations_round_as_in_training(isa, size, tokens):
     rows = [ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1)]
     x = torch.stack([torch.nn.functional.pad(rows[i % 3] * size / (1 + i // 3), (0, 42)) for i in range(tokens)])
     packed = pack_rows(to_unsigned(eye, scheme), 8)
-    y = ops.packed_linear(x, packed, torch.ones(300, 1), None, None, 8, 300, 8)
+    y = ops.packed_linear(x, Packed(packed, torch.ones(300, 1), None, None, 8, 300, 8))
     assert torch.equal(y, fake_quantize_activation(x))
 
 
@@ -143,7 +146,7 @@ def test_scales_of_all_sizes(isa, bits, symmetric):
     float32, bfloat16 = (torch.float32, 0.0), (torch.bfloat16, 2.0**-8)
     for tokens, (dtype, rounding) in ((1, float32), (2, float32), (9, float32), (1, bfloat16), (4, bfloat16)):
         x = torch.randn(tokens, 256).to(dtype)
-        y = ops.packed_linear(x, packed[0], scale, packed[2], None, bits, 256, None)
+        y = ops.packed_linear(x, Packed(packed[0], scale, packed[2], None, bits, 256, None))
         exact = x.double() @ w_hat.T
         bound = 1e-5 * (x.double().abs() @ w_hat.abs().T) + rounding * exact.abs()
         assert ((y.double() - exact).abs() <= bound).all(), (tokens, dtype)
@@ -159,7 +162,9 @@ def test_an_outlier_that_no_weight_reads(isa, bits, symmetric, size):
     for tokens in (1, 4):
         x = torch.randn(tokens, 256).bfloat16()
         x[:, 5] = size
-        y = ops.packed_linear(x, pack_rows(to_unsigned(codes, scheme), bits), *packed[1:], None, bits, 256, None)
+        y = ops.packed_linear(
+            x, Packed(pack_rows(to_unsigned(codes, scheme), bits), *packed[1:], None, bits, 256, None)
+        )
         exact = x.double() @ w_hat.T
         assert (y.double() - exact).norm() <= 2 * (exact.bfloat16().double() - exact).norm(), tokens
 
@@ -196,7 +201,7 @@ def test_unaligned_pointers_and_poisoned_outputs(isa, bits, symmetric, tokens, a
     scheme = QuantScheme(bits, 32, symmetric)
     packed, *_ = packed_layer(37, 96, scheme, torch.bfloat16)
     x = torch.randn(tokens, 96, dtype=torch.bfloat16)
-    expected = ops.packed_linear(x, *packed, None, bits, 96, act_bits)
+    expected = ops.packed_linear(x, Packed(*packed, None, bits, 96, act_bits))
 
     def shifted(tensor):
         if tensor is None:
@@ -206,7 +211,7 @@ def test_unaligned_pointers_and_poisoned_outputs(isa, bits, symmetric, tokens, a
 
     for _ in range(3):  # what the kernels keep between calls is freed as it grows, and handed out again
         torch.full((1 << 18,), float("nan"))
-    y = ops.packed_linear(shifted(x), *map(shifted, packed), None, bits, 96, act_bits)
+    y = ops.packed_linear(shifted(x), Packed(*map(shifted, packed), None, bits, 96, act_bits))
     assert torch.equal(y, expected)
 
 
@@ -216,15 +221,15 @@ def test_scratch_of_another_layer_does_not_leak(isa, bits, act_bits):
     wide, *_ = packed_layer(64, 512, QuantScheme(bits, 32), torch.float32)
     narrow, *_ = packed_layer(64, 64, QuantScheme(bits, 32), torch.float32)
     x = torch.randn(40, 512)
-    ops.packed_linear(x, wide[0], torch.full_like(wide[1], float("nan")), None, None, bits, 512, act_bits)
+    ops.packed_linear(x, Packed(wide[0], torch.full_like(wide[1], float("nan")), None, None, bits, 512, act_bits))
     for tokens in (1, 40):
-        y = ops.packed_linear(x[:tokens, :64].contiguous(), *narrow, None, bits, 64, act_bits)
+        y = ops.packed_linear(x[:tokens, :64].contiguous(), Packed(*narrow, None, bits, 64, act_bits))
         assert not y.isnan().any()
 
 
 def test_no_tokens(isa):
     packed, *_ = packed_layer(7, 32, QuantScheme(4, 16))
-    assert ops.packed_linear(torch.empty(2, 0, 32), *packed, None, 4, 32, 8).shape == (2, 0, 7)
+    assert ops.packed_linear(torch.empty(2, 0, 32), Packed(*packed, None, 4, 32, 8)).shape == (2, 0, 7)
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
@@ -235,7 +240,7 @@ def test_threads_do_not_change_the_result(isa, tokens, act_bits):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.packed_linear(x, *packed, None, 4, 256, act_bits))
+        results.append(ops.packed_linear(x, Packed(*packed, None, 4, 256, act_bits)))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from llmqat.kernels import ops
 from llmqat.nn.experts import SplitExperts, follow_routes, is_fused, record_routes
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
@@ -133,8 +134,8 @@ def test_packed_experts_run_the_operator_once_per_routed_expert(routed, monkeypa
         for name in ("gate_proj", "up_proj", "down_proj"):
             layer = FakeQuantLinear.from_linear(getattr(expert, name), QuantScheme(4, 16), torch.float32)
             setattr(expert, name, PackedLinear.from_fake_quant(layer))
-    original = torch.ops.llmqat.packed_linear
-    monkeypatch.setattr("llmqat.kernels.ops.packed_linear", lambda *a: calls.append(len(a[0])) or original(*a))
+    original = ops.packed_linear
+    monkeypatch.setattr(ops, "packed_linear", lambda *a: calls.append(len(a[0])) or original(*a))
     split(*routed)
     assert len(calls) == 3 * 4
     assert sum(calls) == 3 * 9 * TOP

@@ -107,3 +107,26 @@ def test_casting_the_model_keeps_the_storage_dtype(to):
 def test_indivisible_group():
     with pytest.raises(LlmqatError, match="group_size 16 does not divide in_features 40"):
         PackedLinear(40, 8, QuantScheme(4, 16), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+@pytest.mark.parametrize("ids", [[24], [0, -1], [10**9], [-(10**9)], [3, 5, 24]], ids=str)
+def test_rows_that_are_not_there(kernels, ids, monkeypatch):
+    """Native code would read beyond the matrix, and plain torch would count negative numbers from the end."""
+    if kernels == "reference":
+        monkeypatch.setattr("llmqat.kernels.native.supports", lambda *_: False)
+    packed = PackedLinear.from_fake_quant(trained(QuantScheme(4, 16, False), torch.bfloat16))
+    with pytest.raises(LlmqatError, match=r"row -?\d+ is out of range: the packed matrix has the rows 0 to 23; give"):
+        packed.rows(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_rows_by_integers_of_any_width(kernels, monkeypatch):
+    if kernels == "reference":
+        monkeypatch.setattr("llmqat.kernels.native.supports", lambda *_: False)
+    packed = PackedLinear.from_fake_quant(trained(QuantScheme(4, 16, False), torch.bfloat16))
+    expected = packed.rows(torch.tensor([3, 23, 0]))
+    assert torch.equal(packed.rows(torch.tensor([3, 23, 0], dtype=torch.int32)), expected)
+    assert packed.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 64)
+    with pytest.raises(LlmqatError, match="rows are looked up by integers, got float32"):
+        packed.rows(torch.tensor([1.0]))
