@@ -16,6 +16,7 @@ from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_apart, split_experts
+from llmqat.models.loading import storage_dtype_of
 from llmqat.models.planning import Overrides, checked_plan, scheme_of
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
@@ -87,7 +88,7 @@ def smooth(
             for index, block in enumerate(blocks_of(model, architecture))
             for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
         ]
-        return smooth_model(model, folds, batches, alpha, storage_dtype or model.dtype)
+        return smooth_model(model, folds, batches, alpha, storage_dtype or storage_dtype_of(model))
 
 
 def prepare(
@@ -116,7 +117,7 @@ def prepare(
         init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
         overrides: regular expression on layer names -> ``{"bits": 8}`` and the like, or ``"float"``.
-        storage_dtype: dtype of scales and float parts in the packed file; by default the model's.
+        storage_dtype: dtype of scales and float parts in the packed file; by default see `storage_dtype_of`.
         damp: GPTQ's damping, as a fraction of the mean diagonal of the Hessian.
         clip_mask: see `fake_quant_linear`.
         keep_float: GPTQ keeps its change apart, in the storage dtype, so that `FloatView` can run the float model.
@@ -139,7 +140,7 @@ def prepare(
     if init == "gptq":  # what it lacks is said before anything is replaced
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
-    put_on_grid(model, report.quantized, storage_dtype or model.dtype, clip_mask)
+    put_on_grid(model, report.quantized, storage_dtype or storage_dtype_of(model), clip_mask)
     if kv_bits is not None:
         quantize_kv(model, kv_bits)
     observe_activations(model, calibration or [], observer)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llmqat.errors import LlmqatError
+from llmqat.models.loading import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
 from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.embedding import FakeQuantEmbedding
@@ -63,6 +64,16 @@ def test_options_reach_the_layers(tiny_llama):
     model = tiny_llama()
     prepare(model, SCHEME, storage_dtype=torch.float16, clip_mask=True)
     assert {(m.storage_dtype, m.clip_mask) for _, m, _ in quantized_layers(model)} == {(torch.float16, True)}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_scales_are_stored_in_the_dtype_of_the_files(tiny_llama, tmp_path, stored):
+    """A model is loaded in float32 to be trained, and packed as it was stored."""
+    tiny_llama().to(stored).save_pretrained(tmp_path)
+    model = load_float(str(tmp_path), torch.float32)
+    prepare(model, SCHEME)
+    assert model.dtype == torch.float32
+    assert {on_grid.layer.storage_dtype for on_grid in quantized_layers(model)} == {stored}
 
 
 def test_overrides_change_layers_and_later_ones_win(tiny_llama):
