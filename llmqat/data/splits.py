@@ -87,6 +87,7 @@ def _cut_characters(texts: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 def _cut_at(texts: Sequence[str], position: int, slack: int) -> tuple[list[str], list[str]]:
     """Texts before and behind a position in all of them, moved by up to `slack` characters to the border of a text."""
+    slack = min(slack, position - 1, sum(map(len, texts)) - position - 1)  # neither side is left without a character
     index, start = 0, 0
     while index < len(texts) and start + len(texts[index]) <= position:
         start += len(texts[index])

@@ -36,6 +36,11 @@ def test_texts_stay_documents():
     assert [*corpus.train, *corpus.validation, *corpus.test] == texts
 
 
+def test_borders_never_leave_a_split_empty():
+    corpus = hold_out(["0" * 10, "0" * 10, "0" * 17, "", "000"])
+    assert sizes(corpus) == [37, 1, 2]
+
+
 def test_one_long_text_among_many_short_ones():
     corpus = hold_out([words(100_000, 0), *(words(3, seed) for seed in range(60))])
     assert all(part >= 0.02 * sum(sizes(corpus)) for part in sizes(corpus))
