@@ -22,7 +22,7 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def replacing(directory: Path, seal: str = "", owned: Sequence[str] = ()) -> Iterator[Path]:
+def replacing(directory: Path, seal: str = "", owned: Sequence[str] = (), first: str = "") -> Iterator[Path]:
     """A scratch directory whose files replace those of the same name in `directory` once the ``with`` ends well.
 
     Each file appears whole under its final name or not at all; what fails inside leaves `directory` as it was. A
@@ -32,7 +32,8 @@ def replacing(directory: Path, seal: str = "", owned: Sequence[str] = ()) -> Ite
         directory: made where it is missing.
         seal: name of the file without which the others do not count: it goes first and comes last, so that a directory
             that has one is whole.
-        owned: patterns of files that belong to what is written: those of an earlier write go.
+        owned: patterns of files that belong to what is written: those of an earlier write go. Read at the end.
+        first: name of the file that says whose the others are: it comes before them.
 
     Raises:
         LlmqatError: if `directory` cannot be written, or the disk is full.
@@ -44,7 +45,7 @@ def replacing(directory: Path, seal: str = "", owned: Sequence[str] = ()) -> Ite
         raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
     try:
         yield scratch
-        _publish(scratch, directory, seal, owned)
+        _publish(scratch, directory, seal, owned, first)
     except Exception as error:
         problem = storage_problem(error)
         if problem is None:
@@ -72,7 +73,7 @@ def make_directory(directory: Path) -> list[Path]:
     return missing[::-1]
 
 
-def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str]) -> None:
+def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str], first: str) -> None:
     """Rename what is in `scratch` into `directory`; only once all of it is on the disk."""
     names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
     for name in names:
@@ -83,7 +84,7 @@ def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str]) ->
     for path in [path for pattern in owned for path in directory.glob(pattern)]:
         if path.relative_to(directory) not in names:
             path.unlink(missing_ok=True)
-    for name in sorted(names, key=lambda name: name == Path(seal)):
+    for name in sorted(names, key=lambda name: (name == Path(seal), name != Path(first))):
         (directory / name).parent.mkdir(exist_ok=True)
         os.replace(scratch / name, directory / name)
     sync(directory)

@@ -162,12 +162,14 @@ def run_verify(args: argparse.Namespace) -> None:
 
     check = verify(args.model, logits=not args.no_logits)
     print(
-        f"layers           {check.layers}\ncodes equal      {check.codes_equal}\nscales equal     {check.scales_equal}"
+        f"layers           {check.layers}\ncodes equal      {check.codes_equal}\n"
+        f"scales equal     {check.scales_equal}\nfiles equal      {not check.changed}"
     )
     if check.max_logit_error is not None:
         print(f"max logit error  {check.max_logit_error:.3e}\nbound            {check.bound:.3e}")
     if not check.ok:
-        where = f": {', '.join(check.mismatched[:5])}" if check.mismatched else " in its logits"
+        differs = [*check.mismatched, *check.changed]
+        where = f": {', '.join(differs[:5])}" if differs else " in its logits"
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
 
 

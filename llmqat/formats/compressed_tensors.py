@@ -79,6 +79,8 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
     group_size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
     if by_block:
         group_size = weights["block_structure"][0]
+    if type(group_size) is not int or type(weights["num_bits"]) is not int or type(weights["symmetric"]) is not bool:
+        raise ValueError(f"num_bits, group_size or symmetric of {weights}")
     return QuantScheme(
         weights["num_bits"],
         group_size,
@@ -161,10 +163,16 @@ def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str,
             f"quantization {config.get('quant_method')!r} in format {config.get('format')!r} is not {METHOD} {FORMAT}; "
             "load this directory with transformers"
         )
-    groups = [(group["targets"], scheme_from_args(group)) for group in config["config_groups"].values()]
+    try:
+        groups = [(list(group["targets"]), scheme_from_args(group)) for group in config["config_groups"].values()]
+    except LlmqatError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise LlmqatError(f"quantization_config in config.json is damaged: {lacks}; write the model again") from error
     result = {}
     for name in packed_layers:
-        matching = [scheme for targets, scheme in groups if any(_matches(target, name) for target in targets)]
+        matching = [scheme for targets, scheme in groups if any(_matches(str(target), name) for target in targets)]
         if not matching:
             raise LlmqatError(
                 f"layer {name} is packed but no config group targets it; config.json and weights do not belong together"
@@ -175,5 +183,10 @@ def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str,
 
 def _matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
+        try:
+            return re.match(target[3:], name) is not None
+        except re.error as error:
+            raise LlmqatError(
+                f"quantization_config in config.json is damaged: target {target!r}: {error}; write the model again"
+            ) from error
     return target in (LINEAR, CONV1D, name)

@@ -11,7 +11,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import generation_config, local_directory, weight_files
+from llmqat.formats.reader import generation_config, local_directory
+from llmqat.formats.weights import weight_files
 from llmqat.models.loading import load_config, load_empty, resolve_name
 
 

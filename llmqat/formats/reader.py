@@ -1,32 +1,23 @@
 """Load a packed directory onto `PackedLinear`, without ever making a dense weight."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
-from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY, schemes_of
-from llmqat.formats.conv1d import turn_back
-from llmqat.formats.writer import INDEX, WEIGHTS
-from llmqat.models.experts import module_name, split_experts
-from llmqat.models.foreign import ForeignError, from_pretrained
-from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
+from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY
+from llmqat.formats.conv1d import from_conv1d_layout
+from llmqat.formats.skeleton import own_name, skeleton
+from llmqat.formats.weights import AGAIN, read_tensors, tensor_headers
+from llmqat.models.experts import module_name
+from llmqat.models.foreign import ForeignError, from_pretrained, short
 from llmqat.nn.kv_cache import quantize_kv
-from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.scheme import QuantScheme
 from llmqat.serve.attach import attach
-
-PACKED = ".weight_packed"
 
 
 def local_directory(name: str | Path) -> Path:
@@ -61,48 +52,28 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise LlmqatError(f"{directory} has no readable config.json; is it a model directory?") from error
     except json.JSONDecodeError as error:
         raise LlmqatError(f"{path} is damaged ({error.msg} in line {error.lineno}); write the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise LlmqatError(f"{path} is damaged ({short(error)}); write the model again") from error
+    if not isinstance(config, dict):
+        raise LlmqatError(f"{path} is damaged (no mapping); write the model again")
     return config
 
 
 def is_packed(directory: Path) -> bool:
     """Whether a directory holds a model packed by compressed-tensors."""
-    return bool(_quantization(directory).get("quant_method") == METHOD)
+    return bool(quantization_of(directory).get("quant_method") == METHOD)
 
 
-def _quantization(directory: Path) -> dict[str, Any]:
-    return read_config(directory).get("quantization_config") or {}
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, in order.
+def quantization_of(directory: Path) -> dict[str, Any]:
+    """The `quantization_config` of config.json; empty if there is none.
 
     Raises:
-        LlmqatError: if there are none, or some are missing.
+        LlmqatError: see `read_config`; or if it is no mapping.
     """
-    index = directory / INDEX
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LlmqatError(f"{index} is damaged; copy it again, or write the model again") from error
-    for name in names:
-        if not (directory / name).exists():
-            raise LlmqatError(f"{directory} lacks {name}; copy the directory again, or write the model again")
-    return [directory / name for name in names]
-
-
-def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model, one at a time.
-
-    Raises:
-        LlmqatError: if a file is missing or truncated.
-    """
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise LlmqatError(f"{path} is damaged ({error}); copy it again, or write the model again") from error
+    quantization: Any = read_config(directory).get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise LlmqatError(f"{directory / 'config.json'}: quantization_config is no mapping; {AGAIN}")
+    return quantization
 
 
 def load_packed(
@@ -128,27 +99,11 @@ def load_packed(
         LlmqatError: if the directory is incomplete or damaged, or of a format llmqat does not run.
     """
     directory = local_directory(name)
-    quantization = _quantization(directory)
-    config, model_class = _architecture(directory)
-    stored: torch.dtype = config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype or stored)
-        split_experts(model)
-    tensors = {module_name(model, name): tensor for name, tensor in read_tensors(directory)}
-    schemes = schemes_of(quantization, [key.removesuffix(PACKED) for key in tensors if key.endswith(PACKED)])
-    tie_packed_head(model, tensors, schemes)
-    modules = dict(model.named_modules())
-    for layer, scheme in schemes.items():
-        old = modules.get(layer)
-        if not isinstance(old, LINEAR_LAYERS) or f"{layer}.weight_scale" not in tensors:
-            linear = isinstance(old, LINEAR_LAYERS)
-            what = f"lacks {layer}.weight_scale" if linear else f"packs {layer}, which is no linear layer"
-            raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")
-        model.set_submodule(layer, _empty_packed(old, layer, scheme, tensors))
-    _fill(model, tensors, set(schemes), dtype or stored, directory)
+    model = skeleton(directory, quantization_of(directory), tensor_headers(directory), dtype)
+    _fill(model, directory)
     if (directory / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    kv_bits = getattr(config, OWN_KEY, {}).get(KV_BITS_KEY)
+        model.generation_config = generation_config(directory)
+    kv_bits = kv_bits_in(directory)
     if kv_bits is not None:
         quantize_kv(model, kv_bits)
     model.to(device)  # type: ignore[arg-type]
@@ -156,73 +111,55 @@ def load_packed(
     return attach(model, activations, native)
 
 
-def _architecture(directory: Path) -> tuple[Any, Any]:
-    """The config without its quantization, and the class of transformers that it names.
+def _fill(model: PreTrainedModel, directory: Path) -> None:
+    """Assign the tensors of the file, whose headers were checked, float parts in the dtype of `model`.
 
     Raises:
-        LlmqatError: if either is unknown to the installed transformers.
+        LlmqatError: if a scale is not finite, or a layer says another shape than its codes have.
     """
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        model_class = getattr(transformers, config.architectures[0])
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # unknown model type, or none or no known class
-        raise LlmqatError(
-            f"cannot use {directory / 'config.json'}: {' '.join(str(error).split())}; its model_type or "
-            "architectures are unknown to this transformers"
-        ) from error
-    config.__dict__.pop("quantization_config", None)
-    return config, model_class
-
-
-def tie_packed_head(model: PreTrainedModel, tensors: dict[str, Tensor], schemes: dict[str, QuantScheme]) -> None:
-    """Where the file packs the embedding of a model with a tied head: give codes and scheme to the head, in place, and
-    let the embedding look up its rows."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    name = names[id(embedding)]
-    if name not in schemes or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    assert isinstance(embedding, nn.Embedding)
-    schemes[names[id(head)]] = schemes.pop(name)
-    for key in [key for key in tensors if key.startswith(f"{name}.")]:
-        tensors[names[id(head)] + key.removeprefix(name)] = tensors.pop(key)
-    scale = embed_scale_of(embedding)
-    model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings, model.dtype, embedding.padding_idx, scale))
-    model._tied_weights_keys = {}  # no weight is left for `tie_weights`, which other libraries call, to tie
-
-
-def _empty_packed(old: nn.Module, layer: str, scheme: QuantScheme, tensors: dict[str, Tensor]) -> PackedLinear:
-    """A packed layer for the place of `old`, on meta; tensors that lie as ``(in, out)`` are turned in place."""
-    out_features, in_features = linear_shape(old)
-    if is_transposed(old):
-        stored = {key.removeprefix(f"{layer}."): key for key in tensors if key.startswith(f"{layer}.")}
-        turned = turn_back({own: tensors[key] for own, key in stored.items()}, scheme.bits, out_features)
-        tensors.update({stored[own]: tensor for own, tensor in turned.items()})
-        if scheme.group_size >= in_features:  # the longest row's length: one group per row
-            scheme = replace(scheme, group_size=-1)
-    storage_dtype = tensors[f"{layer}.weight_scale"].dtype
-    return PackedLinear(in_features, out_features, scheme, storage_dtype, old.bias is not None, "meta")
-
-
-def _fill(
-    model: PreTrainedModel, tensors: dict[str, Tensor], packed: set[str], dtype: torch.dtype, directory: Path
-) -> None:
-    """Assign tensors by name, float parts in `dtype`, and tie what is tied."""
-    state = {}
-    for key, tensor in tensors.items():
-        float_part = tensor.is_floating_point() and key.rsplit(".", 1)[0] not in packed
-        state[key] = tensor.to(dtype) if float_part else tensor
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise LlmqatError(
-            f"{directory}: tensors do not fit config.json: {str(error).splitlines()[-1].strip()}"
-        ) from error
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    paths = {id(module): name for name, module in model.named_modules()}
+    looked_up, head = paths[id(model.get_input_embeddings())], paths.get(id(model.get_output_embeddings()), "")
+    state: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(directory):
+        key = module_name(model, name)
+        key = own_name(key, looked_up, head) if looked_up not in layers and head in layers else key
+        float_part = tensor.is_floating_point() and key.rpartition(".")[0] not in layers
+        state[key] = tensor.to(model.dtype) if float_part else tensor
+    for name, layer in layers.items():
+        own = {key.removeprefix(f"{name}."): key for key in state if key.startswith(f"{name}.")}
+        tensors = {part: state[key] for part, key in own.items()}
+        if layer.stored_transposed:
+            tensors = from_conv1d_layout(tensors, layer.scheme.bits, layer.out_features)
+        _check_values(name, layer, tensors, directory)
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors.items()})
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    lost = [key for key in missing if model.state_dict()[key].is_meta]
-    if lost or unexpected:
-        what = f"lacks {', '.join(lost[:3])}" if lost else f"holds unknown tensors {', '.join(unexpected[:3])}"
-        raise LlmqatError(f"{directory} {what}; its weights and config.json do not belong together")
+
+
+def _check_values(name: str, layer: PackedLinear, tensors: dict[str, Tensor], directory: Path) -> None:
+    """What the header of a tensor cannot say: scales are numbers, and the stored shape is that of the layer."""
+    if tensors["weight_shape"].tolist() != [layer.out_features, layer.in_features]:
+        raise LlmqatError(
+            f"{directory}: {name}.weight_shape is {tensors['weight_shape'].tolist()}, and the layer is "
+            f"{[layer.out_features, layer.in_features]}; {AGAIN}"
+        )
+    for part in ("weight_scale", "input_scale", "bias"):
+        if part in tensors and not tensors[part].isfinite().all():
+            raise LlmqatError(f"{directory}: {name}.{part} holds numbers that are not finite; {AGAIN}")
+
+
+def kv_bits_in(directory: Path) -> int | None:
+    """Bits of the cache that config.json asks for; None for a float one.
+
+    Raises:
+        LlmqatError: if it is no number.
+    """
+    own = read_config(directory).get(OWN_KEY) or {}
+    bits = own.get(KV_BITS_KEY) if isinstance(own, dict) else own
+    if bits is not None and type(bits) is not int:
+        raise LlmqatError(f"{directory / 'config.json'}: {OWN_KEY} says {own!r}, and not {{'kv_bits': 8}}; {AGAIN}")
+    return bits
 
 
 def generation_config(directory: Path) -> Any:

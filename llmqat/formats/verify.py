@@ -1,6 +1,7 @@
 """Prove that a packed directory holds what was trained, and that it runs as what was trained."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
+from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
+from llmqat.formats.weights import read_tensors
+from llmqat.formats.writer import packed_state
 from llmqat.models.float_view import disable_quantizers
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
@@ -34,6 +38,8 @@ class Verification:
         mismatched: layers where one of the two does not hold.
         max_logit_error: largest difference of the packed model's float32 logits from a float64 run of the same grid.
         bound: twice that of plain torch in float32 on the dequantized weights. None, like the error, if not measured.
+        changed: names of tensors that are not those of training, and of files that are not as they were written, are
+            missing, or were added where a model's files are read.
     """
 
     layers: int
@@ -42,20 +48,23 @@ class Verification:
     mismatched: tuple[str, ...]
     max_logit_error: float | None
     bound: float | None
+    changed: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether everything that was checked holds."""
         logits = self.max_logit_error is None or self.bound is None or self.max_logit_error <= self.bound
-        return self.codes_equal and self.scales_equal and logits
+        return self.codes_equal and self.scales_equal and logits and not self.changed
 
 
 def verify(directory: str | Path, against: nn.Module | None = None, logits: bool = True) -> Verification:
     """Compare a packed directory with the trained model, or with the fingerprint that training left.
 
+    Every tensor counts, with its name, dtype and shape, and every byte of every file that was written with the model.
+
     Args:
         directory: packed model.
-        against: the trained model itself; without it, the hashes of its codes and scales in ``fingerprint.json``.
+        against: the trained model itself; without it, the hashes in ``fingerprint.json``.
         logits: also run the model; takes memory for a dense float64 copy.
 
     Returns:
@@ -65,21 +74,51 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
         LlmqatError: if the directory is damaged, or holds no fingerprint and `against` is not given.
     """
     directory = local_directory(directory)
-    expected = fingerprint.read(directory) if against is None else fingerprint.fingerprint(against)
+    written = None if against is not None and not fingerprint.exists(directory) else fingerprint.read(directory)
+    if against is not None:
+        layers, tensors = fingerprint.fingerprint(against), fingerprint.tensor_hashes(packed_state(against))
+    else:
+        assert written is not None
+        layers, tensors = written.layers, written.tensors
+    changed = {*changed_tensors(directory, tensors), *(changed_files(directory, written.files) if written else ())}
     model = load_packed(directory, torch.float32)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    grids = {name: module.unpack() for name, module in layers.items()}
-    codes_wrong, scales_wrong = set(expected) ^ set(grids), set(expected) ^ set(grids)
-    for name in set(expected) & set(grids):
-        codes, scale, zero_point = map(fingerprint.sha256, grids[name])
-        if (codes, zero_point) != (expected[name]["codes"], expected[name]["zero_point"]):
-            codes_wrong.add(name)
-        input_scale = fingerprint.sha256(layers[name].input_scale)
-        if (scale, input_scale) != (expected[name]["scale"], expected[name].get("input_scale")):
-            scales_wrong.add(name)
+    codes_wrong, scales_wrong, count = compare_layers(model, layers)
     error, bound = logit_error(model) if logits else (None, None)
     mismatched = tuple(sorted(codes_wrong | scales_wrong))
-    return Verification(len(grids), not codes_wrong, not scales_wrong, mismatched, error, bound)
+    return Verification(count, not codes_wrong, not scales_wrong, mismatched, error, bound, tuple(sorted(changed)))
+
+
+def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
+    """Layers of a packed `model` whose codes, and those whose scales are not the `expected` ones; how many it has."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    codes_wrong, scales_wrong = set(expected) ^ set(layers), set(expected) ^ set(layers)
+    for name in set(expected) & set(layers):
+        codes, scale, zero_point = map(fingerprint.sha256, layers[name].unpack())
+        if (codes, zero_point) != (expected[name].get("codes"), expected[name].get("zero_point")):
+            codes_wrong.add(name)
+        input_scale = fingerprint.sha256(layers[name].input_scale)
+        if (scale, input_scale) != (expected[name].get("scale"), expected[name].get("input_scale")):
+            scales_wrong.add(name)
+    return codes_wrong, scales_wrong, len(layers)
+
+
+def changed_tensors(directory: Path, expected: dict[str, str]) -> Iterator[str]:
+    """Names of tensors that are missing, that were added, or whose dtype, shape or bytes are not as `expected`."""
+    missing = set(expected)
+    for name, tensor in read_tensors(directory):
+        missing.discard(name)
+        if fingerprint.tensor_hashes({name: tensor})[name] != expected.get(name):
+            yield name
+    yield from missing
+
+
+def changed_files(directory: Path, expected: dict[str, str]) -> Iterator[str]:
+    """Names of files that are missing or not as they were written, and of others that would be read with the model."""
+    for name, digest in expected.items():
+        path = directory / name
+        if not path.is_file() or fingerprint.sha256_of_file(path) != digest:
+            yield name
+    yield from unlisted_files(directory, expected)
 
 
 def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

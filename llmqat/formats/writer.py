@@ -17,16 +17,17 @@ from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
-from llmqat.formats.conv1d import turn
+from llmqat.formats.conv1d import to_conv1d_layout
+from llmqat.formats.directory import SEAL, check_own, model_files, stale_files
+from llmqat.formats.readback import read_back
+from llmqat.formats.weights import INDEX
 from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.models.ties import possible_ties, set_tied, shared_ties
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
-# The file that makes a directory a model, and those that belong to a model and go with it.
-SEAL, OWNED = "config.json", ("model*.safetensors", INDEX)
 
 
 def storage_dtype(model: torch.nn.Module) -> torch.dtype:
@@ -51,29 +52,36 @@ def tied_head(model: torch.nn.Module) -> dict[str, str]:
     return {names[id(head)]: names[id(embedding)]}
 
 
+def tied_tensors(model: torch.nn.Module) -> set[str]:
+    """Names of tensors that readers find under the name they are tied to: all that the family ties, if each of them is
+    one tensor with that in this model, else none, and the config says so."""
+    root = plain_model(model)
+    shared = possible_ties(root) if tied_head(model) else shared_ties(root)
+    return set(shared) if shared.keys() == possible_ties(root).keys() else set()
+
+
 def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of the packed file by their names there: codes and scales of layers on the grid, everything else in the
     storage dtype.
 
-    A tied tensor appears once, under its first name: a quantized matrix, too, under that of the embedding. Only names
-    that start with `prefix` are looked at, and tensors on the meta device are not there.
+    A tied tensor appears once, under the name it is tied to: a quantized matrix, too, under that of the embedding. Only
+    names that start with `prefix` are looked at, and tensors on the meta device are not there.
     """
     dtype = storage_dtype(model)
     on_grid = {layer.name: layer for layer in quantized_layers(model)}
     layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own.layer.weight.is_meta}
     lookups = tied_head(model)
     state: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
+    elsewhere = tied_tensors(model)
     for name, tensor in plain_model(model).state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key in seen or tensor.is_meta or not name.startswith(prefix) or _inside(name, [*on_grid, *lookups.values()]):
+        if name in elsewhere or not name.startswith(prefix) or _inside(name, [*on_grid, *lookups.values()]):
             continue
-        seen.add(key)
-        state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+        if not tensor.is_meta:
+            state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
     for name, own in layers.items():
         tensors, name = own.pack().state_dict(), lookups.get(name, name)
         if own.layer.transposed:
-            tensors = turn(tensors, own.layer.scheme.bits)
+            tensors = to_conv1d_layout(tensors, own.layer.scheme.bits)
         state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()})
     root = plain_model(model)
     return {file_name(root, name): tensor for name, tensor in state.items()}
@@ -90,6 +98,8 @@ def packed_config(model: torch.nn.Module) -> Any:
     config = copy.deepcopy(root.config)
     config.architectures = [type(root).__name__]
     config.dtype = storage_dtype(model)
+    if possible_ties(root):
+        set_tied(config, bool(tied_tensors(model)))
     config.quantization_config = config_of(schemes, [*ignored, *tied], tied.values(), transposed)
     kv_bits = kv_bits_of(root)
     if kv_bits is not None:
@@ -117,14 +127,17 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
     """
     directory = Path(directory)
     check_ranges(model)
+    check_own(directory)
     state = packed_state(model)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
-    with replacing(directory, seal=SEAL, owned=OWNED) as scratch:
+    stale: list[str] = []
+    with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
         for filename, names in shards.filename_to_tensors.items():
             save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:
             write_index(scratch, shards.metadata, shards.tensor_to_filename)
-        write_companions(model, scratch, tokenizer, fingerprint.fingerprint(model))
+        hashes = fingerprint.fingerprint(model), fingerprint.tensor_hashes(state)
+        stale += finish_model(model, scratch, directory, tokenizer, hashes)
     return directory
 
 
@@ -138,14 +151,34 @@ def write_index(directory: Path, metadata: dict[str, Any], weight_map: dict[str,
     (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
 
 
-def write_companions(
-    model: torch.nn.Module, directory: Path, tokenizer: Any, layers: dict[str, dict[str, str | None]]
-) -> None:
-    """Write what stands beside the weights: configs, tokenizer, and the fingerprint of `layers`."""
-    packed_config(model).save_pretrained(directory)
+def finish_model(
+    model: torch.nn.Module,
+    scratch: Path,
+    directory: Path,
+    tokenizer: Any,
+    hashes: tuple[fingerprint.Layers, dict[str, str]],
+) -> list[str]:
+    """Write what stands beside the weights in `scratch` (configs, tokenizer, fingerprint), and read all of it back.
+
+    Args:
+        model: whose weights they are.
+        scratch: the new files.
+        directory: where they will go.
+        tokenizer: saved beside the weights, unless it is None.
+        hashes: of layers and of tensors, for the fingerprint.
+
+    Returns:
+        names of the files in `directory` that are of an earlier model and have to go.
+
+    Raises:
+        LlmqatError: if the model could not be loaded again, or `directory` holds files of a model that is not llmqat's.
+    """
+    packed_config(model).save_pretrained(scratch)
     generation_config = getattr(plain_model(model), "generation_config", None)
     if generation_config is not None:
-        generation_config.save_pretrained(directory)
+        generation_config.save_pretrained(scratch)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    fingerprint.write(directory, layers)
+        tokenizer.save_pretrained(scratch)
+    fingerprint.write(scratch, *hashes)
+    read_back(scratch)
+    return stale_files(directory, model_files(scratch))

@@ -1,7 +1,7 @@
 """Which layers of a model are quantized, how, and why not the rest: before anything is changed."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from math import gcd
 from typing import Any
@@ -21,6 +21,7 @@ from llmqat.models.coverage import (
     total_parameters,
 )
 from llmqat.models.experts import check_experts, expert_layers, fused_shapes, splits
+from llmqat.models.replaceable import check_merged, obstacles
 from llmqat.nn.embedding import embed_scale_of
 from llmqat.nn.experts import is_fused
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
@@ -63,24 +64,27 @@ def plan(
     """Which linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
 
     Raises:
-        LlmqatError: if an override is malformed, matches no layer, or gives experts or `Conv1D` layers several schemes,
-            or `lm_head_bits` finds no head it can quantize.
+        LlmqatError: if adapters are not merged, an override is malformed, matches no layer, or gives experts or
+            `Conv1D` layers several schemes, or `lm_head_bits` finds no head it can quantize.
     """
+    check_merged(model)
     overrides = overrides or {}
     found = list(_candidates(model))
     check_overrides(overrides, [name for name, _, _ in found])
     check_head(model, lm_head_bits)
     head, layers, outside = model.get_output_embeddings(), [], outside_blocks(model)
+    blocked = obstacles(model)
     for name, shape, module in found:
         role = "" if module is not head else TIED_HEAD if is_tied(model) else HEAD
         reason, grid = float_reason(model, name, module, outside), scheme
         if role and lm_head_bits is not None:
             reason, grid = "", replace(scheme, bits=lm_head_bits)
+        reason = reason or blocked.get(name, "")
         own = None if reason else scheme_of(name, grid, overrides)
         layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role=role))
     check_experts(layers)
     check_transposed(model, layers)
-    return CoverageReport(tuple(layers), total_parameters(model), *block_parameters(model))
+    return CoverageReport(tuple(layers), total_parameters(model), *block_parameters(model, blocked))
 
 
 def checked_plan(
@@ -103,13 +107,14 @@ def checked_plan(
     return report
 
 
-def block_parameters(model: PreTrainedModel) -> tuple[int, dict[str, int]]:
-    """Parameters of the blocks, and the sizes of those of them that are no weight of a layer that can be quantized."""
+def block_parameters(model: PreTrainedModel, blocked: Collection[str] = ()) -> tuple[int, dict[str, int]]:
+    """Parameters of the blocks, and the sizes of those of them that are no weight of a layer that can be quantized;
+    those of `blocked` layers cannot."""
     outside = outside_blocks(model)
     in_blocks = {name: p.numel() for name, p in model.named_parameters() if not outside(name)}
     covered = set()
     for path, module in model.named_modules():
-        if isinstance(module, LINEAR_LAYERS):
+        if isinstance(module, LINEAR_LAYERS) and path not in blocked:
             covered.add(f"{path}.weight")
         elif is_fused(module) and splits(model):
             covered.update(name for name, parameter in module.named_parameters(path) if parameter.ndim == 3)

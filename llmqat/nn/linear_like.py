@@ -1,5 +1,7 @@
 """What counts as a linear layer: `nn.Linear`, and GPT-2's `Conv1D`, which keeps its weight as ``(in, out)``."""
 
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,5 +15,6 @@ def is_transposed(layer: nn.Module | None) -> bool:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """``(out, in)`` of one of `LINEAR_LAYERS`."""
-    rows, columns = layer.get_parameter("weight").shape
+    weight: Any = layer.weight  # no Parameter where it is computed from others
+    rows, columns = weight.shape
     return (columns, rows) if is_transposed(layer) else (rows, columns)

@@ -26,6 +26,7 @@ class PackedLinear(nn.Module):
         weight_shape: int64, ``[out, in]``.
         bias: ``(out,)`` or None.
         input_scale: ``(1,)``, of static int8 activations, or None.
+        stored_transposed: whether the file holds it in the layout of `Conv1D` (llmqat/formats/conv1d.py).
         trained_scheme: what it was trained with, where it runs another one (llmqat/serve/activations.py).
     """
 
@@ -36,6 +37,7 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     trained_scheme: QuantScheme | None = None
+    stored_transposed: bool = False
 
     def __init__(
         self,

@@ -15,8 +15,9 @@ from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
+from llmqat.formats.directory import SEAL
 from llmqat.formats.partial import PartialModel
-from llmqat.formats.writer import OWNED, SEAL, packed_state, save_shard, write_companions, write_index
+from llmqat.formats.writer import finish_model, packed_state, save_shard, write_index
 from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.experts import splits
@@ -68,9 +69,10 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     report = checked_plan(source.model, recipe.scheme(), recipe.quant.overrides, min_coverage=recipe.quant.min_coverage)
     tokenizer = load_tokenizer(recipe.model)
     batches = calibration(recipe, tokenizer) if calibrates(recipe, report) else []
-    with replacing(directory, seal=SEAL, owned=(*OWNED, *REPORT_FILES)) as scratch:
-        layers = Streaming(source, report, recipe.init.damp, scratch).run(batches)
-        write_companions(source.model, scratch, tokenizer, layers)
+    stale = list(REPORT_FILES)
+    with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
+        hashes = Streaming(source, report, recipe.init.damp, scratch).run(batches)
+        stale += finish_model(source.model, scratch, directory, tokenizer, hashes)
         (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
     forget_earlier(directory)
     say(report.summary())
@@ -89,9 +91,10 @@ class Streaming:
         self.path = blocks_path(source.model, architecture)
         self.weight_map: dict[str, str] = {}
         self.total_size = 0
-        self.layers: dict[str, dict[str, str | None]] = {}
+        self.layers: fingerprint.Layers = {}
+        self.tensors: dict[str, str] = {}
 
-    def run(self, batches: list[Tensor]) -> dict[str, dict[str, str | None]]:
+    def run(self, batches: list[Tensor]) -> tuple[fingerprint.Layers, dict[str, str]]:
         """Quantize and write all blocks, with GPTQ if there are calibration `batches`; returns their fingerprint."""
         count = len(self.blocks)
         self.source.read(f"{self.path}.", outside=True)
@@ -104,7 +107,7 @@ class Streaming:
             block.to("meta")
         self.write("", count + 1, count + 1)
         write_index(self.scratch, {"total_size": self.total_size}, self.weight_map)
-        return self.layers
+        return self.layers, self.tensors
 
     def quantize(self, block: nn.Module, prefix: str, inputs: BlockInputs | None) -> None:
         """Put one block on its grid."""
@@ -121,4 +124,5 @@ class Streaming:
         filename = f"model-{number:05}-of-{count:05}.safetensors"
         save_shard(state, self.scratch / filename)
         self.weight_map |= dict.fromkeys(state, filename)
+        self.tensors |= fingerprint.tensor_hashes(state)
         self.total_size += sum(tensor.nbytes for tensor in state.values())

@@ -14,7 +14,8 @@ from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import dense_copy, verify
 from llmqat.formats.writer import save_packed
 from llmqat.metrics.throughput import weight_bytes
-from llmqat.models.patcher import plan, prepare, quantized_layers, round_float_parts
+from llmqat.models.patcher import prepare, quantized_layers, round_float_parts
+from llmqat.models.planning import plan
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme

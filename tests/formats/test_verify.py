@@ -1,4 +1,6 @@
 import json
+import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -96,9 +98,9 @@ def test_a_missing_layer_is_found(packed, trained, tmp_path, side):
     if side == "file":
         check = verify(save_packed(fewer, tmp_path / "fewer"), against=model, logits=False)
     else:
-        layers = fingerprint.read(directory)
-        del layers[LAYER]
-        fingerprint.write(directory, layers)
+        written = fingerprint.read(directory)
+        del written.layers[LAYER]
+        fingerprint.write(directory, written.layers, written.tensors)
         check = verify(directory, logits=False)
     assert (check.ok, check.codes_equal, check.scales_equal) == (False, False, False)
     assert LAYER in check.mismatched
@@ -114,7 +116,9 @@ def test_no_fingerprint(packed):
     assert verify(directory, against=model).ok
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"format": 2}', '{"format": 2, "layers": {}, "tensors": {}, "files": {}}']
+)
 def test_damaged_fingerprint(packed, content):
     (packed[1] / fingerprint.NAME).write_text(content)
     with pytest.raises(LlmqatError, match=r"fingerprint\.json is damaged"):
@@ -124,7 +128,7 @@ def test_damaged_fingerprint(packed, content):
 def test_fingerprint_is_of_bytes(packed):
     model, directory = packed
     layers = json.loads((directory / fingerprint.NAME).read_text())["layers"]
-    assert layers == fingerprint.fingerprint(model) == fingerprint.read(directory)
+    assert layers == fingerprint.fingerprint(model) == fingerprint.read(directory).layers
     assert fingerprint.sha256(None) is None
     assert fingerprint.sha256(torch.tensor([1.0])) != fingerprint.sha256(torch.tensor([1]))
     assert fingerprint.sha256(torch.tensor([0.0])) != fingerprint.sha256(torch.tensor([-0.0]))
@@ -141,3 +145,49 @@ def test_a_wrong_kernel_is_found(packed, monkeypatch):
     assert check.scales_equal
     assert check.max_logit_error > check.bound
     assert not check.ok
+
+
+def test_a_fingerprint_of_an_earlier_version(packed):
+    """It proves codes and scales alone; the trained model still proves the rest."""
+    model, directory = packed
+    (directory / fingerprint.NAME).write_text(json.dumps({"format": 1, "layers": {}}, indent=1))
+    with pytest.raises(LlmqatError, match=r"is of an earlier llmqat, which left out embeddings, norms and configs"):
+        verify(directory)
+    assert verify(directory, against=model, logits=False).ok
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_the_smallest_change_of_a_float_part_is_found(packed, name):
+    model, directory = packed
+    edit(directory, name, lambda tensor: tensor.view(torch.int16).flatten()[3:4].add_(1))
+    for against in (None, model):
+        check = verify(directory, against, logits=False)
+        assert not check.ok
+        assert check.codes_equal
+        assert check.scales_equal
+        assert set(check.changed) == {"model.safetensors", name}
+
+
+def test_every_byte_counts(trained, tmp_path, tokenizer):
+    """One bit anywhere in any file that was written: `ok` is False, or the damage is named."""
+    generator = random.Random(0)
+    directory = save_packed(trained(QuantScheme(4, 16), torch.bfloat16), tmp_path, tokenizer)
+    for path in sorted(directory.iterdir()):
+        raw = path.read_bytes()
+        for place in [0, len(raw) - 1, *(generator.randrange(len(raw)) for _ in range(4))]:
+            changed = bytearray(raw)
+            changed[place] ^= 1 << generator.randrange(8)
+            path.write_bytes(changed)
+            with suppress(LlmqatError):  # which names the damage, in place of a result
+                assert not verify(directory, logits=False).ok, (path.name, place)
+        path.write_bytes(raw)
+    assert verify(directory, logits=False).ok
+
+
+def test_a_file_that_was_added_or_is_missing(trained, tmp_path, tokenizer):
+    directory = save_packed(trained(QuantScheme(4, 16), torch.bfloat16), tmp_path, tokenizer)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "notes.txt").write_text("mine")
+    (directory / "tokenizer_config.json").unlink()
+    check = verify(directory, logits=False)
+    assert (check.ok, check.changed) == (False, ("chat_template.jinja", "tokenizer_config.json"))

@@ -1,0 +1,165 @@
+"""Which linear layers another module can take the place of: those that are called, and whose weight nobody else reads.
+
+A layer on its grid has the weight of its forward nowhere but in its forward. A parent that reads `weight` itself
+(Mamba's `dt_proj`) would go on with the float weight in training, and find none in a packed model.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmqat.errors import LlmqatError
+from llmqat.nn.linear_like import LINEAR_LAYERS
+from llmqat.nn.lora import LoraFakeQuantLinear
+
+PROBE_TOKENS = 4
+PARTS = ("weight", "bias")
+READ = "its parent reads its weight"
+
+
+def check_merged(model: nn.Module) -> None:
+    """Adapters of peft that llmqat did not put into a quantizer have to be merged before anything is quantized.
+
+    Raises:
+        LlmqatError: naming the first ones.
+    """
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraFakeQuantLinear)
+    ]
+    if adapted:
+        raise LlmqatError(
+            f"this model has adapters of peft that are not merged ({', '.join(adapted[:3])}); call merge_and_unload() "
+            "of the PeftModel first, and add_lora after prepare if they are to train on"
+        )
+
+
+def obstacles(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers that no other module can take the place of, by name, with the reason."""
+    linear: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LINEAR_LAYERS)}
+    found = {name: reason for name, module in linear.items() if (reason := _own_reason(module))}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found |= {name: "a module of several names" for name, module in linear.items() if len(names[id(module)]) > 1}
+    read = _read_in_a_forward(model, linear)
+    if read is None:
+        read = set(_read_in_source(model))
+    return {**{name: READ for name in linear if name in read}, **found}
+
+
+def _own_reason(module: nn.Module) -> str:
+    """Why a layer is more than its weight and bias; empty if it is not."""
+    kind = type(module)
+    if is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is computed from other parameters"
+    if kind.forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in module.__dict__:
+        return f"a {kind.__name__} with a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, which would be lost"
+    return ""
+
+
+def _read_in_a_forward(model: PreTrainedModel, linear: dict[str, nn.Module]) -> set[str] | None:
+    """Layers whose weight or bias is read by others while a few tokens run; None if the model cannot run them."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    names = {id(module): name for name, module in linear.items()}
+    training = {module: module.training for module in model.modules()}
+    seen: set[str] = set()
+    try:
+        with watched(list(linear.values()), lambda module: seen.add(names[id(module)])), torch.no_grad():
+            model.eval()
+            ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(1, model.config.vocab_size)
+            model(input_ids=ids)
+    except Exception:  # it wants other inputs than tokens; its source is looked at instead
+        return None
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return seen
+
+
+@contextmanager
+def watched(modules: list[nn.Module], tell: Any) -> Iterator[None]:
+    """Inside the ``with``, ``tell(module)`` is called when a weight or bias of one of `modules` is read from outside of
+    its own forward."""
+    kinds = {id(module): type(module) for module in modules}
+    made: dict[type, type] = {}
+    running: set[int] = set()
+    try:
+        for module in modules:
+            kind = type(module)
+            made[kind] = made.get(kind) or _watching(kind, running, tell)
+            module.__class__ = made[kind]
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = kinds[id(module)]
+
+
+def _watching(kind: type, running: set[int], tell: Any) -> type:
+    def read(self: nn.Module, name: str) -> Any:
+        if name in PARTS and id(self) not in running:
+            tell(self)
+        return kind.__getattr__(self, name)  # type: ignore[attr-defined]
+
+    def forward(self: nn.Module, *args: Any, **options: Any) -> Any:
+        running.add(id(self))
+        try:
+            return kind.forward(self, *args, **options)  # type: ignore[attr-defined]
+        finally:
+            running.discard(id(self))
+
+    return type(kind.__name__, (kind,), {"__getattr__": read, "forward": forward, "__module__": kind.__module__})
+
+
+def _read_in_source(model: PreTrainedModel) -> Iterator[str]:
+    """Layers whose weight or bias the source of a parent's methods reads: ``self.dt_proj.weight``."""
+    known: dict[type, set[str]] = {}
+    for prefix, module in model.named_modules():
+        kind = type(module)
+        known[kind] = known[kind] if kind in known else set(_paths_read(kind))
+        for path in known[kind]:
+            try:
+                child = module.get_submodule(path)
+            except AttributeError:
+                continue
+            if isinstance(child, LINEAR_LAYERS):
+                yield f"{prefix}.{path}" if prefix else path
+
+
+def _paths_read(kind: type) -> Iterator[str]:
+    """Paths below ``self`` whose weight or bias a method of `kind` reads, other than those that make and fill it."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or not issubclass(base, nn.Module):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "_init_weights"):
+                yield from (path for node in ast.walk(method) if (path := _path_of(node)))
+
+
+def _path_of(node: ast.AST) -> str:
+    """``a.b`` of an expression ``self.a.b.weight``; empty for any other."""
+    if not isinstance(node, ast.Attribute) or node.attr not in PARTS:
+        return ""
+    parts, inner = [], node.value
+    while isinstance(inner, ast.Attribute):
+        parts.append(inner.attr)
+        inner = inner.value
+    return ".".join(reversed(parts)) if isinstance(inner, ast.Name) and inner.id == "self" else ""
