@@ -122,7 +122,8 @@ def tie_packed_head(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): name for name, module in model.named_modules()}
     name, target = paths.get(id(embedding)), paths.get(id(head))
-    if name not in schemes or target is None or _stored(names, f"{target}.weight"):
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if name not in schemes or target is None or not tied or _stored(names, f"{target}.weight"):
         return names, schemes
     assert isinstance(embedding, nn.Embedding)
     assert name is not None
