@@ -198,3 +198,44 @@ def test_scoreboard_shows_in_a_notebook_and_on_a_terminal(tiny_llama):
             f"{results['rtn'].kl_to_float:.5f}",
         ):
             assert part in text
+
+
+def test_silent_modes_are_refused(tiny_llama, tokens):
+    """What would train everything, or teach by something else than the float model."""
+
+    def train(model, **kwargs):
+        return llmqat.finetune(model, IDS[:14], IDS[14:], **{**OPTIONS, "max_steps": 1, **kwargs})
+
+    def prepared(**kwargs):
+        model = tiny_llama()
+        llmqat.prepare(model, QuantScheme(4, 32), **kwargs)
+        return model
+
+    with pytest.raises(LlmqatError, match=r"this model has none that train; call model = llmqat\.add_lora\(model\)"):
+        train(prepared(), mode="lora")
+    calibrated = {"init": "gptq", "calibration": tokens}
+    lost = r"is no longer inside this one, .*; prepare it with keep_float=True, or give the float model as teacher"
+    for teacher in ("self", llmqat.FloatView):
+        model = prepared(**calibrated)
+        with pytest.raises(LlmqatError, match=lost):
+            train(model, mode="scales", teacher=teacher if teacher == "self" else teacher(model))
+    model = prepared(**calibrated, keep_float=True)
+    train(model, mode="scales", teacher="self")
+    with pytest.raises(LlmqatError, match="mode='full' trains the weights that teacher='self' would teach from"):
+        train(model, mode="full", teacher="self")
+    with pytest.raises(LlmqatError, match=r"teacher must be a model, .* got the model that trains"):
+        train(model, mode="scales", teacher=model)
+    train(model, mode="full")
+    with pytest.raises(LlmqatError, match=lost):
+        train(model, mode="scales", teacher="self")
+
+
+def test_the_old_spelling_of_options(tiny_llama):
+    def train(**kwargs):
+        model = tiny_llama()
+        llmqat.prepare(model, QuantScheme(4, 32))
+        return llmqat.finetune(model, IDS[:14], IDS[14:], **kwargs).losses
+
+    with pytest.warns(DeprecationWarning, match=r"finetune\(options=.*\) is now finetune\(\.\.\., max_steps=100"):
+        old = train(options={**OPTIONS, "max_steps": 2}, seed=3)
+    assert old == train(**{**OPTIONS, "max_steps": 2}, seed=3)

@@ -165,3 +165,63 @@ def test_low_memory_does_not_resume(model_dir, text_file, tmp_path, call, capsys
     argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out"]
     assert call([*argv, "--low-memory", "--resume"]) == 1
     assert "--low-memory keeps nothing to go on from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "4"], ["--clip-mask"], ["--control"], ["--tracker", "wandb"]])
+def test_quantize_refuses_what_it_cannot_honour(flags, capsys, call):
+    assert call(["quantize", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"llmqat quantize: {flags[0]} has no meaning here: quantize does not train; llmqat finetune")
+    call(["quantize", "--help"])
+    assert flags[0] not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "abc", "RANK must be a whole number, got 'abc'; unset it, or launch by accelerate or torchrun"),
+        ("WORLD_SIZE", "-1", "WORLD_SIZE must be a whole number, got '-1'"),
+        ("LOCAL_RANK", "", "LOCAL_RANK must be a whole number, got ''"),
+        ("MASTER_PORT", "9" * 5000, "MASTER_PORT must be a whole number, got '9999"),
+    ],
+)
+def test_an_environment_that_no_launcher_made(name, value, message, monkeypatch, capsys, call):
+    monkeypatch.setenv(name, value)
+    assert call(["recipes"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert len(line) < 300
+
+
+def test_a_process_beyond_their_number(monkeypatch, capsys, call):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(["recipes"]) == 2
+    assert "this process has index 2 of 2, by the environment; launch by accelerate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["abc", "", "-5", "9" * 5000, "0", "١٢"])
+def test_any_width_of_the_terminal(columns, monkeypatch, capsys, call):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert call(["quantize", "--help"]) == 0
+    assert "--bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspect", "--override", "x:bits=" + "9" * 5000], "cannot read --override"),
+        (["generate", "llama", "--prompt", "x", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
+        (["generate", "llama", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["generate", "llama", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),
+        (["eval", "llama", "--max-rows", "0"], "--max-rows must be at least 1, got 0"),
+        (["inspect", "--seed", "9" * 30], "seed must be at most"),
+        (["inspect", "--model", "a\0b"], "model must not hold control characters"),
+        (["inspect", "--seed", "9" * 5000], "--seed: invalid int value"),
+    ],
+)
+def test_values_beyond_their_limits(argv, message, capsys, call):
+    assert call(argv) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert len(line) < 700

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.partial import PartialModel
+from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.pipeline.low_memory import quantize_by_block
 from llmqat.pipeline.run import run
@@ -181,3 +182,43 @@ def test_low_memory_on_the_command_line(call, model_dir, text_file, quantize_fla
     assert call(["verify", tmp_path / "out"]) == 0
     assert call([*flags, "--output", tmp_path / "out"]) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_nothing_of_an_earlier_model_stays(saved, small_recipe, tmp_path):
+    """transformers takes model.safetensors where there is one, llmqat the index: both must load the same model."""
+    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.method": "rtn"}
+    out = tmp_path / "out"
+    run(small_recipe(out, {**changes, "train.mode": "lora"}))
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(LlmqatError, match="is not empty"):
+        quantize_by_block(small_recipe(out, changes))
+    quantize_by_block(small_recipe(out, {**changes, "quant.bits": 8}), overwrite=True)
+    names = {path.name for path in out.iterdir()}
+    assert not names & {"model.safetensors", "report.json", "report.html", "details.json", "README.md", "checkpoint"}
+    assert "adapter" not in names
+    assert (out / "notes.txt").read_text() == "mine"
+    ids = torch.arange(20).view(1, -1)
+    with torch.no_grad():
+        ours = load_packed(out, torch.float32)(input_ids=ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=ids).logits
+    assert (ours - theirs).abs().max() < 0.05 * ours.abs().max()  # transformers dequantizes in bfloat16
+
+
+def test_the_same_calibration_data(saved, small_recipe, text_file, tmp_path):
+    """Also from a dataset of its own, and for a recipe that trains on more text than calibration looks at."""
+    calibration = tmp_path / "other.txt"
+    calibration.write_text(text_file.read_text()[::-1])
+    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4}
+    changes |= {"data.calibration": str(calibration), "train.max_steps": 1_000_000}
+    run(small_recipe(tmp_path / "ordinary", changes), train=False)
+    quantize_by_block(small_recipe(tmp_path / "streamed", changes))
+    expected, got = tensors(tmp_path / "ordinary"), tensors(tmp_path / "streamed")
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+def test_one_process(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        LlmqatError, match="--low-memory runs in one process, and there are 2; start it without launcher"
+    ):
+        quantize_by_block(small_recipe(tmp_path / "out"))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmqat.cli import main
@@ -346,3 +346,63 @@ def test_overwrite_starts_afresh(go, finished, tmp_path):
     assert verify(directory).ok
     assert (directory / "notes.txt").read_text() == "mine"
     assert not (directory / "adapter").exists(), "an adapter of the earlier run does not belong to this model"
+
+
+def changed(directory, name):
+    """What a run reads, changed: its dataset, its calibration data, its weights, its tokenizer."""
+    if name in ("data.txt", "calibration.txt"):
+        path = directory / name
+        path.write_text(path.read_text().replace("value", "eulav"))
+    elif name == "weights":
+        path = directory / "model" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"][3] += 0.5
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        path = directory / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages }}"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("data.txt", "test tokens"),
+        ("calibration.txt", "calibration tokens"),
+        ("weights", "float weights"),
+        ("tokenizer", "rules of the tokenizer"),
+    ],
+)
+def test_changed_inputs_are_not_resumed(go, model_dir, text_file, tmp_path, name, what):
+    shutil.copytree(model_dir, tmp_path / "model")
+    for text in ("data.txt", "calibration.txt"):
+        shutil.copy(text_file, tmp_path / text)
+    changes = {"model": str(tmp_path / "model"), "data.dataset": str(tmp_path / "data.txt")}
+    changes |= {"data.calibration": str(tmp_path / "calibration.txt")}
+    done = go(changes, train=False)
+    before = listing(done.directory)
+    changed(tmp_path, name)
+    with pytest.raises(LlmqatError, match=f"the {what} are not those that the run in .* began with; give it the same"):
+        go(changes, train=False, resume=True)
+    assert listing(done.directory) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "measured.json", "inputs.json"])
+def test_what_a_resume_reads_is_checked(finished, tmp_path, capsys, name):
+    """A flipped bit, a truncated and a missing file: one line, and nothing is touched."""
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    path, whole = directory / "checkpoint" / name, (finished / "checkpoint" / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1 << 2
+    for content in (bytes(flipped), whole[: len(whole) // 2], b"", None):
+        if content is None:
+            path.unlink()
+            if name == "checkpoint.pt":
+                break  # as a run that was killed before training
+        else:
+            path.write_bytes(content)
+        before = listing(directory)
+        assert main(["finetune", "--output", str(directory), "--resume"]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "start again with --overwrite" in error
+        assert "unexpected" not in error
+        assert listing(directory) == before
