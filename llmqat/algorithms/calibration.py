@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.gptq import gptq
+from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -246,6 +246,7 @@ def output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
 def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, damp: float, keep_float: bool, name: str) -> LayerError:
     """Put GPTQ's grid and latents in place, if `seen` is enough; report the error against round-to-nearest."""
     weight, scheme, H = layer.weight.detach(), layer.scheme, seen.H
+    check_hessian(H, name)
     s, z = choose_scale(weight, scheme, layer.storage_dtype)
     rtn = output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
     if not seen.enough:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.quant.affine import choose_scale, code_values, dequantize, grouped
+from llmqat.quant.affine import check_weight, choose_scale, code_values, dequantize, grouped
 from llmqat.scheme import QuantScheme
 
 SHRINK_GRID = tuple(1 - i / 40 for i in range(24))
@@ -73,6 +73,18 @@ def search_scale(
     return scale, zero_point
 
 
+def check_hessian(hessian: Tensor, layer: str) -> None:
+    """Refuse what calibration inputs that are not finite have summed up to.
+
+    Raises:
+        LlmqatError: if the Hessian holds NaN or infinity.
+    """
+    if not torch.isfinite(hessian).all():
+        raise LlmqatError(
+            f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype"
+        )
+
+
 def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
     """Upper Cholesky factor ``U`` of ``(H + damp * mean(diag H) * I)^-1``.
 
@@ -123,14 +135,12 @@ def gptq(
         layer: name for messages.
 
     Raises:
-        LlmqatError: if H holds a non-finite value or cannot be inverted.
+        LlmqatError: if the weight or H holds a non-finite value, or H cannot be inverted.
     """
+    check_weight(weight, scheme, storage_dtype, layer)
     W = weight.detach().float()
     H = hessian.float().clone()
-    if not torch.isfinite(H).all():
-        raise LlmqatError(
-            f"the calibration inputs of {layer} hold NaN or infinity; check the float model and its dtype"
-        )
+    check_hessian(H, layer)
     dead = H.diagonal() == 0
     # Nothing to compensate with or for: the column keeps its round-to-nearest code. In the unit of H, or it would drown
     # the damping of the others.

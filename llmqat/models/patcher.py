@@ -24,6 +24,7 @@ from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.quant.affine import check_weight
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 from llmqat.serve.int8_cache import serve_int8_kv
@@ -155,6 +156,10 @@ def put_on_grid(
     """Put a `FakeQuantLinear` with round-to-nearest scales, stored in `dtype`, in the place of each of `layers`; an
     embedding tied to one looks up its rows."""
     split_experts(model)
+    layers = list(layers)
+    for layer in layers:  # all of them before the first one is replaced
+        assert layer.scheme is not None
+        check_weight(model.get_submodule(layer.name).get_parameter("weight"), layer.scheme, dtype, layer.name)
     for layer in layers:
         linear = model.get_submodule(layer.name)
         assert layer.scheme is not None

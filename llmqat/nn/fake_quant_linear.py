@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.linear_like import is_transposed
-from llmqat.quant.affine import choose_scale, fake_quantize_activation, store
+from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_activation, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
@@ -130,6 +130,7 @@ class FakeQuantLinear(nn.Module):
         module = cls(weight, bias, scheme, storage_dtype, clip_mask)
         module.transposed = is_transposed(linear)
         if not weight.is_meta:
+            check_weight(weight, scheme, storage_dtype, "a linear layer")
             module.set_grid(*choose_scale(weight.detach(), scheme, storage_dtype))
         return module.train(linear.training)
 

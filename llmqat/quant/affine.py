@@ -8,9 +8,12 @@ the dtype of the scale*, the dtype it is stored in: ``codes - zero_point`` is ex
 product is rounded once, and every reader of the file that multiplies in the file's dtype gets the same bits.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from llmqat.errors import LlmqatError
 from llmqat.scheme import QuantScheme
 
 # A group of zeros among ordinary weights still needs a scale: this fraction of the largest weight of the tensor.
@@ -23,13 +26,52 @@ def grouped(tensor: Tensor, scheme: QuantScheme) -> Tensor:
     return groups
 
 
+def smallest_scale(storage_dtype: torch.dtype) -> float:
+    """The smallest positive number of a dtype that float32 holds as a normal one: float16 goes on below its own normal
+    numbers, to 6e-8; float32 and bfloat16 end at 1.2e-38, because processors may take smaller ones for zero."""
+    info = torch.finfo(storage_dtype)
+    return max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+
+
+def check_weight(weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype, name: str) -> None:
+    """Refuse a weight that the grid cannot hold; one on the meta device is not looked at.
+
+    Raises:
+        LlmqatError: if it holds NaN or infinity, or values too large or too small for the storage dtype.
+    """
+    if weight.is_meta or not weight.numel():
+        return
+    low, high = (float(end) for end in weight.detach().aminmax())
+    largest, dtype = max(-low, high), str(storage_dtype).removeprefix("torch.")
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise LlmqatError(f"the weight of {name} holds NaN or infinity; copy the model again, or keep the layer float")
+    # A grid reaches beyond the largest weight: by its own rounding, and by half a step where zero points are rounded.
+    limit = torch.finfo(storage_dtype).max / (1.01 if scheme.symmetric else 1.5)
+    if largest > limit:
+        raise LlmqatError(
+            f"the weight of {name} reaches {largest:.3g}, the grid holds {limit:.3g} in {dtype}; store the model in "
+            "bfloat16 (storage_dtype=torch.bfloat16), or keep the layer float with an override"
+        )
+    if 0 < largest < smallest_scale(storage_dtype):
+        raise LlmqatError(
+            f"the weight of {name} reaches {largest:.3g} only, less than the smallest scale in {dtype}, "
+            f"{smallest_scale(storage_dtype):.3g}; store the model in bfloat16 (storage_dtype=torch.bfloat16), or keep "
+            "the layer float with an override"
+        )
+
+
 def store(scale: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """`scale` kept at least `floor` away from zero (its sign survives) and rounded to its storage dtype."""
-    tiny = torch.finfo(dtype).tiny
-    magnitude = scale.abs().clamp(min=tiny).maximum(torch.as_tensor(floor, dtype=scale.dtype, device=scale.device))
-    return (
-        torch.where(scale < 0, -magnitude, magnitude).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    )
+    """`scale` kept at least `floor` away from zero (its sign survives) and rounded to its storage dtype.
+
+    Below the normal numbers of the dtype, where neighbours lie far apart, away from zero: a smaller scale would clip.
+    """
+    smallest, normal = smallest_scale(dtype), torch.finfo(dtype).smallest_normal
+    magnitude = scale.abs().clamp(min=smallest)
+    magnitude = magnitude.maximum(torch.as_tensor(floor, dtype=scale.dtype, device=scale.device))
+    if smallest < normal:
+        magnitude = torch.where(magnitude < normal, (magnitude / smallest).ceil() * smallest, magnitude)
+    signed = torch.where(scale < 0, -magnitude, magnitude)
+    return signed.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
 def scale_floor(weight: Tensor) -> Tensor:
@@ -39,7 +81,7 @@ def scale_floor(weight: Tensor) -> Tensor:
 
 
 def choose_scale(
-    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, shrink: float = 1.0, flip: bool = False
+    weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype, shrink: float = 1.0, flip: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of round-to-nearest: the range of each group, times `shrink`.
 
@@ -48,16 +90,16 @@ def choose_scale(
     the range from the least to the greatest entry, widened to hold zero.
 
     Returns:
-        scale ``(out, groups)`` in `dtype`; zero_point ``(out, groups)`` float32 holding integers, or None.
+        scale ``(out, groups)`` in `storage_dtype`; zero_point ``(out, groups)`` float32 holding integers, or None.
     """
     w = grouped(weight.float(), scheme)
     floor = scale_floor(weight)
     if scheme.symmetric:
         extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
         sign = -1.0 if flip else 1.0
-        return store(extreme * (sign * shrink / scheme.qmin), floor, dtype), None
+        return store(extreme * (sign * shrink / scheme.qmin), floor, storage_dtype), None
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    scale = store((high - low) * (shrink / scheme.qmax), floor, dtype)
+    scale = store((high - low) * (shrink / scheme.qmax), floor, storage_dtype)
     zero_point = (-shrink * low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
     return scale, zero_point
 

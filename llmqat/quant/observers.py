@@ -37,11 +37,19 @@ def initial_state(kind: str) -> Tensor:
 
 @torch.no_grad()
 def observe(kind: str, state: Tensor, x: Tensor) -> Tensor:
-    """The state after a batch `x` of any shape; an expert may get an empty one."""
+    """The state after a batch `x` of any shape; an expert may get an empty one.
+
+    Raises:
+        LlmqatError: if `x` holds NaN or infinity.
+    """
     if not x.numel():
         return state
     magnitudes = x.detach().abs().flatten()
     largest = magnitudes.amax().to(torch.float64)
+    if not torch.isfinite(largest):
+        raise LlmqatError(
+            "the inputs of a layer with static activations hold NaN or infinity; check the float model and its dtype"
+        )
     if kind == "minmax":
         return torch.maximum(state, largest)
     if kind == "moving_average":

@@ -181,3 +181,10 @@ def test_a_latent_that_would_round_elsewhere_goes_to_the_middle_of_its_code(symm
     latent = middle + torch.tensor([[0.2, 0.3]])  # 0.4 and 0.6 of a code away
     anchored = module._anchor(latent, codes, scale, zero_point, scheme)
     torch.testing.assert_close(anchored, torch.stack([latent[:, 0], middle[:, 1]], 1))
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    weight = torch.randn(4, 32)
+    weight[1, 2] = float("nan")
+    with pytest.raises(LlmqatError, match="the weight of block 0 q_proj holds NaN or infinity"):
+        gptq(weight, torch.eye(32), QuantScheme(4, 16), torch.float32, layer="block 0 q_proj")

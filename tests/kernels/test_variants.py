@@ -270,3 +270,17 @@ def greedy(model):
 def test_greedy_tokens_are_those_of_the_reference(isa, bundled):
     model, expected = bundled
     assert torch.equal(greedy(model), expected)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_scales_below_the_normal_numbers_of_float16(isa, bits, symmetric, act_bits):
+    """Those of small weights: processors differ in what they make of them."""
+    packed, *_ = packed_layer(33, 64, QuantScheme(bits, 16, symmetric), torch.float16)
+    scale = (packed[1].float() * 1e-5).half()
+    assert scale.abs().max() < torch.finfo(torch.float16).smallest_normal
+    layer = Packed(packed[0], scale, packed[2], None, bits, 64, act_bits)
+    for dtype in DTYPES:
+        x = torch.randn(5, 64).to(dtype)
+        expected = ops.reference(x, layer).double()
+        error = (ops.packed_linear(x, layer).double() - expected).norm() / expected.norm()
+        assert error <= 4 * torch.finfo(dtype).eps, dtype

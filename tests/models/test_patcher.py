@@ -314,3 +314,14 @@ def test_gptq_fits_a_narrow_head_to_the_final_hidden_states(tiny_llama, tokens, 
     assert torch.equal(model.lm_head.weight, before) == keep_float
     report = prepare(tiny_llama(), SCHEME, init="gptq", calibration=tokens, lm_head_bits=8)
     assert "output head" not in report.errors, "at 8 bits there is nothing to gain"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("init", ["rtn", "gptq"])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_llama, tokens, value, init):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(LlmqatError, match=r"weight of model.layers.1.mlp.up_proj holds NaN or infinity; copy the"):
+        prepare(model, SCHEME, init=init, calibration=tokens if init == "gptq" else None)
+    assert not quantized_layers(model), "a refusal changes nothing"

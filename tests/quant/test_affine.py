@@ -4,6 +4,7 @@ import torch
 from llmqat.errors import LlmqatError
 from llmqat.quant.affine import (
     RELATIVE_SCALE_FLOOR,
+    check_weight,
     choose_scale,
     dequantize,
     fake_quantize_activation,
@@ -161,3 +162,53 @@ def test_activations_per_token(dtype):
     rounding = torch.finfo(dtype).eps * x.abs().to(torch.float64)
     assert ((x_hat.double() - x.double()).abs() <= 0.5001 * step + rounding).all()
     assert torch.equal(fake_quantize_activation(x[:1]), x_hat[:1]), "a token does not depend on its batch"
+
+
+@pytest.mark.parametrize("std", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_small_weights_keep_their_accuracy_in_float16(std, bits, symmetric):
+    """Scales of small weights lie below the normal numbers of float16, which goes on to 6e-8."""
+    weight, scheme = torch.randn(64, 128) * std, QuantScheme(bits, 32, symmetric)
+    error = {dtype: (round_trip(weight, scheme, dtype)[3].float() - weight).norm() for dtype in DTYPES}
+    assert error[torch.float16] <= 1.5 * error[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tensor_of_zeros_stays_one(scheme, dtype):
+    check_weight(torch.zeros(4, 32), scheme, dtype, "zeros")
+    scale, _, _, w_hat = round_trip(torch.zeros(4, 32), scheme, dtype)
+    assert torch.equal(w_hat.float(), torch.zeros(4, 32))
+    assert (scale != 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_weights_that_are_not_finite_are_refused(scheme, value, dtype):
+    weight = torch.randn(4, 32, dtype=dtype)
+    weight[2, 7] = value
+    with pytest.raises(LlmqatError, match=r"the weight of model.q_proj holds NaN or infinity; copy the model again"):
+        check_weight(weight, scheme, torch.bfloat16, "model.q_proj")
+
+
+def test_weights_beyond_the_storage_dtype_are_refused(scheme):
+    """Their grid would end in infinity, or in codes of zero, without a word."""
+    weight = torch.randn(4, 32)
+    for factor, message in ((1e6, "reaches .*, the grid holds .* in float16; store"), (1e-9, "reaches .* only, less")):
+        scaled = weight * factor
+        with pytest.raises(LlmqatError, match=rf"the weight of a {message}"):
+            check_weight(scaled, scheme, torch.float16, "a")
+        check_weight(scaled, scheme, torch.bfloat16, "a")
+    with pytest.raises(LlmqatError, match=r"less than the smallest scale in bfloat16, 1.18e-38; store"):
+        check_weight(weight * 1e-40, scheme, torch.bfloat16, "a")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_largest_weights_that_are_taken_stay_finite(bits, symmetric):
+    scheme, limit = QuantScheme(bits, 16, symmetric), 65504 / (1.01 if symmetric else 1.5)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = (torch.rand(8, 64) * 2 - 1) * limit
+        check_weight(weight, scheme, torch.float16, "a")
+        assert torch.isfinite(round_trip(weight, scheme, torch.float16)[3]).all()

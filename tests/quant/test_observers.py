@@ -79,3 +79,10 @@ def test_a_histogram_is_the_same_however_the_data_is_cut(kind, batches):
 def test_unknown_observer():
     with pytest.raises(LlmqatError, match="no observer 'max'; choose one of minmax, moving_average, percentile, mse"):
         initial_state("max")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", OBSERVERS)
+def test_inputs_that_are_not_finite_are_refused(kind, value):
+    with pytest.raises(LlmqatError, match="inputs of a layer with static activations hold NaN or infinity; check"):
+        observe(kind, initial_state(kind), torch.tensor([1.0, value]))
