@@ -8,7 +8,7 @@ from typing import Any
 from llmqat.cli.flags import check_fields, recipe_from
 from llmqat.cli.parser import EVAL_DATA_FIELDS
 from llmqat.cli.recipes import bundled_recipes, bundled_scripts, command_of, find_recipe
-from llmqat.config import DataConfig, EvalConfig
+from llmqat.config import DataConfig, EvalConfig, TrainConfig
 from llmqat.config.options import NO_LIMITS, check_value
 from llmqat.errors import LlmqatError
 
@@ -27,7 +27,10 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
 def run_quantize(args: argparse.Namespace) -> None:
     """`llmqat quantize`."""
     from llmqat.pipeline.low_memory import quantize_by_block
+    from llmqat.progress import say
 
+    if args.recipe and args.parsed_recipe.train != TrainConfig():
+        say(f"quantize does not train: the train section of {args.recipe} says nothing here")
     if not args.low_memory:
         run_finetune(args, train=False)
         return

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.config import EvalConfig
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts, is_fused
 from llmqat.nn.packed_linear import PackedLinear
@@ -112,7 +113,12 @@ def _once(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     return prefill, clock.times[-1] - clock.times[1]
 
 
-def throughput(model: Any, prompt: int = 512, new_tokens: int = 128, repeats: int = 5) -> Throughput:
+def throughput(
+    model: Any,
+    prompt: int = EvalConfig.prompt,
+    new_tokens: int = EvalConfig.new_tokens,
+    repeats: int = EvalConfig.repeats,
+) -> Throughput:
     """Time `repeats` prefills of `prompt` random tokens, and as often `new_tokens` greedy steps after them.
 
     Prefill is a call of the model, decoding is `generate`; both are warmed up first.

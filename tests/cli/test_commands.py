@@ -80,6 +80,14 @@ def test_flags_win_over_the_recipe(model_dir, text_file, tmp_path, call, quantiz
     assert recipe["quant"]["overrides"] == {"o_proj$": "float", "q_proj$": {"bits": 8}}
 
 
+def test_quantize_says_what_of_a_recipe_it_does_not_do(tmp_path, call, capsys):
+    (tmp_path / "r.yaml").write_text("train: {lr: 0.1}\n")
+    assert call(["quantize", "--recipe", tmp_path / "r.yaml", "--dataset", "none.txt", "--output", tmp_path / "o"]) == 1
+    assert (
+        f"quantize does not train: the train section of {tmp_path / 'r.yaml'} says nothing" in capsys.readouterr().err
+    )
+
+
 def test_eval(finished, model_dir, text_file, tmp_path, capsys, call):
     argv = ["eval", finished, "--dataset", text_file, "--window", "32", "--eval-tokens", "512"]
     assert call([*argv, "--against", model_dir, "--throughput", "--json", tmp_path / "e.json"]) == 0

@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 import torch
 
 from llmqat.compat import cache_of
+from llmqat.config import EvalConfig
 from llmqat.errors import LlmqatError
 from llmqat.metrics import throughput as module
 from llmqat.metrics.throughput import Throughput, throughput, weight_bytes
@@ -93,3 +96,9 @@ def test_weight_bytes_count_two_experts_of_six(tiny_moe, family):
 
 def test_bandwidth_counts_decoding():
     assert Throughput((1.0,), (50.0,), 8, 4, 2_000_000_000).weight_gb_s == 100.0
+
+
+def test_one_home_of_the_defaults():
+    """A recipe, `llmqat eval` and a notebook measure speed alike."""
+    defaults = {name: p.default for name, p in inspect.signature(throughput).parameters.items() if name != "model"}
+    assert defaults == {name: getattr(EvalConfig, name) for name in ("prompt", "new_tokens", "repeats")}
