@@ -40,13 +40,13 @@ REGISTER = (
     Reliance(
         "transformers.PreTrainedModel._from_config",
         "makes a model of a class and a config, in a dtype and on meta",
-        "llmqat/formats/reader.py",
+        "llmqat/formats/skeleton.py",
         "tests/formats/test_reader.py",
     ),
     Reliance(
         "transformers.PreTrainedModel._tied_weights_keys",
         "emptied where the embedding looks up rows of the packed head: no weight is left to tie",
-        "llmqat/formats/reader.py",
+        "llmqat/formats/skeleton.py",
         "tests/formats/test_lm_head.py",
     ),
     Reliance(
@@ -236,6 +236,12 @@ def output_with_cache(hidden: Any, cache: Any) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return BaseModelOutputWithPast(hidden, **{_known(cache_name(BaseModelOutputWithPast)): cache})  # type: ignore[arg-type]
+
+
+def max_length_of(layer: Any) -> int:
+    """Tokens that a cache layer can hold; -1 for any number. Up to transformers 5.23 the method has another name."""
+    length: int = (layer.get_max_length if hasattr(layer, "get_max_length") else layer.get_max_cache_shape)()
+    return length
 
 
 def unknown_transformers() -> str:

@@ -25,7 +25,7 @@ from llmqat.errors import LlmqatError
 
 ROOT = Path(__file__).parent.parent
 # Private in name only: documented ways to write a Module or to change a NamedTuple.
-OWN = {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_replace"}
+OWN = {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_replace", "_fields"}
 
 
 def found(reliance: Reliance) -> object:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from llmqat.compat import cache_of, generate_cache_name, give_cache
+from llmqat.compat import cache_of, generate_cache_name, give_cache, max_length_of
 from llmqat.errors import LlmqatError
 from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.quant.affine import dequantize_activation, quantize_activation
@@ -33,7 +33,7 @@ class Int8Layer(CacheLayerMixin):
     def __init__(self, empty: Any) -> None:
         self.codes, self.scales = deepcopy(empty), deepcopy(empty)
         super().__init__()
-        self.is_sliding, self.is_croppable = empty.is_sliding, empty.is_croppable
+        self.is_sliding, self.is_croppable = empty.is_sliding, True
 
     @property
     def is_initialized(self) -> bool:
@@ -60,7 +60,9 @@ class Int8Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Tokens it can hold; -1 for any number."""
-        return int(self.codes.get_max_length())
+        return int(max_length_of(self.codes))
+
+    get_max_cache_shape = get_max_length  # its name up to transformers 5.23
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask for so many new tokens."""
