@@ -20,6 +20,8 @@ from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
 from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.fake_quant import codes_of
+from llmqat.quant.grid import Grid, Latent
 
 # An expert's layer that saw fewer calibration tokens than this many for each of its inputs keeps round-to-nearest.
 # On the MLPs of blocks 1 and 4 of the bundled Llama (4 bits, groups of 32, stdlib text) GPTQ's output error on other
@@ -256,23 +258,28 @@ def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, damp: float, keep_
     error = LayerError(name, rtn, output_error(weight, w_hat, H))
     layer.set_grid(result.scale, result.zero_point)
     if keep_float:
-        layer.compensation = _compensation(layer, result.latent, result.codes, w_hat)
+        layer.compensation = compensation_of(weight, result.latent, layer.grid)
     else:
         layer.weight.data = result.latent
     return error
 
 
-def _compensation(layer: FakeQuantLinear, latent: Tensor, codes: Tensor, w_hat: Tensor) -> Tensor:
-    """``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
-    difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse."""
-    weight = layer.weight.detach()
-    for dtype in (layer.storage_dtype, torch.float32):
-        layer.compensation = compensation = (latent - weight).to(dtype)
-        moved = layer.codes() != codes
-        layer.compensation = compensation = torch.where(moved, (w_hat.float() - weight).to(dtype), compensation)
-        if torch.equal(layer.codes().float(), codes):
+@torch.no_grad()
+def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Tensor:
+    """What to add to `weight` so that it gets the codes of `latent`, both ``(out, in)``.
+
+    ``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
+    difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse.
+    """
+    codes = codes_of(Latent(latent), grid)
+    middle = grid.stored().dequantize(codes).float()
+    for dtype in (grid.storage_dtype, torch.float32):
+        difference = (latent - weight).to(dtype)
+        moved = codes_of(Latent(weight, difference), grid) != codes
+        difference = torch.where(moved, (middle - weight).to(dtype), difference)
+        if torch.equal(codes_of(Latent(weight, difference), grid), codes):
             break
-    return compensation
+    return difference
 
 
 def gptq_block(

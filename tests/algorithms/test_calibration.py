@@ -114,7 +114,8 @@ def test_compensation_takes_float32_where_half_the_bytes_lose_a_code():
     layer.scale.data.fill_(0.25)
     codes = torch.tensor([[1.0, -3.0, 100.0, -77.0]])
     w_hat = layer.stored_scale() * codes
-    layer.compensation = calibration._compensation(layer, w_hat + 0.1, codes, w_hat)  # 100 away: 0.5 apart in bfloat16
+    layer.compensation = calibration.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # 100 away: 0.5 in bfloat16
+    assert not layer.compensation.requires_grad
     assert layer.compensation.dtype == torch.float32
     assert torch.equal(layer.codes().float(), codes)
 
