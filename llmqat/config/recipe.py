@@ -50,7 +50,7 @@ class Recipe:
 class ResolvedQuant(QuantConfig):
     """The grid, its group size chosen."""
 
-    group_size: int = 32
+    group_size: int = 128
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,16 @@ class Resolved(Recipe):
         return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static)
 
 
-def resolve(recipe: Recipe, parameters: int) -> Resolved:
-    """Choose what a recipe leaves to the number of `parameters` of the model: group size, mode and learning rate."""
+def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> Resolved:
+    """Choose what a recipe leaves to the model: group size, mode and learning rate.
+
+    Args:
+        recipe: as it was asked for.
+        parameters: of the model, which choose what trains.
+        default_group_size: where the recipe names none; `llmqat.models.planning.resolve_for` finds it.
+    """
     quant, train = recipe.quant, recipe.train
-    group_size = quant.group_size if quant.group_size is not None else 32 if parameters < 2e9 else 128
+    group_size = quant.group_size if quant.group_size is not None else default_group_size
     mode = train.mode or ("full" if parameters < 1e9 else "lora")
     lr = train.lr if train.lr is not None else DEFAULT_LR[mode]
     chosen = {

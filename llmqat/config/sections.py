@@ -26,7 +26,9 @@ class QuantConfig:
 
     bits: int = option(4, "bits per weight", "--bits", choices=BITS)
     group_size: int | None = option(
-        None, "weights per scale; -1: one per row; default: 32 below 2 B parameters, else 128", "--group-size"
+        None,
+        "weights per scale; -1: one per row; default: 128, or 64 or 32 where 128 does not divide every row",
+        "--group-size",
     )
     symmetric: bool = option(True, "signed codes without zero point, which every serving format takes without loss")
     act_bits: int | None = option(None, "8: int8 activations, per token and dynamic", "--act-bits", choices=(8,))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmqat.config import Recipe, Resolved, resolve
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES, blocks_path
 from llmqat.models.coverage import (
@@ -26,6 +27,10 @@ from llmqat.nn.embedding import embed_scale_of
 from llmqat.nn.experts import is_fused
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.scheme import QuantScheme
+
+# Weights per scale where a recipe names none, the first that divides. 128 is what vLLM, GPTQ and AWQ models have and
+# most published tables measure; hidden sizes such as SmolLM2's 576 and 960 need 64.
+GROUP_SIZES = (128, 64, 32)
 
 # Pattern -> changes to the scheme, or "float". Later patterns win.
 Overrides = Mapping[str, Mapping[str, Any] | str]
@@ -105,6 +110,29 @@ def checked_plan(
     check_coverage(report, min_coverage)
     check_divisible(report)
     return report
+
+
+def resolve_for(model: PreTrainedModel, recipe: Recipe) -> Resolved:
+    """The recipe with everything chosen that it leaves to `model`.
+
+    Raises:
+        LlmqatError: see `plan`.
+    """
+    group_size = default_group_size(model, recipe.quant.overrides, recipe.quant.lm_head_bits)
+    return resolve(recipe, total_parameters(model), group_size)
+
+
+def default_group_size(
+    model: PreTrainedModel, overrides: Overrides | None = None, lm_head_bits: int | None = None
+) -> int:
+    """The largest of `GROUP_SIZES` that divides the rows of every layer to be quantized.
+
+    The smallest of them where none does: `check_divisible` then names the layers and the remedies. Layers to which
+    `overrides` give a group size of their own have no say.
+    """
+    planned = plan(model, QuantScheme(group_size=GROUP_SIZES[0]), overrides, lm_head_bits)
+    rows = {layer.shape[1] for layer in planned.quantized if layer.scheme and layer.scheme.group_size == GROUP_SIZES[0]}
+    return next((size for size in GROUP_SIZES if all(row % size == 0 for row in rows)), GROUP_SIZES[-1])
 
 
 def block_parameters(model: PreTrainedModel, blocked: Collection[str] = ()) -> tuple[int, dict[str, int]]:

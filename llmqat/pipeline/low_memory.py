@@ -23,7 +23,7 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.experts import splits
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.patcher import put_on_grid
-from llmqat.models.planning import checked_plan
+from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.pipeline.inputs import calibrates, calibration, fit_context
 from llmqat.pipeline.output import RECIPE, REPORT_FILES, claimed, forget_earlier
 from llmqat.processes import process_count
@@ -61,7 +61,7 @@ def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport
 
 def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     source = PartialModel(asked.model)
-    resolved = config_module.resolve(asked, sum(p.numel() for p in source.model.parameters()))
+    resolved = resolve_for(source.model, asked)
     recipe = fit_context(resolved, getattr(source.model.config, "max_position_embeddings", None))
     architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")
     if splits(source.model):

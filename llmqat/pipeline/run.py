@@ -34,7 +34,7 @@ from llmqat.models.patcher import (
     smooth,
     smoothable,
 )
-from llmqat.models.planning import checked_plan
+from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.output import (
     ADAPTER,
@@ -129,7 +129,7 @@ class Run:
         say(f"loading {asked.model}")
         self.model = load_float(asked.model, torch.float32)
         self.tokenizer = load_tokenizer(asked.model)
-        resolved = config_module.resolve(asked, sum(p.numel() for p in self.model.parameters()))
+        resolved = resolve_for(self.model, asked)
         self.recipe = fit_context(resolved, getattr(self.model.config, "max_position_embeddings", None))
 
     def plan_layers(self) -> None:

@@ -5,13 +5,12 @@ from math import ceil
 
 import torch
 
-from llmqat import config as config_module
 from llmqat.config import Recipe, Resolved
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_empty
-from llmqat.models.planning import checked_plan
+from llmqat.models.planning import checked_plan, resolve_for
 
 MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes per parameter: float32 master, two float32 moments, float32 gradient
 
@@ -53,7 +52,7 @@ def inspect(recipe: Recipe) -> Inspection:
     model, stored = load_empty(recipe.model)
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
-    resolved = config_module.resolve(recipe, parameters)
+    resolved = resolve_for(model, recipe)
     coverage = checked_plan(
         model, resolved.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits, recipe.quant.min_coverage
     )

@@ -60,7 +60,7 @@ def make(**rows):
         ),
         2048,
     )
-    recipe = resolve(from_dict({"model": "models/tiny"}), 2048)
+    recipe = resolve(from_dict({"model": "models/tiny"}), 2048, 32)
     measured = Measured(recipe, coverage, Windows(torch.arange(64).view(2, 32), "stream"))
     measured.perplexity = {row: value if isinstance(value, Perplexity) else ppl(value) for row, value in rows.items()}
     if "qat" in rows:

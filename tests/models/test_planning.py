@@ -1,0 +1,28 @@
+import pytest
+
+from llmqat.errors import LlmqatError
+from llmqat.models.planning import check_divisible, default_group_size, plan
+from llmqat.scheme import QuantScheme
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "group_size"),
+    [(128, 256, 128), (128, 192, 64), (576, 1536, 64), (64, 96, 32), (128, 224, 32), (48, 96, 32)],
+)
+def test_the_default_group_size_divides_every_row(tiny, hidden, intermediate, group_size):
+    model = tiny("llama", hidden_size=hidden, intermediate_size=intermediate, head_dim=hidden // 4)
+    assert default_group_size(model) == group_size
+
+
+def test_layers_with_a_group_size_of_their_own_do_not_choose_the_default(tiny):
+    model = tiny("llama", hidden_size=128, intermediate_size=96, head_dim=32)
+    assert default_group_size(model, {"down_proj$": "float"}) == 128
+    assert default_group_size(model, {"down_proj$": {"group_size": -1}}) == 128
+    assert default_group_size(model, {"down_proj$": {"bits": 8}}) == 32
+
+
+def test_where_no_default_divides_the_plan_is_refused_by_name(tiny):
+    model = tiny("llama", hidden_size=128, intermediate_size=80, head_dim=32)
+    size = default_group_size(model)
+    with pytest.raises(LlmqatError, match=r"group_size 32 does not divide 2 layers: .*down_proj \(in_features 80\)"):
+        check_divisible(plan(model, QuantScheme(4, size)))
