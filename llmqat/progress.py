@@ -45,7 +45,8 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.table import Column
 
-        columns = ("{task.description}", BarColumn(bar_width=16), MofNCompleteColumn())
+        description_column = TextColumn("{task.description}", markup=False)
+        columns = (description_column, BarColumn(bar_width=16), MofNCompleteColumn())
         # The figures take what is left of the line, and a second one on a narrow terminal.
         rest = Column(ratio=1)
         figures = TextColumn("{task.fields[figures]}", style="dim", markup=False, table_column=rest)

@@ -58,8 +58,9 @@ from llmqat.pipeline.saved import (
 from llmqat.processes import is_first
 from llmqat.progress import say
 from llmqat.report import details
-from llmqat.report.measured import Measured, model_card, show, write_json
+from llmqat.report.measured import Measured, write_json
 from llmqat.report.page.render import write_page
+from llmqat.report.text import model_card, print_scoreboard
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 from llmqat.train.loop import TrainingData, fit
@@ -348,7 +349,7 @@ class Run:
             details.write(details.collect(self.measured, self.model, self.reference.model), scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
         page = write_page(self.directory)
-        show(self.measured)
+        print_scoreboard(self.measured)
         say(f"look at it in a browser: {page}")
         check = self.measured.verification
         if check is not None and not check.ok:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from llmqat.metrics.perplexity import bootstrap_difference
 from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.quant.affine import dequantize
-from llmqat.report.measured import Measured, measured_on, verdict
+from llmqat.report.measured import Measured
+from llmqat.report.text import measured_on, verdict
 from llmqat.scheme import QuantScheme
 from llmqat.train.loop import TrainResult
 

@@ -1,4 +1,4 @@
-"""The scoreboard of a run: `report.json`, the table on the terminal, the model card."""
+"""What a run measured, and the numbers of `report.json`."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from llmqat.config import Resolved
-from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.verify import Verification
 from llmqat.machine import environment
-from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference
+from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
-from llmqat.report.scoreboard import LABELS, ROWS, score_rows, scoreboard
+from llmqat.report.names import public_name, public_recipe
+from llmqat.report.scoreboard import SCORED
 from llmqat.train.loop import TrainResult
 from llmqat.version import __version__
-
-WORTHWHILE_GAP = 0.01
 
 
 @dataclass
@@ -66,13 +64,13 @@ class Measured:
         return (self.perplexity[best].perplexity - packed) / cost if cost > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The stable schema of `report.json`; every number measured in this run, null where it was not."""
+        """The values of `report.json`, with stable keys: numbers measured in this run, null where they were not."""
         training, check = self.training, self.verification
         return {
             "format": 1,
             "llmqat": __version__,
-            "model": self.recipe.model,
-            "recipe": self.recipe.to_dict(),
+            "model": public_name(self.recipe.model),
+            "recipe": public_recipe(self.recipe),
             "environment": environment(),
             "tokens": {
                 "train": self.tokens.get("train"),
@@ -80,10 +78,10 @@ class Measured:
                 "eval": self.data.tokens,
                 "eval_sha256": self.data.sha256,
             },
-            "perplexity": {row: self.ppl(row) for row in ROWS},
+            "perplexity": {row: self.ppl(row) for row in SCORED},
             "gap_recovered": self.gap_recovered(),
-            "kl_to_float": {row: self._of(row, "kl_to_float") for row in ROWS[1:]},
-            "top1_agreement": {row: self._of(row, "top1_agreement") for row in ROWS[1:]},
+            "kl_to_float": {row: self._of(row, "kl_to_float") for row in SCORED[1:]},
+            "top1_agreement": {row: self._of(row, "top1_agreement") for row in SCORED[1:]},
             "coverage": {
                 "parameters_quantized": self.coverage.parameters_quantized,
                 "skipped": [{"layer": layer.name, "reason": layer.reason} for layer in self.coverage.skipped],
@@ -120,144 +118,6 @@ class Measured:
         return result
 
 
-def facts(measured: Measured) -> list[str]:
-    """What the scoreboard means, and how it was measured, a line each."""
-    lines = [verdict(measured)]
-    best = measured.best_ptq()
-    if best and "packed" in measured.perplexity and measured.training is not None:
-        low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
-        lines.append(
-            f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"
-        )
-    lines.append(f"measured on {measured_on(measured)}")
-    if measured.size:
-        ratio = measured.size["packed_bytes"] / measured.size["float_bytes"]
-        lines.append(
-            f"quantized layers: {measured.size['packed_bytes'] / 1e6:.2f} MB, {ratio:.3f} of float, "
-            f"{measured.size['bits_per_weight']:.2f} bits per weight; {measured.coverage.parameters_quantized:.1%} "
-            "of all parameters"
-        )
-    lines += [f"{layer.role}: {layer.scheme}" for layer in measured.coverage.quantized if layer.role]
-    if measured.recipe.quant.kv_bits:
-        lines.append("key-value cache: int8, a scale per token and head; read by llmqat, other readers use a float one")
-    for row, speed in measured.throughput.items():
-        kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
-        lines.append(
-            f"{LABELS[row]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
-            f"{speed.spread(speed.decode)} tok/s of {speed.new_tokens}{kernel}"
-        )
-    if measured.training is not None:
-        t = measured.training
-        memory = "" if measured.peak_memory_bytes is None else f", peak {measured.peak_memory_bytes / 1e9:.2f} GB"
-        lines.append(
-            f"training: {t.steps} steps, {t.tokens:,} tokens, {t.seconds:.0f} s{memory}; best at step {t.best_step}; "
-            f"{t.codes_changed:.1%} of codes changed, {t.clip_rate:.2%} of weights beyond the grid"
-        )
-    return [*lines, *_verify_lines(measured.verification)]
-
-
-def measured_on(measured: Measured) -> str:
-    """What the scoreboard was measured on, and how."""
-    data = measured.data
-    return (
-        f"{data.tokens:,} test tokens of {measured.recipe.data.dataset}: {data.protocol}, float32 compute, "
-        f"ids {data.sha256[:12]}"
-    )
-
-
-def _verify_lines(check: Verification | None) -> list[str]:
-    if check is None:
-        return []
-    logits = ""
-    if check.max_logit_error is not None:
-        logits = f"; logits within {check.max_logit_error:.1e} of float64 (bound {check.bound:.1e})"
-    state = "equal" if check.codes_equal and check.scales_equal else f"DIFFERENT in {', '.join(check.mismatched[:5])}"
-    return [f"verify: codes and scales of {check.layers} layers {state} to the trained ones{logits}"]
-
-
-def verdict(measured: Measured) -> str:
-    """Whether training was worth it."""
-    gap, recovered = measured.gap(), measured.gap_recovered()
-    if gap is None:
-        return "no post-training baseline was measured"
-    if measured.training is None or "packed" not in measured.perplexity:
-        return f"the best post-training quantization costs {gap:.2%} of perplexity"
-    if measured.training.best_step == 0:
-        return "training found nothing better than its start, which is what was packed; try a lower --lr"
-    base, packed = measured.ppl("float"), measured.ppl("packed")
-    if base is not None and packed is not None and packed < base:
-        text = "the packed model is better than float: training learned the text, not only the grid"
-        return (
-            text if "float_finetuned" in measured.perplexity else text + "; --control trains float on the same tokens"
-        )
-    if recovered is None:
-        return f"post-training quantization costs nothing here ({gap:+.2%} of perplexity): there is nothing to recover"
-    if recovered < 0:
-        return (
-            f"training made it worse: the best post-training quantization costs {gap:.2%} of perplexity, and the "
-            f"packed model {-recovered:.1%} of that more; try a lower --lr or more steps"
-        )
-    if gap < WORTHWHILE_GAP:
-        return (
-            f"training recovered {recovered:.1%} of what the best post-training quantization costs, but that is only "
-            f"{gap:.2%} of perplexity: it is not worth it here"
-        )
-    return f"of the {gap:.2%} that the best post-training quantization costs, training recovered {recovered:.1%}"
-
-
-def show(measured: Measured) -> None:
-    """Print scoreboard and facts."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=True)
-    console.print(scoreboard(measured.perplexity, f"{measured.recipe.model}: {measured.recipe.scheme()}"))
-    for line in facts(measured):
-        console.print(line, highlight=False)
-
-
 def write_json(measured: Measured, path: Path) -> None:
     """Write `report.json`."""
     path.write_text(json.dumps(measured.to_dict(), indent=2) + "\n")
-
-
-def model_card(measured: Measured) -> str:
-    """README.md of the packed directory."""
-    recipe, env = measured.recipe, environment()
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured.perplexity))
-    lines = "\n".join(f"- {line}" for line in facts(measured))
-    return f"""---
-library_name: transformers
-base_model: {recipe.model}
-tags: [llmqat, compressed-tensors, int{recipe.quant.bits}]
----
-# {Path(recipe.model).name}, {recipe.scheme()}
-
-Quantized by llmqat {__version__} from `{recipe.model}`; codes and scales in this directory are those of training, bit
-for bit (`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: {readers(measured.coverage)}.
-
-| | perplexity | vs float | KL to float | top-1 |
-|---|---:|---:|---:|---:|
-{rows}
-
-{lines}
-
-Machine: {env["cpu"]}, {env["threads"]} threads; torch {env["torch"]}, transformers {env["transformers"]}. The full
-recipe is in `recipe.yaml`, all numbers in `report.json`.
-
-```python
-import llmqat
-model = llmqat.load("path/to/this/directory")  # runs on the packed weights
-{_loading(measured)}```
-"""
-
-
-def _loading(measured: Measured) -> str:
-    """How transformers reads the directory, in Python."""
-    route = transformers_route(measured.coverage)
-    if route is None:
-        return ""
-    hint = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if route else ""
-    return f"""
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{hint})
-"""

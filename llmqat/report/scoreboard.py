@@ -16,17 +16,17 @@ LABELS = {
     "qat": "trained (fake-quant)",
     "packed": "packed file, kernel op",
 }
-ROWS = tuple(LABELS)
+SCORED = tuple(LABELS)
 
 
 def score_rows(results: Mapping[str, Perplexity]) -> list[tuple[str, str, str, str, str]]:
     """Rows of the scoreboard: name, perplexity, change against float, KL to float, top-1 agreement.
 
     Args:
-        results: by row. Those of `ROWS` come first, in that order; others follow under their own names.
+        results: by row. Those of `SCORED` come first, in that order; others follow under their own names.
     """
     base, rows = results.get("float"), []
-    for row in [*(row for row in ROWS if row in results), *(row for row in results if row not in ROWS)]:
+    for row in [*(row for row in SCORED if row in results), *(row for row in results if row not in SCORED)]:
         result = results[row]
         change = "" if base is None or row == "float" else f"{result.perplexity / base.perplexity - 1:+.2%}"
         kl = "" if result.kl_to_float is None else f"{result.kl_to_float:.5f}"
@@ -46,11 +46,12 @@ def scoreboard(results: Mapping[str, Perplexity], title: str | None = None) -> "
         a row each: perplexity, change against float, KL to float (nats per token), top-1 agreement.
     """
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=None if title is None else Text(title, "table.title"))
     table.add_column("")
     for name in ("perplexity", "vs float", "KL to float", "top-1"):
         table.add_column(name, justify="right")
     for row in score_rows(results):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

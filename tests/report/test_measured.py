@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import llmqat
 from llmqat.config import from_dict, resolve
@@ -12,8 +13,9 @@ from llmqat.machine import PACKAGES, environment
 from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
-from llmqat.report.measured import Measured, facts, model_card, show, verdict, write_json
+from llmqat.report.measured import Measured, write_json
 from llmqat.report.scoreboard import score_rows
+from llmqat.report.text import facts, model_card, print_scoreboard, verdict
 from llmqat.scheme import QuantScheme
 from llmqat.train.loop import TrainResult
 
@@ -235,14 +237,16 @@ def test_facts(full):
 
 
 def test_table_and_card(full, capsys, tmp_path):
-    show(full)
+    print_scoreboard(full)
     shown = capsys.readouterr().out
     assert "models/tiny: W4A16 g32 symmetric" in shown
     assert "+5.00%" in shown
     card = model_card(full)
-    assert card.startswith(
-        "---\nlibrary_name: transformers\nbase_model: models/tiny\ntags: [llmqat, compressed-tensors, int4]\n---"
-    )
+    assert yaml.safe_load(card.split("---")[1]) == {
+        "library_name": "transformers",
+        "base_model": "models/tiny",
+        "tags": ["llmqat", "compressed-tensors", "int4"],
+    }
     assert "| GPTQ | 10.5000 | +5.00% | 0.02000 | 90.00% |" in card
     assert environment()["cpu"] in card
     assert "dequantize=True" not in card
@@ -257,7 +261,7 @@ def test_head_and_cache_are_facts(full):
     assert not [line for line in facts(full) if line.startswith(("output head", "key-value cache"))]
     head = LayerCoverage("lm_head", (16, 64), QuantScheme(8, 32), role=TIED_HEAD)
     full.coverage = CoverageReport((*full.coverage.quantized, head), 2048)
-    full.recipe = full.recipe.with_values({"quant.kv_bits": 8})
+    full.recipe = resolve(full.recipe.with_values({"quant.kv_bits": 8}), 2048)
     lines = facts(full)
     assert "output head, tied to the embedding: W8A16 g32 symmetric" in lines
     assert any(line.startswith("key-value cache: int8, a scale per token and head") for line in lines)

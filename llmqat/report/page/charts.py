@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from llmqat.report.page.markup import Html, element
 
 # The size in user units is about that in CSS pixels on a phone, so that text keeps its size.
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 30
 MARKED_POINTS = 24
+# Values that differ by less are drawn as equal: a quarter of it is still a normal float.
+LEAST_SPAN = 1e-300
 
 Format = Callable[[float], str]
 
@@ -41,7 +44,7 @@ class Scale:
 def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     """About `count` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."""
     span = high - low
-    if span <= 0:
+    if span < LEAST_SPAN:
         return (low,)
     magnitude = 10.0 ** math.floor(math.log10(span / count))
     step = next(m * magnitude for m in (1, 2, 5, 10) if span / (m * magnitude) <= count + 1e-9)
@@ -68,7 +71,7 @@ def line_chart(
     from_zero: bool = False,
     mark: float | None = None,
     top: float | None = None,
-) -> str:
+) -> Html:
     """Lines over one x axis.
 
     Args:
@@ -85,23 +88,24 @@ def line_chart(
     """
     drawn = [line for line in series if line.points]
     if not drawn:
-        return ""
+        return Html()
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points]
     x = axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, 5)
     y = axis(0.0 if from_zero else min(ys), max(ys) if top is None else top, HEIGHT - BOTTOM, TOP, 4, widen=True)
-    whole = all(value == int(value) for value in xs)
-    x_ticks = [tick for tick in x.ticks if not whole or tick == int(tick)]
+    only_integers = all(value == int(value) for value in xs)
+    x_ticks = [tick for tick in x.ticks if not only_integers or tick == int(tick)]
     parts = [_grid(y, y_format), _x_axis(x, x_ticks, x_label)]
     if mark is not None:
-        parts.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        place = f"{x(mark):.1f}"
+        parts.append(element("line", class_="mark", x1=place, x2=place, y1=TOP, y2=HEIGHT - BOTTOM))
     parts += [_line(line, x, y, y_format, x_label) for line in drawn]
-    return _svg(label, parts)
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
 
 
 def axis(low: float, high: float, start: float, end: float, count: int, widen: bool = False) -> Scale:
     """An axis that holds `low` to `high`; widened to its outermost ticks if asked."""
-    if high <= low:
+    if high - low < LEAST_SPAN:
         low, high = (low - 0.5 * abs(low or 1), low + 0.5 * abs(low or 1)) if widen else (low, low)
     ticks = nice_ticks(low, high, count)
     if widen and len(ticks) > 1:
@@ -111,46 +115,41 @@ def axis(low: float, high: float, start: float, end: float, count: int, widen: b
     return Scale(low, high, start, end, ticks)
 
 
-def _grid(y: Scale, y_format: Format) -> str:
+def _grid(y: Scale, y_format: Format) -> Html:
     lines = []
     for tick in y.ticks:
         place = y(tick)
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{place + 3.5:.1f}" text-anchor="end">{escape(y_format(tick))}</text>')
-    return "".join(lines)
+        lines.append(element("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{place:.1f}", y2=f"{place:.1f}"))
+        lines.append(element("text", y_format(tick), x=LEFT - 6, y=f"{place + 3.5:.1f}", text_anchor="end"))
+    return element("g", *lines)
 
 
-def _x_axis(x: Scale, ticks: Sequence[float], label: str) -> str:
+def _x_axis(x: Scale, ticks: Sequence[float], label: str) -> Html:
     bottom = HEIGHT - BOTTOM
-    marks = [f'<text x="{x(t):.1f}" y="{bottom + 14}" text-anchor="middle">{short(t)}</text>' for t in ticks]
-    name = f'<text class="name" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(label)}</text>'
-    return f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>{"".join(marks)}{name}'
+    marks = [element("text", short(t), x=f"{x(t):.1f}", y=bottom + 14, text_anchor="middle") for t in ticks]
+    name = element("text", label, class_="name", x=WIDTH - RIGHT, y=HEIGHT - 2, text_anchor="end")
+    line = element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom)
+    return element("g", line, *marks, name)
 
 
-def _line(line: Series, x: Scale, y: Scale, y_format: Format, x_label: str) -> str:
-    places = [(x(a), y(b)) for a, b in line.points]
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-    shape = f'<polyline class="line" points="{path}"/>'
+def _line(line: Series, x: Scale, y: Scale, y_format: Format, x_label: str) -> Html:
+    places = [(f"{x(a):.1f}", f"{y(b):.1f}") for a, b in line.points]
+    shapes = [element("polyline", class_="line", points=" ".join(f"{a},{b}" for a, b in places))]
     if len(places) <= MARKED_POINTS:
         for (a, b), (place_x, place_y) in zip(line.points, places, strict=True):
-            title = escape(f"{line.label}, {x_label} {short(a)}: {y_format(b)}")
-            shape += (
-                f'<circle class="dot" cx="{place_x:.1f}" cy="{place_y:.1f}" r="2.6"><title>{title}</title></circle>'
-            )
-    return f'<g class="{line.css}">{shape}</g>'
+            title = element("title", f"{line.label}, {x_label} {short(a)}: {y_format(b)}")
+            shapes.append(element("circle", title, class_="dot", cx=place_x, cy=place_y, r=2.6))
+    return element("g", *shapes, class_=line.css)
 
 
-def _svg(label: str, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def legend(series: Sequence[tuple[str, str]]) -> str:
+def legend(series: Sequence[tuple[str, str]]) -> Html:
     """Labels with the colour of their CSS class: ``(label, css)``."""
-    items = "".join(f'<li class="{css}"><span aria-hidden="true"></span>{escape(label)}</li>' for label, css in series)
-    return f'<ul class="legend">{items}</ul>'
+    items = [element("li", element("span", aria_hidden="true"), label, class_=css) for label, css in series]
+    return element("ul", *items, class_="legend")
 
 
-def meter(share: float, css: str) -> str:
-    """A bar of `share` of its column, for a table cell."""
+def meter(share: float, css: str) -> Html:
+    """A bar of `share` of its column, for a table cell: drawn, since the page allows no inline styles."""
     width = 100 * min(1.0, max(0.0, share))
-    return f'<span class="meter {css}" aria-hidden="true"><span style="width:{width:.1f}%"></span></span>'
+    bar = element("rect", width=f"{width:.1f}%", height="100%", rx=4)
+    return element("svg", bar, class_=f"meter {css}", aria_hidden="true")

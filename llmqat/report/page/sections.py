@@ -1,156 +1,180 @@
-"""The sections of the page, each a string of HTML made from `report.json` and `details.json`."""
+"""The sections of the page, each made from `report.json` and `details.json`."""
 
-from collections.abc import Callable
-from html import escape
+from collections.abc import Callable, Iterator
 
 from llmqat.progress import duration
 from llmqat.report.page.charts import Series, line_chart, meter, percent, short
 from llmqat.report.page.layers import histograms, layer_errors
-from llmqat.report.page.markup import Values, facts, section, table, written
-from llmqat.report.scoreboard import LABELS, ROWS
+from llmqat.report.page.markup import (
+    Html,
+    Values,
+    definitions,
+    element,
+    formatted,
+    join,
+    section,
+    table,
+    table_row,
+)
+from llmqat.report.scoreboard import LABELS, SCORED
 
-MODES = {"full": "all weights", "lora": "LoRA inside the quantizer", "scales": "scales and norms"}
+TRAINED = {"full": "all weights", "lora": "LoRA inside the quantizer", "scales": "scales and norms"}
+MACHINE = {"cpu": "processor", "gpu": "GPU", "cores": "cores", "threads": "threads", "python": "Python"}
 
 
-def header(report: Values, details: Values) -> str:
+def header(report: Values, details: Values) -> Html:
     """Model, scheme, the verdict, and the four numbers people look for."""
-    size, check, perplexity = report["size"], report["verify"], report["perplexity"]
-    base, packed = perplexity["float"], perplexity["packed"]
-    tiles = []
-    if base and packed:
-        tiles.append(("perplexity, packed", f"{packed:.4g}", f"{packed / base - 1:+.2%} against float {base:.4g}"))
-    if report["gap_recovered"] is not None:
-        tiles.append(("recovered by training", f"{report['gap_recovered']:.0%}", "of what the best PTQ costs"))
-    if size["packed_bytes"]:
-        ratio = size["packed_bytes"] / size["float_bytes"]
-        tiles.append(("quantized layers", f"{ratio:.1%} of float", f"{size['bits_per_weight']:.2f} bits per weight"))
-    if check["codes_equal"] is not None:
-        equal = check["codes_equal"] and check["scales_equal"]
-        tiles.append(
-            (
-                "packed = trained",
-                "bit for bit" if equal else '<span class="bad">different</span>',
-                "codes and scales, by verify",
-            )
-        )
-    boxes = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in tiles)
-    name = escape(report["model"].rstrip("/").rsplit("/", 1)[-1])
-    text = details.get("verdict", "")
-    return (
-        f'<header>\n<p class="eyebrow">llmqat report · {escape(details.get("scheme", ""))}</p>\n<h1>{name}</h1>\n'
-        f'<p class="verdict">{escape(text[:1].upper() + text[1:])}{"." if text else ""}</p>\n'
-        f'<dl class="tiles">{boxes}</dl>\n</header>'
+    verdict = details.get("verdict", "")
+    boxes = [
+        element("div", element("dt", name), element("dd", value, element("small", note)))
+        for name, value, note in _tiles(report)
+    ]
+    return element(
+        "header",
+        element("p", f"llmqat report · {details.get('scheme', '')}", class_="eyebrow"),
+        element("h1", report["model"].rstrip("/").rsplit("/", 1)[-1]),
+        element("p", verdict[:1].upper() + verdict[1:] + ("." if verdict else ""), class_="verdict"),
+        element("dl", *boxes, class_="tiles"),
     )
 
 
-def scoreboard(report: Values, details: Values) -> str:
+def _tiles(report: Values) -> Iterator[tuple[str, str, str]]:
+    """Name, value and note of each number in the header."""
+    size, check, perplexity = report["size"], report["verify"], report["perplexity"]
+    base, packed = perplexity["float"], perplexity["packed"]
+    if base is not None and packed is not None:
+        yield "perplexity, packed", f"{packed:.4g}", f"{packed / base - 1:+.2%} against float {base:.4g}"
+    if report["gap_recovered"] is not None:
+        yield "recovered by training", f"{report['gap_recovered']:.0%}", "of what the best PTQ costs"
+    if size["packed_bytes"] and size["float_bytes"]:
+        bits = formatted(size["bits_per_weight"], "{:.2f} bits per weight") or ""
+        yield "quantized layers", f"{size['packed_bytes'] / size['float_bytes']:.1%} of float", bits
+    if check["codes_equal"] is not None:
+        equal = check["codes_equal"] and check["scales_equal"]
+        found = "bit for bit" if equal else element("span", "different", class_="bad")
+        yield "packed = trained", found, "codes and scales, by verify"
+
+
+def score_table(report: Values, details: Values) -> Html:
     """Float, the baselines, what was trained and what ships, on the same tokens."""
     perplexity, kl, top1 = report["perplexity"], report["kl_to_float"], report["top1_agreement"]
     base = perplexity["float"]
-    rows = [row for row in ROWS if perplexity[row] is not None]
-    worst = max((kl[row] for row in rows if kl.get(row) is not None), default=0.0)
+    scored = [row for row in SCORED if perplexity.get(row) is not None]
+    worst = max((kl[row] for row in scored if kl.get(row) is not None), default=0.0)
     lines = []
-    for row in rows:
-        change = "" if base is None or row == "float" else f"{perplexity[row] / base - 1:+.2%}"
-        divergence, agreement = kl.get(row), top1.get(row)
-        bar = meter(divergence / worst, row) if divergence is not None and worst > 0 else ""
-        cells = (f"{perplexity[row]:.4f}", change, written(divergence, "{:.5f}"), written(agreement, "{:.2%}"))
-        numbers = "".join(f"<td>{cell or ''}</td>" for cell in (*cells[:3],))
-        last = f'<td class="bar">{bar}</td><td>{cells[3] or ""}</td>'
-        lines.append(f'<tr class="{row}"><th scope="row">{LABELS[row]}</th>{numbers}{last}</tr>')
-    on = escape(details.get("measured_on", f"{report['tokens']['eval']:,} test tokens"))
+    for row in scored:
+        divergence = kl.get(row)
+        bar = meter(divergence / worst, row) if divergence is not None and worst > 0 else None
+        lines.append(
+            table_row(
+                LABELS[row],
+                f"{perplexity[row]:.4f}",
+                None if base is None or row == "float" else f"{perplexity[row] / base - 1:+.2%}",
+                formatted(divergence, "{:.5f}"),
+                element("td", bar, class_="bar"),
+                formatted(top1.get(row), "{:.2%}"),
+                class_=row,
+            )
+        )
+    measured_on = details.get("measured_on", f"{report['tokens']['eval']:,} test tokens")
     note = (
-        f"Every row on the same {on}. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the share of tokens "
-        "whose most likely successor is the float model's."
+        f"Every row on the same {measured_on}. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the share "
+        "of tokens whose most likely successor is the float model's."
     )
     head = ("", "perplexity", "vs float", "KL to float", None, "top-1")
-    return section("Scoreboard", note, table(head, lines) + _interval(details))
+    return section("Scoreboard", note, join([table(head, lines), _interval(details)]))
 
 
-def _interval(details: Values) -> str:
+def _interval(details: Values) -> Html | None:
     interval = details.get("interval")
     if not interval:
-        return ""
-    return (
-        f'<p class="note">Perplexity, packed minus {LABELS[interval["against"]]}: 95 % between {interval["low"]:+.4f} '
-        f"and {interval['high']:+.4f} (paired bootstrap over windows).</p>"
+        return None
+    text = (
+        f"Perplexity, packed minus {LABELS[interval['against']]}: 95 % between {interval['low']:+.4f} and "
+        f"{interval['high']:+.4f} (paired bootstrap over windows)."
     )
+    return element("p", text, class_="note")
 
 
-def training(report: Values, details: Values) -> str:
+def training(report: Values, details: Values) -> Html:
     """Loss curves, codes flipped, and what training took."""
-    curves, done = details.get("curves") or {}, report["training"]
+    done, config = report["training"], report["recipe"]["train"]
     if done["steps"] is None:
-        return ""
-    distilled = report["recipe"]["train"]["loss"] == "kd"
-    held_out = "Held-out KL to float" if distilled else "Held-out loss"
-    panels: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-        ("loss", "Training loss", "qat", short),
-        ("held_out", held_out, "qat", short),
-        ("flipped", "Codes flipped since the start", "qat", percent),
-    )
-    figures = []
-    for key, title, css, y_format in panels:
-        points = [(float(x), float(y)) for x, y in curves.get(key, [])]
-        best = curves.get("best_step") if key == "held_out" else None
-        label = f"{title} by step" + (f", from {y_format(points[0][1])} to {y_format(points[-1][1])}" if points else "")
-        chart = line_chart([Series(title, css, points)], label, "step", y_format, from_zero=key == "flipped", mark=best)
-        note = f" <small>best at step {best}</small>" if best is not None else ""
-        figures.append(f"<figure><h3>{title}{note}</h3>{chart}</figure>" if chart else "")
-    config = report["recipe"]["train"]
-    pairs = facts(
-        [
-            ("trained", MODES[config["mode"]]),
-            ("steps", f"{done['steps']:,}"),
-            ("tokens", written(report["tokens"]["train"], "{:,}")),
-            ("time", duration(done["seconds"])),
-            ("peak memory", None if done["peak_memory_bytes"] is None else f"{done['peak_memory_bytes'] / 1e9:.2f} GB"),
-            ("codes changed", written(done["codes_changed"], "{:.2%}")),
-            ("weights beyond the grid", written(done["clip_rate"], "{:.2%}")),
-        ]
-    )
-    return section("Training", "", f'<div class="charts">{"".join(figures)}</div>{pairs}')
+        return Html()
+    held_out = "Held-out KL to float" if config["loss"] == "kd" else "Held-out loss"
+    figures = [
+        _curve(details, "loss", "Training loss", short),
+        _curve(details, "held_out", held_out, short),
+        _curve(details, "flipped", "Codes flipped since the start", percent),
+    ]
+    memory = done["peak_memory_bytes"]
+    pairs = [
+        ("trained", TRAINED.get(config["mode"])),
+        ("steps", f"{done['steps']:,}"),
+        ("tokens", formatted(report["tokens"]["train"], "{:,}")),
+        ("time", None if done["seconds"] is None else duration(done["seconds"])),
+        ("peak memory", None if memory is None else f"{memory / 1e9:.2f} GB"),
+        ("codes changed", formatted(done["codes_changed"], "{:.2%}")),
+        ("weights beyond the grid", formatted(done["clip_rate"], "{:.2%}")),
+    ]
+    return section("Training", "", join([element("div", *figures, class_="charts"), definitions(pairs)]))
 
 
-def size_and_speed(report: Values, details: Values) -> str:
+def _curve(details: Values, key: str, title: str, y_format: Callable[[float], str]) -> Html | None:
+    """One curve by step, with the step that was kept marked on the held-out one; None without points."""
+    curves = details.get("curves") or {}
+    points = [(float(x), float(y)) for x, y in curves.get(key, [])]
+    if not points:
+        return None
+    best = curves.get("best_step") if key == "held_out" else None
+    label = f"{title} by step, from {y_format(points[0][1])} to {y_format(points[-1][1])}"
+    chart = line_chart([Series(title, "qat", points)], label, "step", y_format, from_zero=key == "flipped", mark=best)
+    note = None if best is None else element("small", f" best at step {best}")
+    return element("figure", element("h3", title, note), chart)
+
+
+def size_and_speed(report: Values, details: Values) -> Html:
     """Bytes of the quantized layers, and tokens per second, float and packed."""
     size, speed = report["size"], report["throughput"]
-    rows = []
-    groups: tuple[tuple[str, str, float | None, float | None], ...] = (
+    compared: tuple[tuple[str, str, float | None, float | None], ...] = (
         ("quantized layers, MB", "{:,.2f}", _millions(size["float_bytes"]), _millions(size["packed_bytes"])),
         ("prefill, tokens/s", "{:,.0f}", speed["float"]["prefill_tok_s"], speed["packed"]["prefill_tok_s"]),
         ("decode, tokens/s", "{:,.1f}", speed["float"]["decode_tok_s"], speed["packed"]["decode_tok_s"]),
     )
-    for name, form, base, packed in groups:
+    rows = []
+    for name, form, base, packed in compared:
         if base and packed:
-            cells = (
-                f"<td>{form.format(base)}</td><td>{form.format(packed)}</td><td>{packed / base:.3g}&#8239;&times;</td>"
+            bars = join([meter(base / max(base, packed), "float"), meter(packed / max(base, packed), "packed")])
+            ratio = f"{packed / base:.3g}\u202f\u00d7"
+            rows.append(
+                table_row(name, form.format(base), form.format(packed), ratio, element("td", bars, class_="bar"))
             )
-            bars = meter(base / max(base, packed), "float") + meter(packed / max(base, packed), "packed")
-            rows.append(f'<tr><th scope="row">{name}</th>{cells}<td class="bar">{bars}</td></tr>')
     if not rows:
-        return ""
-    config = report["recipe"]["eval"]
-    bandwidth = speed["packed"]["weight_gb_s"]
+        return Html()
+    return section("Size and speed", _speed_note(report), table(("", "float", "packed", "ratio", None), rows))
+
+
+def _speed_note(report: Values) -> str:
+    config, packed = report["recipe"]["eval"], report["throughput"]["packed"]
     note = f"{report['coverage']['parameters_quantized']:.1%} of all parameters are on the grid."
-    if bandwidth is not None:
-        note += (
-            f" Speed at batch 1: a prompt of {config['prompt']} tokens, {config['new_tokens']} generated, median of "
-            f"{config['repeats']}; kernel {escape(str(speed['kernel']))}, {bandwidth:.2f} GB/s of packed weights."
-        )
-    head = ("", "float", "packed", "ratio", None)
-    return section("Size and speed", note, table(head, rows))
+    if packed["weight_gb_s"] is None:
+        return note
+    return (
+        f"{note} Speed at batch 1: a prompt of {config['prompt']} tokens, {config['new_tokens']} generated, median of "
+        f"{config['repeats']}; kernel {report['throughput']['kernel']}, {packed['weight_gb_s']:.2f} GB/s of packed "
+        "weights."
+    )
 
 
 def _millions(value: float | None) -> float | None:
     return None if value is None else value / 1e6
 
 
-def proof(report: Values, details: Values) -> str:
+def proof(report: Values, details: Values) -> Html:
     """What `verify` found."""
     check = report["verify"]
     if check["codes_equal"] is None:
-        return ""
+        return Html()
     items = [
         (
             "yes" if check[key] else "no",
@@ -159,34 +183,33 @@ def proof(report: Values, details: Values) -> str:
         for key, name in (("codes_equal", "Codes"), ("scales_equal", "Scales"))
     ]
     error, bound = check["max_logit_error"], check["bound"]
-    if error is None:
+    if error is None or bound is None:
         items.append(("none", "Logits were not compared"))
     else:
         inside, where = error <= bound, "within" if error <= bound else "beyond"
         allowed = f"{error:.1e} from float64; allowed is {bound:.1e}, twice the error of plain float32 torch"
         items.append(("yes" if inside else "no", f"Logits {where} the bound: {allowed}"))
-    listed = "".join(f'<li class="{css}">{text}</li>' for css, text in items)
-    return section(
-        "Proof",
-        "Found by <code>llmqat verify</code> on the files in this directory.",
-        f'<ul class="checks">{listed}</ul>',
-    )
+    listed = element("ul", *(element("li", text, class_=css) for css, text in items), class_="checks")
+    note = join(["Found by ", element("code", "llmqat verify"), " on the files in this directory."])
+    return section("Proof", note, listed)
 
 
-def recipe_and_machine(report: Values, details: Values) -> str:
+def recipe_and_machine(report: Values, details: Values) -> Html:
     """The resolved recipe and the environment."""
     import yaml
 
-    env = report["environment"]
-    names = {"cpu": "processor", "gpu": "GPU", "cores": "cores", "threads": "threads", "python": "Python"}
-    pairs = [(names.get(key, key), None if value is None else str(value)) for key, value in env.items()]
-    pairs.sort(key=lambda pair: pair[0] not in names.values())
+    environment = report["environment"].items()
+    pairs = [(MACHINE.get(key, key), None if value is None else str(value)) for key, value in environment]
+    pairs.sort(key=lambda pair: pair[0] not in MACHINE.values())
     skipped = report["coverage"]["skipped"]
-    kept = "".join(f"<li><code>{escape(row['layer'])}</code>: {escape(row['reason'])}</li>" for row in skipped)
-    float_layers = f"<details><summary>Kept in float: {len(skipped)}</summary><ul>{kept}</ul></details>" if kept else ""
-    text = escape(yaml.safe_dump(report["recipe"], sort_keys=False))
-    recipe = f"<details><summary>Recipe, fully resolved</summary><pre>{text}</pre></details>"
-    return section("Recipe and machine", "", facts(pairs) + recipe + float_layers)
+    kept = [element("li", element("code", row["layer"]), f": {row['reason']}") for row in skipped]
+    recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
+    parts = [
+        definitions(pairs),
+        element("details", element("summary", "Recipe, fully resolved"), element("pre", recipe)),
+        element("details", element("summary", f"Kept in float: {len(kept)}"), element("ul", *kept)) if kept else None,
+    ]
+    return section("Recipe and machine", "", join(parts))
 
 
-SECTIONS = (header, scoreboard, training, layer_errors, histograms, size_and_speed, proof, recipe_and_machine)
+SECTIONS = (header, score_table, training, layer_errors, histograms, size_and_speed, proof, recipe_and_machine)

@@ -79,5 +79,15 @@ def test_numbers_are_short():
 
 
 def test_meter_stays_inside_its_column():
-    assert 'style="width:100.0%"' in meter(1.7, "qat")
-    assert 'style="width:0.0%"' in meter(-1, "qat")
+    assert 'width="100.0%"' in meter(1.7, "qat")
+    assert 'width="0.0%"' in meter(-1, "qat")
+
+
+def test_extreme_values_are_drawn():
+    """Whatever `report/schema.py` lets through has a chart."""
+    extremes = (-1e100, -1.0, 0.0, 5e-324, 1e-300, 1.0, 1.0 + 2e-16, 1e100)
+    for low in extremes:
+        for high in extremes:
+            points = [(0.0, low), (1.0, high)]
+            assert "polyline" in line_chart([Series("a", "qat", points)], "label", "x")
+            assert "polyline" in line_chart([Series("a", "qat", [(low, 0.0), (high, 1.0)])], "label", "x")

@@ -1,4 +1,6 @@
+import base64
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from llmqat.errors import LlmqatError
+from llmqat.report import schema
 from llmqat.report.page.layers import by_block, kind_and_depth
 from llmqat.report.page.render import PAGE, render, write_page
 
@@ -19,12 +22,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.ids, self.headings, self.texts, self.scripts = [], [], [], [], []
+        self.elements = []
         self.feed(text)
         self.close()
         assert not self.open, f"not closed: {self.open}"
         self.text = " ".join(" ".join(self.texts).split())
 
     def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, attrs))
         self.ids += [value for name, value in attrs if name == "id"]
         if tag not in VOID:
             self.open.append(tag)
@@ -87,6 +92,12 @@ def test_page_of_a_finished_run(finished, report, details):
 def test_the_page_needs_nothing_else(finished):
     text = (finished / PAGE).read_text("utf-8")
     assert "default-src 'none'" in text
+    assert "unsafe" not in text
+    for kind in ("style", "script"):
+        (source,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        allowed = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{allowed}'" in text
+    assert not re.search(r"\s(style|on\w+)=", text)
     assert not re.search(r"""(src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest|import\(""", text)
     assert set(re.findall(r"https?://[^\"'\s<]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
 
@@ -110,6 +121,74 @@ def test_names_are_escaped(report, details):
     assert page.headings[0] == "script>"
     assert "</script><i>" in page.text
     assert "<b>" not in "".join(page.headings)
+
+
+MARKUP = """<img src=x onerror=alert(1)>"'&<script>alert(2)</script></textarea>"""
+
+
+def places(values, path=()):
+    """Paths of all leaves of nested values, and of all mappings that any key may be added to."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+def with_value(values, path, value):
+    changed = copy.deepcopy(values)
+    target = changed
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return changed
+
+
+def assert_no_markup(text):
+    """No element, attribute or script of `MARKUP` came into being."""
+    tags = [tag for tag, _ in Page(text).elements]
+    assert "img" not in tags
+    assert tags.count("script") == 2
+    assert not any(name.startswith("on") for _, attributes in Page(text).elements for name, _ in attributes)
+
+
+def test_markup_anywhere_is_shown_or_refused(report, details, tmp_path):
+    """In every place of both files, and as a key of every mapping: never in the page as it is."""
+    shown = refused = 0
+    for name, check, values in (("report", schema.REPORT, report), ("details", schema.DETAILS, details)):
+        files = {"report": report, "details": details}
+        # One layer and one point of a curve stand for all.
+        paths = [path for path in places(values) if not any(isinstance(key, int) and key > 0 for key in path)]
+        for path in paths:
+            changed = with_value(values, path, MARKUP)
+            try:
+                check(changed, name)
+            except LlmqatError:
+                refused += 1
+                continue
+            shown += 1
+            assert_no_markup(render(**files | {name: changed}))
+    assert shown > 20
+    assert refused > 40
+
+
+@pytest.mark.parametrize("path", [("environment",), ("recipe", "quant", "overrides"), ("recipe",)])
+def test_markup_in_keys_is_shown(report, details, path):
+    changed = with_value(report, (*path, MARKUP), "x")
+    schema.REPORT(changed, "report")
+    text = render(changed, details)
+    assert_no_markup(text)
+    assert "alert(1)" in Page(text).text
+
+
+def test_markup_in_layers_and_curves_is_shown(report, details):
+    details["layers"][0] |= {"name": f"model.layers.0.{MARKUP}", "scheme": MARKUP}
+    details |= {"verdict": MARKUP, "measured_on": MARKUP, "scheme": MARKUP}
+    report["throughput"]["kernel"] = MARKUP
+    report["throughput"]["packed"] = dict.fromkeys(report["throughput"]["packed"], 1.0)
+    report["coverage"]["skipped"] = [{"layer": MARKUP, "reason": MARKUP}]
+    schema.REPORT(report, "report")
+    schema.DETAILS(details, "details")
+    assert_no_markup(render(report, details))
 
 
 def test_a_page_without_details(finished, tmp_path):
@@ -212,5 +291,9 @@ def test_nothing_to_show(finished, tmp_path):
     with pytest.raises(LlmqatError, match=r"report\.json is damaged; run it again, or copy it again"):
         write_page(tmp_path)
     (tmp_path / "report.json").write_text('{"model": "x"}')
-    with pytest.raises(LlmqatError, match=r"is not a report of this version of llmqat \(KeyError\('size'\)\); run it"):
+    with pytest.raises(LlmqatError, match=r"is not one of this version of llmqat: report has no format; run it again"):
+        write_page(tmp_path)
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(LlmqatError, match=r"has no report\.json"):
         write_page(tmp_path)

@@ -1,0 +1,46 @@
+"""What of a run's names may be published, and how Markdown shows them."""
+
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from llmqat.config import Recipe
+
+MARKS = re.compile(r"([\\`*_\[\]<>|~$&])")
+
+
+def is_local(name: str) -> bool:
+    """Whether `name` of a model or dataset is a path of this machine, and not a Hub id or an alias."""
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith((".", "~")):
+        return True
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a file system, or a null byte
+        return False
+
+
+def public_name(name: str) -> str:
+    """`name` as it may be published: a Hub id or an alias as it is, of a path its last part alone."""
+    if not is_local(name):
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The values of a recipe without the folders of the machine that ran it."""
+    values = recipe.to_dict()
+    for section, key in ((values, "model"), (values, "output"), (values["data"], "dataset")):
+        section[key] = public_name(section[key])
+    if recipe.data.calibration is not None:
+        values["data"]["calibration"] = public_name(recipe.data.calibration)
+    return values
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def markdown(text: str) -> str:
+    """One line of Markdown that shows `text` as it is: nothing in it formats, links or opens HTML."""
+    return MARKS.sub(r"\\\1", one_line(text))

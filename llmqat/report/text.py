@@ -1,0 +1,175 @@
+"""What the numbers of a run mean, in words: the verdict, the lines below the scoreboard, the model card."""
+
+from typing import Any
+
+from llmqat.formats.compressed_tensors import readers, transformers_route
+from llmqat.formats.verify import Verification
+from llmqat.machine import environment
+from llmqat.metrics.perplexity import bootstrap_difference
+from llmqat.report.measured import Measured
+from llmqat.report.names import is_local, markdown, one_line, public_name
+from llmqat.report.scoreboard import LABELS, score_rows, scoreboard
+from llmqat.version import __version__
+
+WORTHWHILE_GAP = 0.01
+
+
+def facts(measured: Measured) -> list[str]:
+    """Lines below the scoreboard: the verdict, then how everything was measured."""
+    lines = [verdict(measured), *_interval_lines(measured), f"measured on {measured_on(measured)}"]
+    lines += [*_size_lines(measured), *_speed_lines(measured), *_training_lines(measured)]
+    return [*lines, *_verify_lines(measured.verification)]
+
+
+def _interval_lines(measured: Measured) -> list[str]:
+    best = measured.best_ptq()
+    if best is None or "packed" not in measured.perplexity or measured.training is None:
+        return []
+    low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
+    return [f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"]
+
+
+def _size_lines(measured: Measured) -> list[str]:
+    size, lines = measured.size, []
+    if size:
+        lines.append(
+            f"quantized layers: {size['packed_bytes'] / 1e6:.2f} MB, {size['packed_bytes'] / size['float_bytes']:.3f} "
+            f"of float, {size['bits_per_weight']:.2f} bits per weight; {measured.coverage.parameters_quantized:.1%} of "
+            "all parameters"
+        )
+    lines += [f"{layer.role}: {layer.scheme}" for layer in measured.coverage.quantized if layer.role]
+    if measured.recipe.quant.kv_bits:
+        lines.append("key-value cache: int8, a scale per token and head; read by llmqat, other readers use a float one")
+    return lines
+
+
+def _speed_lines(measured: Measured) -> list[str]:
+    lines = []
+    for row, speed in measured.throughput.items():
+        kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
+        lines.append(
+            f"{LABELS[row]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
+            f"{speed.spread(speed.decode)} tok/s of {speed.new_tokens}{kernel}"
+        )
+    return lines
+
+
+def _training_lines(measured: Measured) -> list[str]:
+    done = measured.training
+    if done is None:
+        return []
+    memory = "" if measured.peak_memory_bytes is None else f", peak {measured.peak_memory_bytes / 1e9:.2f} GB"
+    return [
+        f"training: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s{memory}; best at step "
+        f"{done.best_step}; {done.codes_changed:.1%} of codes changed, {done.clip_rate:.2%} of weights beyond the grid"
+    ]
+
+
+def measured_on(measured: Measured) -> str:
+    """The test tokens of the scoreboard, and how they were scored."""
+    data, dataset = measured.data, public_name(measured.recipe.data.dataset)
+    return f"{data.tokens:,} test tokens of {dataset}: {data.protocol}, float32 compute, ids {data.sha256[:12]}"
+
+
+def _verify_lines(check: Verification | None) -> list[str]:
+    if check is None:
+        return []
+    logits = ""
+    if check.max_logit_error is not None:
+        logits = f"; logits within {check.max_logit_error:.1e} of float64 (bound {check.bound:.1e})"
+    state = "equal" if check.codes_equal and check.scales_equal else f"DIFFERENT in {', '.join(check.mismatched[:5])}"
+    return [f"verify: codes and scales of {check.layers} layers {state} to the trained ones{logits}"]
+
+
+def verdict(measured: Measured) -> str:
+    """Whether training was worth it."""
+    gap, recovered = measured.gap(), measured.gap_recovered()
+    if gap is None:
+        return "no post-training baseline was measured"
+    if measured.training is None or "packed" not in measured.perplexity:
+        return f"the best post-training quantization costs {gap:.2%} of perplexity"
+    if measured.training.best_step == 0:
+        return "training found nothing better than its start, which is what was packed; try a lower --lr"
+    base, packed = measured.ppl("float"), measured.ppl("packed")
+    if base is not None and packed is not None and packed < base:
+        text = "the packed model is better than float: training learned the text, not only the grid"
+        return (
+            text if "float_finetuned" in measured.perplexity else text + "; --control trains float on the same tokens"
+        )
+    if recovered is None:
+        return f"post-training quantization costs nothing here ({gap:+.2%} of perplexity): there is nothing to recover"
+    if recovered < 0:
+        return (
+            f"training made it worse: the best post-training quantization costs {gap:.2%} of perplexity, and the "
+            f"packed model {-recovered:.1%} of that more; try a lower --lr or more steps"
+        )
+    if gap < WORTHWHILE_GAP:
+        return (
+            f"training recovered {recovered:.1%} of what the best post-training quantization costs, but that is only "
+            f"{gap:.2%} of perplexity: it is not worth it here"
+        )
+    return f"of the {gap:.2%} that the best post-training quantization costs, training recovered {recovered:.1%}"
+
+
+def print_scoreboard(measured: Measured) -> None:
+    """Print the scoreboard and what it means."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    console.print(scoreboard(measured.perplexity, f"{measured.recipe.model}: {measured.recipe.scheme()}"))
+    for line in facts(measured):
+        console.print(line, markup=False, highlight=False)
+
+
+def model_card(measured: Measured) -> str:
+    """README.md of the packed directory; a model or dataset of this machine goes by the last part of its path."""
+    env = environment()
+    name, scheme = markdown(public_name(measured.recipe.model)), measured.recipe.scheme()
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured.perplexity))
+    lines = "\n".join(f"- {markdown(line)}" for line in facts(measured))
+    machine = markdown(
+        f"{env['cpu']}, {env['threads']} threads; torch {env['torch']}, transformers {env['transformers']}"
+    )
+    return f"""---
+{_front_matter(measured)}---
+# {name}, {scheme}
+
+Quantized by llmqat {__version__} from {name}; codes and scales in this directory are those of training, bit for bit
+(`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: {readers(measured.coverage)}.
+
+| | perplexity | vs float | KL to float | top-1 |
+|---|---:|---:|---:|---:|
+{rows}
+
+{lines}
+
+Machine: {machine}. All numbers, and the recipe, are in `report.json`.
+
+```python
+import llmqat
+model = llmqat.load("path/to/this/directory")  # runs on the packed weights
+{_loading(measured)}```
+"""
+
+
+def _front_matter(measured: Measured) -> str:
+    """What the Hub reads of a model card, as YAML; a base model only where that is a Hub id."""
+    import yaml
+
+    model, bits = one_line(measured.recipe.model), measured.recipe.quant.bits
+    values: dict[str, Any] = {"library_name": "transformers", "tags": ["llmqat", "compressed-tensors", f"int{bits}"]}
+    if "/" in model and not is_local(model):
+        values["base_model"] = model
+    return str(yaml.safe_dump(values, sort_keys=False))
+
+
+def _loading(measured: Measured) -> str:
+    """Python lines with which transformers reads the directory; none where it cannot."""
+    route = transformers_route(measured.coverage)
+    if route is None:
+        return ""
+    hint = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if route else ""
+    return f"""
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{hint})
+"""

@@ -1,0 +1,69 @@
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from llmqat.config import from_dict
+from llmqat.report.names import is_local, markdown, one_line, public_name, public_recipe
+from llmqat.report.scoreboard import scoreboard
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("llama", "llama"),
+        ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("wikitext:wikitext-2-raw-v1", "wikitext:wikitext-2-raw-v1"),
+        ("/home/ada/models/tiny/", "tiny"),
+        ("~/models/tiny", "tiny"),
+        ("../ada/tiny", "tiny"),
+        (r"C:\Users\ada\models\tiny", "tiny"),
+        ("/", "local"),
+        ("x" * 5000, "x" * 5000),
+        ("a\0b", "a\0b"),
+    ],
+)
+def test_a_path_is_published_by_its_last_part(name, shown):
+    assert public_name(name) == shown
+
+
+def test_a_folder_that_exists_is_local(tmp_path, monkeypatch):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_local("models/tiny")
+    assert public_name("models/tiny") == "tiny"
+    assert not is_local("models/other")
+
+
+def test_a_recipe_is_published_without_folders():
+    data = {"dataset": "/home/ada/my.txt", "calibration": "/home/ada/other.txt"}
+    values = public_recipe(from_dict({"model": "/home/ada/m", "output": "/home/ada/out", "data": data}))
+    assert (values["model"], values["output"]) == ("m", "out")
+    assert (values["data"]["dataset"], values["data"]["calibration"]) == ("my.txt", "other.txt")
+    assert "ada" not in str(values)
+    assert public_recipe(from_dict({}))["data"]["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("plain, 4.5 % - of (it)", "plain, 4.5 % - of (it)"),
+        ("a|b", r"a\|b"),
+        ("`x` *y* _z_", r"\`x\` \*y\* \_z\_"),
+        ("[a](http://b) <i>", r"\[a\](http://b) \<i\>"),
+        ("one\n# two\r\x1b[0m", r"one # two \[0m"),
+        ("&lt; ~~x~~ $y$", r"\&lt; \~\~x\~\~ \$y\$"),
+    ],
+)
+def test_markdown_shows_text_as_it_is(text, escaped):
+    assert markdown(text) == escaped
+
+
+def test_one_line():
+    assert one_line("a\n\tb\0c\x1b[31m") == "a b c [31m"
+
+
+def test_rich_shows_marks_as_they_are():
+    console = Console(record=True, width=100, file=StringIO())
+    console.print(scoreboard({}, "[red]x[/] [/oops]"))
+    assert "[red]x[/] [/oops]" in console.export_text()
