@@ -1,4 +1,4 @@
-"""llmqat: quantization-aware fine-tuning of language models through their own integer grid; what was trained ships."""
+"""Quantization-aware training for LLMs: fine-tune at 4 bits, and ship the very model you trained, bit for bit."""
 
 from typing import TYPE_CHECKING, Any
 

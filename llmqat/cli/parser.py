@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import llmqat
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
 from llmqat.config import DataConfig, EvalConfig
 from llmqat.version import __version__
 
 FINETUNE = """\
-Fine-tune a model through its own integer grid, pack it, and prove and measure the packed file.
+Fine-tune a model with quantized weights in its forward, pack it, and prove and measure the packed file.
 
   llmqat finetune --model llama --bits 4
       the small Llama inside this package, on the source text of Python's standard library: no network needed
@@ -96,7 +97,7 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     """All sub-commands with their flags; `commands` holds the function that runs each."""
     parser = Parser(
         prog="llmqat",
-        description="Fine-tune LLMs through their own integer grid, and ship exactly what was trained.",
+        description=llmqat.__doc__,
         epilog="llmqat COMMAND --help explains each by example.",
     )
     parser.add_argument("--version", action="version", version=f"llmqat {__version__}")

@@ -23,9 +23,9 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 
 def perplexity(directory: Path, data: llmqat.Windows, scheme: QuantScheme | None = None) -> float:
     """Perplexity of the float model, or of its round-to-nearest version."""
-    model, stored = llmqat.load_float(str(directory), torch.float32)
+    model = llmqat.load_float(str(directory), torch.float32)
     if scheme is not None:
-        llmqat.prepare(model, scheme, init="rtn", storage_dtype=stored)
+        llmqat.prepare(model, scheme, init="rtn")
     return llmqat.evaluate(model, data).perplexity
 
 
@@ -49,7 +49,7 @@ def card(run: Path, directory: Path) -> str:
     corpus = llmqat.load_corpus("stdlib")
     data = llmqat.windows(tokenizer, corpus.test, WINDOW, TOKENS)
     base, rows = cost_table(directory, data)
-    model, _ = llmqat.load_float(str(directory))
+    model = llmqat.load_float(str(directory))
     curve = ", ".join(f"{step}: {loss:.3f}" for step, loss in losses.items() if step % 300 == 0 or step == last["step"])
     version = ".".join(map(str, sys.version_info[:3]))
     return f"""---

@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
 
-    model, stored = llmqat.load_float(args.model, torch.float32)
+    model = llmqat.load_float(args.model, torch.float32)
     tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset, rows="chat")
     calibration = llmqat.blocks(llmqat.encode(tokenizer, corpus.train, 64 * args.length), args.length, "calibration")
     batches = list(calibration[: len(calibration) // 4 * 4 or None].split(4))
-    llmqat.prepare(model, QuantScheme(4, 32), init="gptq", calibration=batches, storage_dtype=stored)
+    llmqat.prepare(model, QuantScheme(4, 32), init="gptq", calibration=batches)
     model = llmqat.add_lora(model, r=32)
 
     # The last answer is the completion; its loss is all that trl counts.

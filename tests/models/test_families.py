@@ -1,4 +1,4 @@
-"""Every family from the float model to the packed file, and the table of it in the README."""
+"""Every family from the float model to the packed file, and the table of it in docs/support.md."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 TABLE = re.compile(r"(?<=<!-- support: begin -->\n).*?(?=<!-- support: end -->)", re.DOTALL)
 # Linear layers in a block: q, k, v, o, gate, up, down unless some are fused, or there is no gate.
 LAYERS = {"phi3": 4, "gpt2": 4, "opt": 6, "bert": 6, "roberta": 6, "distilbert": 6}
@@ -38,12 +38,12 @@ def test_family(outcome, model_type, init, mode):
     assert result.within_bound
 
 
-def test_the_table_in_the_readme_is_what_the_tests_gave(support_table, request):
+def test_the_support_table_is_what_the_tests_gave(support_table, request):
     """``pytest tests/models/test_families.py --write-support`` brings it up to date."""
-    text, table = README.read_text(encoding="utf-8"), support_table()
+    text, table = PAGE.read_text(encoding="utf-8"), support_table()
     if request.config.getoption("--write-support"):
         text = TABLE.sub(lambda _: table, text)
-        README.write_text(text, encoding="utf-8")
+        PAGE.write_text(text, encoding="utf-8")
     assert TABLE.findall(text) == [table]
 
 
