@@ -170,9 +170,14 @@ def run_verify(args: argparse.Namespace) -> None:
     )
     if check.max_logit_error is not None:
         print(f"max logit error  {check.max_logit_error:.3e}\nbound            {check.bound:.3e}")
+    if check.decode_error is not None:
+        print(
+            f"decode error     {check.decode_error:.3e}\ndecode bound     {check.decode_bound:.3e}\n"
+            f"greedy equal     {check.greedy_equal}"
+        )
     if not check.ok:
         differs = [*check.mismatched, *check.changed]
-        where = f": {', '.join(differs[:5])}" if differs else " in its logits"
+        where = f": {', '.join(differs[:5])}" if differs else " in its logits or what it decodes"
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
 
 

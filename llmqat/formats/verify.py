@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
+from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
 from llmqat.formats.weights import read_tensors
 from llmqat.formats.writer import packed_state
 from llmqat.models.float_view import disable_quantizers
+from llmqat.models.patcher import plain_model
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
+from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize, fake_quantize_activation, fake_quantize_static
 
@@ -40,6 +43,10 @@ class Verification:
         bound: twice that of plain torch in float32 on the dequantized weights. None, like the error, if not measured.
         changed: names of tensors that are not those of training, and of files that are not as they were written, are
             missing, or were added where a model's files are read.
+        decode_error: largest difference of a float32 logit behind a cache, token by token, from that of the trained
+            model without one, or of the dequantized weights; None for models that do not generate.
+        decode_bound: what plain torch in float32 loses on the same tokens, four times.
+        greedy_equal: whether the native loop chose the tokens that the trained model would have chosen.
     """
 
     layers: int
@@ -49,12 +56,17 @@ class Verification:
     max_logit_error: float | None
     bound: float | None
     changed: tuple[str, ...] = ()
+    decode_error: float | None = None
+    decode_bound: float | None = None
+    greedy_equal: bool | None = None
 
     @property
     def ok(self) -> bool:
         """Whether everything that was checked holds."""
         logits = self.max_logit_error is None or self.bound is None or self.max_logit_error <= self.bound
-        return self.codes_equal and self.scales_equal and logits and not self.changed
+        behind = self.decode_error is None or self.decode_bound is None or self.decode_error <= self.decode_bound
+        decodes = behind and self.greedy_equal is not False
+        return self.codes_equal and self.scales_equal and logits and decodes and not self.changed
 
 
 def verify(directory: str | Path, against: nn.Module | None = None, logits: bool = True) -> Verification:
@@ -85,7 +97,22 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
     codes_wrong, scales_wrong, count = compare_layers(model, layers)
     error, bound = logit_error(model) if logits else (None, None)
     mismatched = tuple(sorted(codes_wrong | scales_wrong))
-    return Verification(count, not codes_wrong, not scales_wrong, mismatched, error, bound, tuple(sorted(changed)))
+    equal = count, not codes_wrong, not scales_wrong, mismatched
+    decoded = decode_error(directory, model, against) if logits else None
+    return Verification(*equal, error, bound, tuple(sorted(changed)), *(decoded or ()))
+
+
+def decode_error(directory: Path, model: PreTrainedModel, against: nn.Module | None) -> Decoding | None:
+    """What the packed `model` decodes behind a cache, compared with the trained model where that computes in float32,
+    else with the dequantized weights."""
+    general = load_packed(directory, torch.float32, native=False)
+    plain = dense_copy(general, torch.float32), dense_copy(general, torch.float64)
+    if kv_bits_of(model) or any(m.scheme.act_bits for m in model.modules() if isinstance(m, PackedLinear)):
+        nudge(plain[0])
+    if against is None or plain_model(against).dtype != torch.float32:
+        return decoding(model, general, plain[1], plain)
+    with as_stored(against) as trained:
+        return decoding(model, general, trained, plain)
 
 
 def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
