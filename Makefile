@@ -30,7 +30,7 @@ test: $(DEV)/.package  ## run all tests
 test-oldest: $(OLDEST)/.package  ## run what touches other libraries on the lower bounds of pyproject.toml
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 
-fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES of them, 5000 unless set
+fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES a test, 5000 unless set
 	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest tests/fuzz
 
 # Without the sweep of errors: the other tests visit the same loops and tails.
