@@ -113,7 +113,7 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _teacher(model: nn.Module, teacher: Any, mode: str) -> FloatCopy | FloatView | None:
-    """What to distil from.
+    """The float model to distil from.
 
     Raises:
         LlmqatError: if it is none of those, or the float model inside `model` is lost or would train.

@@ -232,7 +232,7 @@ def _known(name: str | None) -> str:
 
 
 def output_with_cache(hidden: Any, cache: Any) -> Any:
-    """What a decoder stack returns: hidden states, and the cache under the name of this version of transformers."""
+    """The output of a decoder stack: hidden states, and the cache under the name of this version of transformers."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return BaseModelOutputWithPast(hidden, **{_known(cache_name(BaseModelOutputWithPast)): cache})  # type: ignore[arg-type]

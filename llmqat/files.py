@@ -109,7 +109,7 @@ def _file_mode() -> int:
 
 
 def storage_problem(error: BaseException) -> str | None:
-    """What the disk said, if it is the cause of `error`: safetensors and torch wrap it in exceptions of their own."""
+    """The message of the disk, if it is the cause of `error`: safetensors and torch wrap it in others."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     wrapped = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
@@ -164,7 +164,7 @@ def sealed_json(values: dict[str, Any]) -> str:
 
 
 def read_sealed_json(path: Path, remedy: str) -> dict[str, Any] | None:
-    """What `sealed_json` gave; None if there is no such file.
+    """The values that `sealed_json` sealed; None if there is no such file.
 
     Raises:
         LlmqatError: if the file is damaged, or nobody sealed it, with the `remedy`.

@@ -53,6 +53,9 @@ PRIVATE_IMPORTS_ALLOWED = {
     ("eval/_peers", "llmqat.kernels"),
 }
 
+# A docstring opens with a verb of the domain, or names its subject.
+VAGUE = re.compile(r"(Likewise|What|Those|See|It|As)\b")
+
 # In pieces, so that this file does not hold what it looks for.
 MACHINE_PATH = re.compile(r"(?<![\w.)}-])/(?:" + "|".join(["work", "root"]) + r")/")
 
@@ -158,6 +161,18 @@ def oversized_cpp(root: Path) -> list[str]:
         for line, head, length in cpp_functions(lines):
             if length > MAX_FUNCTION_LINES:
                 found.append(f"{name}:{line} {head}: {length} lines, the limit is {MAX_FUNCTION_LINES}")
+    return found
+
+
+def vague_openings(root: Path) -> list[str]:
+    """Docstrings whose first line is understood only with the line above it, or with the code below."""
+    found = []
+    for path in python_files(root, "llmqat"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                if VAGUE.match(first):
+                    found.append(f"{path.relative_to(root)}:{getattr(node, 'lineno', 1)}: {first[:90]}")
     return found
 
 
@@ -294,6 +309,17 @@ def test_an_oversized_cpp_file_and_function_are_found(tmp_path):
         f"{kernels}/core/a.cpp:2 void f(): 61 lines, the limit is 60",
         f"{kernels}/x86/b.inc: 401 lines, the limit is 400",
     ]
+
+
+def test_docstrings_are_understood_alone():
+    found = vague_openings(ROOT)
+    assert not found, "name the subject in the first line (CONTRIBUTING.md, style 5):\n" + "\n".join(found)
+
+
+def test_a_vague_docstring_is_found(tmp_path):
+    source = '"""Shapes of things."""\n\ndef f():\n    """Likewise of `g`."""\n\nclass C:\n    """Assemble."""\n'
+    root = write(tmp_path, {"llmqat/a.py": source, "llmqat/b.py": '"""What it does."""\n'})
+    assert vague_openings(root) == ["llmqat/a.py:3: Likewise of `g`.", "llmqat/b.py:1: What it does."]
 
 
 def test_import_llmqat_is_light():

@@ -47,7 +47,7 @@ class Saved(Protocol):
     """Finished blocks by index, e.g. `llmqat.train.checkpoint.SavedBlocks`: an interrupted run goes on from them."""
 
     def get(self, index: int) -> dict[str, Any] | None:
-        """What was put for a block, or None."""
+        """The values that `put` kept for a block, or None."""
         ...
 
     def put(self, index: int, state: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ class _Stop(Exception):
 
 @dataclass
 class BlockInputs:
-    """What a block is called with: its hidden states for every calibration batch, and its other arguments.
+    """The inputs of a block: its hidden states for every calibration batch, and its other arguments.
 
     Attributes:
         hidden: a tensor per batch.
@@ -266,7 +266,7 @@ def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, damp: float, keep_
 
 @torch.no_grad()
 def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Tensor:
-    """What to add to `weight` so that it gets the codes of `latent`, both ``(out, in)``.
+    """The difference that gives `weight` the codes of `latent` when added, both ``(out, in)``.
 
     ``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
     difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse.

@@ -29,7 +29,7 @@ LATENT_MARGIN = 0.49
 
 
 class GPTQResult(NamedTuple):
-    """What `gptq` found for one layer.
+    """Codes and errors that `gptq` found for one layer.
 
     Attributes:
         codes: ``(out, in)``, float32 holding integers of the scheme.

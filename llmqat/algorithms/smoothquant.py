@@ -43,7 +43,7 @@ LEAST_TOKENS = 32
 
 
 class Smoothed(NamedTuple):
-    """What was done at one site.
+    """The change that smoothing made at one site.
 
     Attributes:
         alpha: None where the site was left alone.
@@ -57,7 +57,7 @@ class Smoothed(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the readers of a site see: the largest magnitudes ``(inputs,)``, and some tokens ``(tokens, inputs)``."""
+    """Inputs of the readers of a site: the largest magnitudes ``(inputs,)``, some tokens ``(tokens, inputs)``."""
 
     absmax: Tensor
     sample: Tensor
@@ -154,7 +154,7 @@ def search(fold: Fold, inputs: Inputs, dtype: torch.dtype) -> tuple[float | None
 def choose(
     fold: Fold, inputs: Inputs | None, alpha: float | str, dtype: torch.dtype
 ) -> tuple[float | None, Tensor, tuple[float, float] | None]:
-    """What `search` gives, or the scale of a given `alpha`; off for an expert without enough `inputs`."""
+    """The choice of `search`, or the scale of a given `alpha`; off for an expert without enough `inputs`."""
     if inputs is None:
         return None, torch.ones(()), None
     if isinstance(alpha, str):
@@ -208,7 +208,7 @@ def smooth_model(
 
 
 def describe(results: Mapping[str, Smoothed]) -> str:
-    """What was done, in a few lines: the choices by kind of site, blocks in order, and what they gained."""
+    """Smoothing in a few lines: the choices by kind of site, blocks in order, and what they gained."""
     change = max((done.change for done in results.values()), default=0.0)
     smoothed = sum(done.alpha is not None for done in results.values())
     lines = [

@@ -1,4 +1,4 @@
-"""What each sub-command does: `llmqat finetune | quantize | eval | verify | report | generate | inspect | recipes`."""
+"""The sub-commands: `llmqat finetune | quantize | eval | verify | report | generate | inspect | recipes`."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def print_machine() -> None:
-    """What `inspect --machine` shows."""
+    """Print the machine, as `inspect --machine` shows it."""
     from llmqat.kernels.native import explain
     from llmqat.machine import environment
     from llmqat.serve.paths import native_path

@@ -1,4 +1,4 @@
-"""What the command line says of a failure: one line, with a remedy wherever the kind of failure is known."""
+"""The words of the command line for a failure: one line, with a remedy wherever the kind of failure is known."""
 
 import errno
 import json

@@ -105,7 +105,7 @@ _Loader.yaml_implicit_resolvers = {  # a date reads as text
 
 
 def _plain_values(text: str) -> Any:
-    """What a YAML document holds.
+    """The plain values of a YAML document.
 
     Raises:
         yaml.YAMLError: if it is not YAML, or deeper or larger than a recipe can be.

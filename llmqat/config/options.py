@@ -23,7 +23,7 @@ def meta(
     words: tuple[str, ...] = (),
     free: bool = False,
 ) -> dict[str, Any]:
-    """What a recipe field carries besides its default."""
+    """The metadata of a recipe field: everything but its default."""
     limits = {"choices": choices, "least": least, "most": most, "words": words, "free": free}
     return {"help": help, "flag": flag, **limits}
 

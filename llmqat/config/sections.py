@@ -166,7 +166,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is measured, and how."""
+    """Test tokens, scoring and speed measurement."""
 
     window: int = option(512, "tokens per perplexity window; windows do not overlap", "--window", least=2)
     tokens: int = option(65536, "test tokens at most", "--eval-tokens", least=2)

@@ -25,7 +25,7 @@ CONVERSATIONS_AT_ONCE = 64
 
 
 class Unused(BadRows):
-    """What was left out of conversations, and of which ones nothing was left.
+    """Parts left out of conversations, and the conversations of which nothing was left.
 
     Attributes:
         answers: how many the chat template rewrites later on.

@@ -70,7 +70,7 @@ def _rows(dataset: str, split: str, rows: Any, shuffled: bool) -> Iterator[Row]:
 
 
 def unreachable(dataset: str, error: Exception) -> LlmqatError:
-    """What to raise where the Hub does not give a dataset."""
+    """The error to raise where the Hub does not give a dataset."""
     return LlmqatError(
         f"cannot load dataset {dataset} from the Hub: {one_line(error)}; without a network, give a local file or stdlib"
     )

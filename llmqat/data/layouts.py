@@ -1,4 +1,4 @@
-"""What a row means: a text, or a conversation. The known names of columns are tables."""
+"""The meaning of a row: a text, or a conversation. The known names of columns are tables."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -179,7 +179,7 @@ def _system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[st
 
 
 def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """What the chat template gets beside the messages of a row.
+    """Arguments of the chat template beside the messages of a row.
 
     Raises:
         BadRow: if a column holds what no template takes.

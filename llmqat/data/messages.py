@@ -68,7 +68,7 @@ def without_none(value: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for a reason why a row cannot be used."""
+    """The kind of a value in words, for a reason why a row cannot be used."""
     if isinstance(value, Unreadable):
         return f"unreadable ({value.reason})"
     return "missing" if value is None else type(value).__name__
@@ -168,7 +168,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _weight(message: dict[str, Any], column: str) -> int | None:
-    """What a message says of the loss: 1 to count in it, 0 not to, None if it does not say; takes that out of it."""
+    """The weight of a message in the loss, taken out of it: 1 to count, 0 not to, None if it does not say."""
     weights = {key: message.pop(key) for key in WEIGHT_KEYS if key in message}
     for key, weight in weights.items():
         if not isinstance(weight, int | float) or weight not in (0, 1):

@@ -94,7 +94,7 @@ def blocks(stream: Tensor, length: int, what: str = "training") -> Tensor:
 def sequences(
     tokenizer: Any, documents: Sequence[Document], length: int, limit: int | None = None, what: str = "training"
 ) -> Tensor:
-    """What `llmqat.finetune` trains on: ids ``(sequences, length)`` of texts; of conversations ids and labels
+    """Training tensors for `llmqat.finetune`: ids ``(sequences, length)`` of texts; of conversations ids and labels
     ``(sequences, 2, length)``, at most as long as the longest.
 
     Args:

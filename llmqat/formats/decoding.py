@@ -20,7 +20,7 @@ NUDGE = 2.0**-12  # relative: a code of eight bits is 2^-7 of the largest value
 
 
 class Decoding(NamedTuple):
-    """What decoding gave.
+    """The outcome of decoding.
 
     Attributes:
         error: largest difference of a logit behind a cache from that of the reference without one; of the median probe.

@@ -24,7 +24,7 @@ Layers = dict[str, dict[str, str | None]]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What fingerprint.json holds.
+    """The values of fingerprint.json.
 
     Attributes:
         layers: hashes of codes, scale, zero point and input scale, by layer.

@@ -138,7 +138,7 @@ def _fill(model: PreTrainedModel, directory: Path) -> None:
 
 
 def _check_values(name: str, layer: PackedLinear, tensors: dict[str, Tensor], directory: Path) -> None:
-    """What the header of a tensor cannot say: scales are numbers, and the stored shape is that of the layer."""
+    """Check values, which headers do not tell: scales are numbers, the stored shape is that of the layer."""
     if tensors["weight_shape"].tolist() != [layer.out_features, layer.in_features]:
         raise LlmqatError(
             f"{directory}: {name}.weight_shape is {tensors['weight_shape'].tolist()}, and the layer is "
@@ -163,7 +163,7 @@ def kv_bits_in(directory: Path) -> int | None:
 
 
 def generation_config(directory: Path) -> Any:
-    """What generation_config.json says.
+    """The values of generation_config.json.
 
     Raises:
         LlmqatError: if it is damaged.

@@ -135,7 +135,7 @@ def tie_packed_head(
 
 
 def own_name(key: str, embedding: str, head: str) -> str:
-    """What a tensor of a packed embedding is called in the head that holds its codes; any other as it is."""
+    """The name of a packed embedding's tensor in the head that holds its codes; any other as it is."""
     return head + key.removeprefix(embedding) if key.startswith(f"{embedding}.weight_") else key
 
 

@@ -103,8 +103,10 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
 
 
 def decode_error(directory: Path, model: PreTrainedModel, against: nn.Module | None) -> Decoding | None:
-    """What the packed `model` decodes behind a cache, compared with the trained model where that computes in float32,
-    else with the dequantized weights."""
+    """The error of decoding with the packed `model` behind a cache.
+
+    Compared with the trained model where that computes in float32, else with the dequantized weights.
+    """
     general = load_packed(directory, torch.float32, native=False)
     plain = dense_copy(general, torch.float32), dense_copy(general, torch.float64)
     if kv_bits_of(model) or any(m.scheme.act_bits for m in model.modules() if isinstance(m, PackedLinear)):

@@ -48,7 +48,7 @@ Rotary = Sequence[tuple[Tensor, Tensor]]
 
 
 def rotary_structs(tables: Rotary) -> Any:
-    """What the library gets of contiguous tables ``(m, dim)``: keep them alive while it is used."""
+    """The structs that the library gets of contiguous tables ``(m, dim)``: keep them alive while it is used."""
     return (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
 
 
@@ -178,7 +178,7 @@ class CacheBuffers:
 
     @property
     def pointers(self) -> Any:
-        """What the library gets: a struct for each block."""
+        """The structs that the library gets, one for each block."""
         if self._pointers is None:
             addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
             self._pointers = (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))

@@ -207,7 +207,7 @@ class Layer:
     """A layer that is called again and again: its struct is made once."""
 
     def __init__(self, packed: Packed) -> None:
-        """See `matrix` for what is refused."""
+        """Take the arguments of `matrix`, and refuse the same."""
         self._packed, self._matrix = packed, matrix(packed)
 
     def linear(self, x: Tensor) -> Tensor:

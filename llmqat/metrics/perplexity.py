@@ -42,7 +42,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """What is scored, and how it came to be.
+    """The token windows that are scored, and how they came to be.
 
     Attributes:
         ids: token ids ``(windows, window)``, or ids and labels of conversations ``(rows, 2, longest)``; int64.

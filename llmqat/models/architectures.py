@@ -1,4 +1,4 @@
-"""What llmqat knows about model families, as data. A new family is a row.
+"""Everything that llmqat knows about model families, as data. A new family is a row.
 
 Every `PreTrainedModel` with `nn.Linear` layers can be prepared with round-to-nearest; a row is needed where order and
 neighbourhood matter: GPTQ (block by block) and SmoothQuant (which norm feeds which layers).

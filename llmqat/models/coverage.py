@@ -1,4 +1,4 @@
-"""What was and was not quantized, layer by layer."""
+"""Coverage: the layers that were and were not quantized."""
 
 import re
 from collections.abc import Sequence

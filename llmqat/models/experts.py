@@ -103,7 +103,7 @@ def routers(model: PreTrainedModel) -> list[str]:
 
 
 def file_name(model: PreTrainedModel, name: str) -> str:
-    """What the tensor or module `name` of `model` is called in files: as transformers saves it, and vLLM reads it."""
+    """The name of a tensor or module of `model` in files: as transformers saves it, and vLLM reads it."""
     row = row_of(model)
     for module, file in row.file_names if row else ():
         name = _renamed(name, module, file)

@@ -1,4 +1,4 @@
-"""What the weight files of a float model say, whatever its config.json says: dtypes, and whether the head is shared."""
+"""Facts from the weight files of a float model, whatever its config.json says: dtypes, and shared heads."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ OTHER_FLOATS = ("F8", "F6", "F4")
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: its dtype, as safetensors spells it, and its shape."""
+    """A tensor as the header of its file describes it: dtype, as safetensors spells it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -111,7 +111,7 @@ def tensor_of(directory: Path, name: str) -> Tensor | None:
 
 
 def separate_heads(directory: Path, ties: dict[str, str]) -> Iterator[str]:
-    """Those of the tied tensors (`ties`: name -> the name it is tied to) that the files hold beside the other one, and
+    """The tied tensors (`ties`: name -> the name it is tied to) that the files hold beside the other one, and
     with other values: what transformers keeps apart, whatever the config says."""
     for name, source in ties.items():
         own, other = tensor_of(directory, name), tensor_of(directory, source)

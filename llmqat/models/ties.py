@@ -21,7 +21,7 @@ def possible_ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def shared_ties(model: PreTrainedModel) -> dict[str, str]:
-    """Those of `possible_ties` that are one tensor in `model`."""
+    """The pairs of `possible_ties` that are one tensor in `model`."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     return {
         name: source

@@ -1,4 +1,4 @@
-"""What a model's tables hold: token ids and positions beyond them are refused in one line, not by an IndexError."""
+"""The limits of a model's tables: token ids and positions beyond them are refused in one line, not by an IndexError."""
 
 from typing import Any
 

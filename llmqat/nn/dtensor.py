@@ -24,7 +24,7 @@ def split_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """The part of a tensor that this process holds, sharing its memory."""
     return tensor.detach().to_local() if _is_split(tensor) else tensor.detach()  # type: ignore[attr-defined,no-any-return]
 
 

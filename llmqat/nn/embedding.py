@@ -18,7 +18,7 @@ from llmqat.quant.grid import Adapters
 
 
 class _TiedEmbedding(nn.Module):
-    """What both lookups share.
+    """The common part of both lookups of an embedding.
 
     Attributes:
         head: gives the output head as it is now, prepared, adapted or packed: `model.get_output_embeddings`.
@@ -44,7 +44,7 @@ class _TiedEmbedding(nn.Module):
 
 
 def embed_scale_of(module: nn.Module) -> Tensor | None:
-    """What an embedding multiplies its rows by; None for a plain one.
+    """The factor of an embedding's rows; None for a plain embedding.
 
     Raises:
         LlmqatError: if it is neither a plain nor a scaled lookup.
@@ -114,7 +114,7 @@ class PackedEmbedding(_TiedEmbedding):
 
     @classmethod
     def from_fake_quant(cls, module: FakeQuantEmbedding) -> Self:
-        """What ships in the place of `module`."""
+        """The packed embedding that ships in the place of `module`."""
         return cls(module.head, module.compute.dtype, module.padding_idx, module.embed_scale)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class FakeQuantLinear(nn.Module):
         return self.act_scale.to(self.storage_dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """What the weight multiplies: `x` on the grid of the activations, if it has one."""
+        """The input that the weight multiplies: `x` on the grid of the activations, if it has one."""
         if self.scheme.act_bits is None:
             return x
         scale = self.stored_act_scale()

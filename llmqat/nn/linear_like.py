@@ -1,4 +1,4 @@
-"""What counts as a linear layer: `nn.Linear`, and GPT-2's `Conv1D`, which keeps its weight as ``(in, out)``."""
+"""The kinds of linear layer: `nn.Linear`, and GPT-2's `Conv1D`, which keeps its weight as ``(in, out)``."""
 
 from typing import Any
 

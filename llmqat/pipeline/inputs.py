@@ -1,4 +1,4 @@
-"""What a run reads besides its model: dataset, tokens to train on, to score and to calibrate with, and their hashes."""
+"""The inputs of a run besides its model: dataset, tokens to train, score and calibrate on, and hashes."""
 
 import hashlib
 import json

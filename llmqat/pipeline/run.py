@@ -181,7 +181,7 @@ class Run:
         wait_for_all_processes()
 
     def restore_state(self) -> None:
-        """What the interrupted run had measured and trained; every process must find the same."""
+        """Restore what the interrupted run had measured and trained; every process must find the same."""
         self.load_state()
         check_agreement((self.record.key, self.steps_done), self.checkpoint)
         if self.steps_done is not None:

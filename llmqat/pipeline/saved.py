@@ -1,4 +1,4 @@
-"""What an interrupted run left in its output directory, and whether another may go on from it.
+"""The state that an interrupted run left in its output directory, and whether another may go on from it.
 
 The checkpoint holds a record of what the run reads: its recipe, and hashes of its tokens, weights and tokenizer. The
 key of the run is the hash of that record; measurements and training states carry the key, and belong to nothing else.
@@ -29,7 +29,7 @@ TRAINING_ONLY = ("training tokens", "validation tokens")
 
 
 class Record:
-    """What a run reads: recipe, and hashes by name."""
+    """The inputs of a run: recipe, and hashes by name."""
 
     def __init__(self, recipe: Recipe, hashes: dict[str, str]) -> None:
         values = flattened(recipe.to_dict())

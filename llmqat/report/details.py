@@ -1,4 +1,4 @@
-"""What the page shows beyond `report.json`: curves, errors and histograms of every layer. Written as `details.json`."""
+"""The content of `details.json`, drawn on the page: curves, errors and histograms of every layer."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run measured, and the numbers of `report.json`."""
+"""The numbers that a run measured: those of `report.json`."""
 
 import json
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ class Measured:
                 "kept_round_to_nearest": self.coverage.kept,
             },
             "size": {key: self.size.get(key) for key in ("float_bytes", "packed_bytes", "bits_per_weight")},
-            "throughput": {"kernel": self.kernel, "float": self._speed("float"), "packed": self._speed("packed", True)},
+            "throughput": {"kernel": self.kernel, "float": self._speed("float"), "packed": self._packed_speed()},
             "training": {
                 "steps": training.steps if training else None,
                 "seconds": training.seconds if training else None,
@@ -107,15 +107,20 @@ class Measured:
     def _of(self, row: str, name: str) -> float | None:
         return getattr(self.perplexity[row], name) if row in self.perplexity else None
 
-    def _speed(self, row: str, with_bandwidth: bool = False) -> dict[str, float | None]:
+    def _speed(self, row: str) -> dict[str, float | None]:
         speed = self.throughput.get(row)
-        result = {
+        return {
             "prefill_tok_s": speed.prefill_tok_s if speed else None,
             "decode_tok_s": speed.decode_tok_s if speed else None,
         }
-        if with_bandwidth:
-            result["weight_gb_s"] = speed.weight_gb_s if speed else None
-        return result
+
+    def _packed_speed(self) -> dict[str, float | str | None]:
+        speed = self.throughput.get("packed")
+        return {
+            **self._speed("packed"),
+            "weight_gb_s": speed.weight_gb_s if speed else None,
+            "path": speed.paths.describe() if speed and speed.paths else None,
+        }
 
 
 def write_json(measured: Measured, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What of a run's names may be published, and how Markdown shows them."""
+"""Names as a report may publish them, and as Markdown shows them."""
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath

@@ -1,4 +1,4 @@
-"""What `report.json` and `details.json` hold, checked before a page is made of them: both may come from elsewhere."""
+"""The shape of `report.json` and `details.json`, checked before they are drawn: both may be foreign."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -75,7 +75,7 @@ def choice(*allowed: Any) -> Check:
 
 
 def optional(inner: Check) -> Check:
-    """What `inner` accepts, or null."""
+    """Null, or a value that `inner` accepts."""
     return lambda value, place: None if value is None else inner(value, place)
 
 
@@ -184,7 +184,10 @@ REPORT = record(
             {
                 "kernel": optional(text),
                 "float": shares(("prefill_tok_s", "decode_tok_s")),
-                "packed": shares(("prefill_tok_s", "decode_tok_s", "weight_gb_s")),
+                "packed": record(
+                    dict.fromkeys(("prefill_tok_s", "decode_tok_s", "weight_gb_s"), optional(number)),
+                    {"path": optional(text)},
+                ),
             }
         ),
         "training": record(

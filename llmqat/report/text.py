@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in words: the verdict, the lines below the scoreboard, the model card."""
+"""The numbers of a run in words: the verdict, the lines below the scoreboard, the model card."""
 
 from typing import Any
 
@@ -47,6 +47,7 @@ def _speed_lines(measured: Measured) -> list[str]:
     lines = []
     for row, speed in measured.throughput.items():
         kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
+        kernel += f"; {speed.paths.describe()}" if speed.paths else ""
         lines.append(
             f"{LABELS[row]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
             f"{speed.spread(speed.decode)} tok/s of {speed.new_tokens}{kernel}"
@@ -153,7 +154,7 @@ model = llmqat.load("path/to/this/directory")  # runs on the packed weights
 
 
 def _front_matter(measured: Measured) -> str:
-    """What the Hub reads of a model card, as YAML; a base model only where that is a Hub id."""
+    """The part of a model card that the Hub reads, as YAML; a base model only where that is a Hub id."""
     import yaml
 
     model, bits = one_line(measured.recipe.model), measured.recipe.quant.bits

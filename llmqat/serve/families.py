@@ -1,4 +1,4 @@
-"""What the native decoder knows about model families, as data. A family whose block it computes is a row."""
+"""Everything that the native decoder knows about model families, as data. A family whose block it computes is a row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -13,7 +13,7 @@ from llmqat.serve.families import FAMILIES
 
 @dataclass(frozen=True)
 class PathCounts:
-    """What ran in a model since it was loaded, or between two moments (`later - earlier`).
+    """Counts of the paths that a model took since it was loaded, or between two moments (`later - earlier`).
 
     Attributes:
         native: whether the model has a native path.

@@ -116,7 +116,7 @@ class SavedBlocks:
         self.checkpoints = checkpoints
 
     def get(self, index: int) -> dict[str, Any] | None:
-        """What was put for a block, or None."""
+        """The values that `put` kept for a block, or None."""
         return self.checkpoints.load(f"block-{index:05d}.pt")
 
     def put(self, index: int, state: dict[str, Any]) -> None:

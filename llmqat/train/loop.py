@@ -32,7 +32,7 @@ Teacher = FloatCopy | FloatView
 
 @dataclass
 class TrainResult:
-    """What a run of `fit` did.
+    """The outcome of `fit`.
 
     Attributes:
         steps: optimizer steps taken, those before a resume included.
@@ -147,7 +147,7 @@ class Trainer:
         return mean(self.accelerator, total * count) / sum(map(positions, self.held_out))
 
     def trainable(self) -> dict[str, Tensor]:
-        """What training moves, by name: parameters, and the scales of static activations."""
+        """The tensors that training moves, by name: parameters, and the scales of static activations."""
         moved = {name: p.detach() for name, p in self.plain_model.named_parameters() if p.requires_grad}
         return moved | {name: b for name, b in self.plain_model.named_buffers() if name.endswith(".act_scale")}
 

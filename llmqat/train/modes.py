@@ -1,4 +1,4 @@
-"""What trains, and how fast: all weights, LoRA inside the quantizer, or scales and norms.
+"""Training modes and their learning rates: all weights, LoRA inside the quantizer, or scales and norms.
 
 Learning rates are relative, so that one default fits models of any size: a weight's in codes (fractions of its layer's
 median scale), any other tensor's as a fraction of its own root mean square.

@@ -17,7 +17,10 @@ from llmqat.report.measured import Measured, write_json
 from llmqat.report.scoreboard import score_rows
 from llmqat.report.text import facts, model_card, print_scoreboard, verdict
 from llmqat.scheme import QuantScheme
+from llmqat.serve.paths import PathCounts
 from llmqat.train.loop import TrainResult
+
+PATHS = PathCounts(True, loop_tokens=4, native_calls=1)
 
 # DESIGN.md, section 4: stable keys.
 SCHEMA = {
@@ -36,7 +39,7 @@ SCHEMA = {
     "throughput": {
         "kernel": None,
         "float": dict.fromkeys(("prefill_tok_s", "decode_tok_s")),
-        "packed": dict.fromkeys(("prefill_tok_s", "decode_tok_s", "weight_gb_s")),
+        "packed": dict.fromkeys(("prefill_tok_s", "decode_tok_s", "weight_gb_s", "path")),
     },
     "training": dict.fromkeys(("steps", "seconds", "peak_memory_bytes", "codes_changed", "clip_rate")),
     "verify": dict.fromkeys(("codes_equal", "scales_equal", "max_logit_error", "bound")),
@@ -80,7 +83,7 @@ def full():
     measured.size = {"float_bytes": 4000, "packed_bytes": 1125, "bits_per_weight": 4.5}
     measured.throughput = {
         "float": Throughput((100.0, 300.0, 200.0), (10.0, 20.0, 30.0), 8, 4, 1000),
-        "packed": Throughput((400.0,), (50.0,), 8, 4, 2_000_000_000),
+        "packed": Throughput((400.0,), (50.0,), 8, 4, 2_000_000_000, PATHS),
     }
     measured.kernel = "reference"
     measured.peak_memory_bytes = 123_000_000
@@ -114,7 +117,7 @@ def test_numbers(full):
     assert report["throughput"] == {
         "kernel": "reference",
         "float": {"prefill_tok_s": 200.0, "decode_tok_s": 20.0},
-        "packed": {"prefill_tok_s": 400.0, "decode_tok_s": 50.0, "weight_gb_s": 100.0},
+        "packed": {"prefill_tok_s": 400.0, "decode_tok_s": 50.0, "weight_gb_s": 100.0, "path": PATHS.describe()},
     }
     assert report["training"] == {
         "steps": 300,
@@ -226,7 +229,7 @@ def test_facts(full):
         rf"ids {full.data.sha256[:12]}",
         r"4\.50 bits per weight; 25\.0% of all parameters",
         r"float: prefill 200 \[100, 300\] tok/s of 8, decode 20 \[10, 30\] tok/s of 4$",
-        r"decode 50 \[50, 50\] tok/s of 4, 100\.00 GB/s of weights, kernel reference$",
+        rf"decode 50 \[50, 50\] tok/s of 4, 100\.00 GB/s of weights, kernel reference; {re.escape(PATHS.describe())}$",
         r"300 steps, 1,000 tokens, 12 s, peak 0\.12 GB; best at step 250; 3\.1% of codes changed, 0\.20% of weights",
         r"codes and scales of 1 layers equal to the trained ones; logits within 1\.0e-06 of float64 \(bound 2\.0e-06\)",
     ):

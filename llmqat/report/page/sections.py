@@ -159,10 +159,11 @@ def _speed_note(report: Values) -> str:
     note = f"{report['coverage']['parameters_quantized']:.1%} of all parameters are on the grid."
     if packed["weight_gb_s"] is None:
         return note
+    path = f" Path taken: {packed['path']}." if packed.get("path") else ""
     return (
         f"{note} Speed at batch 1: a prompt of {config['prompt']} tokens, {config['new_tokens']} generated, median of "
         f"{config['repeats']}; kernel {report['throughput']['kernel']}, {packed['weight_gb_s']:.2f} GB/s of packed "
-        "weights."
+        f"weights.{path}"
     )
 
 
@@ -171,7 +172,7 @@ def _millions(value: float | None) -> float | None:
 
 
 def proof(report: Values, details: Values) -> Html:
-    """What `verify` found."""
+    """The findings of `verify`."""
     check = report["verify"]
     if check["codes_equal"] is None:
         return Html()

@@ -226,12 +226,12 @@ def test_speed(report, details):
     fast["throughput"] = {
         "kernel": "reference",
         "float": {"prefill_tok_s": 1000.0, "decode_tok_s": 10.0},
-        "packed": {"prefill_tok_s": 500.0, "decode_tok_s": 25.0, "weight_gb_s": 1.5},
+        "packed": {"prefill_tok_s": 500.0, "decode_tok_s": 25.0, "weight_gb_s": 1.5, "path": "native loop 4 tokens"},
     }
     page = Page(render(fast, details))
     assert "prefill, tokens/s 1,000 500 0.5" in page.text
     assert "decode, tokens/s 10.0 25.0 2.5" in page.text
-    assert "kernel reference, 1.50 GB/s of packed weights" in page.text
+    assert "kernel reference, 1.50 GB/s of packed weights. Path taken: native loop 4 tokens." in page.text
     assert "tokens/s 1" not in Page(render(report, details)).text
 
 
