@@ -59,6 +59,7 @@ from llmqat.processes import is_first
 from llmqat.progress import say
 from llmqat.report import details
 from llmqat.report.measured import Measured, write_json
+from llmqat.report.names import public_name
 from llmqat.report.page.render import write_page
 from llmqat.report.text import model_card, print_scoreboard
 from llmqat.train import checkpoint
@@ -313,8 +314,13 @@ class Run:
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.compare_with_float("trained")
         if self.recipe.train.mode == "lora":
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = public_name(self.recipe.model)
             with replacing(self.directory / ADAPTER) as scratch:
                 self.model.save_pretrained(str(scratch), save_embedding_layers=False)
+                (scratch / "README.md").unlink(
+                    missing_ok=True
+                )  # peft's empty card, which names the folder of the model
 
     def pack_model(self) -> None:
         """Write the packed model, and count its bytes; reports of another model go before."""

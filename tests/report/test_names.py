@@ -67,3 +67,14 @@ def test_rich_shows_marks_as_they_are():
     console = Console(record=True, width=100, file=StringIO())
     console.print(scoreboard({}, "[red]x[/] [/oops]"))
     assert "[red]x[/] [/oops]" in console.export_text()
+
+
+def test_what_a_run_publishes_names_no_folder(finished, model_dir, text_file):
+    """All that is shared of a run; `recipe.yaml` and `checkpoint/` are what `--resume` needs on this machine."""
+    shared = [path for path in finished.rglob("*") if path.is_file() and path.suffix in (".json", ".md", ".html")]
+    shared = [path for path in shared if "checkpoint" not in path.parts]
+    assert {"report.json", "report.html", "README.md", "adapter_config.json"} <= {path.name for path in shared}
+    for path in shared:
+        text = path.read_text(encoding="utf-8")
+        for folder in (model_dir.parent, text_file.parent, finished.parent):
+            assert str(folder) not in text, path
