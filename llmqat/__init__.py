@@ -16,6 +16,7 @@ __all__ = [
     "Inspection",
     "LlmqatError",
     "Perplexity",
+    "PrepareOptions",
     "QuantScheme",
     "Smoothed",
     "Throughput",

@@ -43,6 +43,10 @@ SURFACE_ROW = 10  # `llmqat` itself, and __main__
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_ARGUMENTS = 7
+# torch lays the arguments of these out flat: steps of an autograd Function, and the schema of an operator.
+FLAT_STEPS = ("forward", "setup_context")
+SCHEMAS = (("llmqat/kernels/ops.py", "_schema"),)
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib")
 
@@ -135,6 +139,42 @@ def oversized(root: Path) -> list[str]:
                 length = node.end_lineno - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
                     found.append(f"{name}:{node.lineno} {node.name}: {length} lines, the limit is {MAX_FUNCTION_LINES}")
+    return found
+
+
+def functions(tree: ast.AST, bases: tuple[str, ...] = ()) -> Iterator[tuple[ast.FunctionDef, tuple[str, ...]]]:
+    """Every function below `tree`, with the base classes of the class that it is a method of."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node, tuple(map(ast.unparse, node.bases)))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node, bases
+            yield from functions(node)
+        else:
+            yield from functions(node, bases)
+
+
+def argument_count(function: ast.FunctionDef) -> int:
+    """Positional and keyword-only arguments; an opening `self`, `cls` or `ctx`, ``*args`` and ``**options`` are not
+    counted."""
+    arguments = function.args
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    return len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+
+
+def is_autograd_step(function: ast.FunctionDef, bases: tuple[str, ...]) -> bool:
+    return function.name in FLAT_STEPS and any(base.endswith("autograd.Function") for base in bases)
+
+
+def crowded(root: Path) -> list[str]:
+    """Functions with more arguments than a call shows at a glance; constructors of dataclasses have no `def`."""
+    found = []
+    for path in python_files(root, "llmqat", "eval"):
+        name = path.relative_to(root).as_posix()
+        for node, bases in functions(parse(path)):
+            count = argument_count(node)
+            if count > MAX_ARGUMENTS and not is_autograd_step(node, bases) and (name, node.name) not in SCHEMAS:
+                found.append(f"{name}:{node.lineno} {node.name}: {count} arguments, the limit is {MAX_ARGUMENTS}")
     return found
 
 
@@ -296,6 +336,33 @@ def test_an_oversized_file_and_function_are_found(tmp_path):
         "eval/b.py: 401 lines, the limit is 400",
         "llmqat/a.py:1 f: 61 lines, the limit is 60",
     ]
+
+
+def test_functions_take_few_arguments():
+    found = crowded(ROOT)
+    assert not found, "give what travels together a value of its own:\n" + "\n".join(found)
+
+
+def test_a_crowded_function_is_found(tmp_path):
+    seven = ", ".join("abcdefg")
+    passing = (
+        f"def f({seven}, *args, **options): pass\n"
+        f"class A:\n    def f(self, {seven}): pass\n"
+        f"class B(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, {seven}, h): pass\n"
+        f"@dataclass\nclass C:\n" + "".join(f"    {name}: int\n" for name in "abcdefgh")
+    )
+    write(tmp_path, {"llmqat/a.py": passing, "llmqat/kernels/ops.py": f"def _schema({seven}, h): pass\n"})
+    assert crowded(tmp_path) == []
+    found = (
+        f"def f({seven}, *, h): pass\n"
+        f"class A:\n    def f(self, {seven}, h):\n        def g({seven}, i): pass\n"
+        f"    @staticmethod\n    def forward({seven}, h): pass\n"
+        f"class B(torch.autograd.Function):\n    @staticmethod\n    def apply_all({seven}, h): pass\n"
+        f"def _schema({seven}, h): pass\n"
+    )
+    write(tmp_path, {"llmqat/a.py": "", "eval/b.py": found})
+    names = ("1 f", "3 f", "4 g", "6 forward", "9 apply_all", "10 _schema")
+    assert crowded(tmp_path) == [f"eval/b.py:{name}: 8 arguments, the limit is 7" for name in names]
 
 
 def test_an_oversized_cpp_file_and_function_are_found(tmp_path):

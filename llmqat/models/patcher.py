@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -18,9 +18,10 @@ from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_apart, split_experts
 from llmqat.models.loading import storage_dtype_of
 from llmqat.models.planning import Overrides, checked_plan, scheme_of
+from llmqat.models.prepare_options import PrepareOptions
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
-from llmqat.nn.fake_quant_linear import DEFAULT_OBSERVER, FakeQuantLinear
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
@@ -67,8 +68,8 @@ def smooth(
         batches: token ids ``(batch, length)``.
         alpha: strength in [0, 1], or "auto": searched by site with the quantizers of `scheme`.
         scheme: the grid that `prepare` will use; "auto" needs it.
-        overrides: those of `prepare`.
-        storage_dtype: that of `prepare`.
+        overrides: see `PrepareOptions`.
+        storage_dtype: see `PrepareOptions`.
 
     Returns:
         what was done, by site: alpha, the relative change of the float logits, output errors where it was searched.
@@ -98,15 +99,7 @@ def prepare(
     *,
     init: str = "rtn",
     calibration: list[Tensor] | None = None,
-    overrides: Overrides | None = None,
-    storage_dtype: torch.dtype | None = None,
-    damp: float = 0.01,
-    clip_mask: bool = False,
-    keep_float: bool = False,
-    lm_head_bits: int | None = None,
-    kv_bits: int | None = None,
-    observer: str = DEFAULT_OBSERVER,
-    min_coverage: float = 0.9,
+    **options: Any,
 ) -> CoverageReport:
     """Replace the linear layers of `model` by `FakeQuantLinear`, in place; the Parameter objects stay the same.
 
@@ -117,36 +110,30 @@ def prepare(
         scheme: the grid of every layer, unless overridden.
         init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
-        overrides: regular expression on layer names -> ``{"bits": 8}`` and the like, or ``"float"``.
-        storage_dtype: dtype of scales and float parts in the packed file; by default see `storage_dtype_of`.
-        damp: GPTQ's damping, as a fraction of the mean diagonal of the Hessian.
-        clip_mask: see `fake_quant_linear`.
-        keep_float: GPTQ keeps its change apart, in the storage dtype, so that `FloatView` can run the float model.
-        lm_head_bits: quantize the output head too, at these bits; a tied embedding then looks up rows of its grid.
-        kv_bits: 8 quantizes keys and values as the cache stores them; see `llmqat.nn.kv_cache`.
-        observer: how static activation ranges are found; on `calibration` if there is any, and while training.
-        min_coverage: least share of the block parameters that must lie in layers llmqat can quantize.
+        options: fields of `PrepareOptions`, such as ``kv_bits=8, keep_float=True``.
 
     Returns:
         every linear layer with its grid or the reason why it stays float; to print: ``summary()``, ``error_summary()``.
 
     Raises:
-        LlmqatError: if a group size does not divide, too little is covered, it is prepared already, or GPTQ lacks data.
+        LlmqatError: if an option is wrong, a group size does not divide, too little is covered, it is prepared already,
+            or GPTQ lacks data.
     """
+    chosen = PrepareOptions.by_name(options)
     if init not in INITS:
         raise LlmqatError(f"init must be one of {', '.join(INITS)}; got {init!r}")
     if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
-    report = checked_plan(model, scheme, overrides, lm_head_bits, min_coverage)
+    report = checked_plan(model, scheme, chosen.overrides, chosen.lm_head_bits, chosen.min_coverage)
     if init == "gptq":  # what it lacks is said before anything is replaced
         architecture_of(model, "GPTQ", GPTQ_REMEDY)
         check_batches(calibration or [])
-    put_on_grid(model, report.quantized, storage_dtype or storage_dtype_of(model), clip_mask)
-    if kv_bits is not None:
-        quantize_kv(model, kv_bits)
-    observe_activations(model, calibration or [], observer)
+    put_on_grid(model, report.quantized, chosen.storage_dtype or storage_dtype_of(model), chosen.clip_mask)
+    if chosen.kv_bits is not None:
+        quantize_kv(model, chosen.kv_bits)
+    observe_activations(model, calibration or [], chosen.observer)
     if init == "gptq":
-        report.errors.update(run_gptq(model, calibration or [], damp, keep_float))
+        report.errors.update(run_gptq(model, calibration or [], chosen.damp, chosen.keep_float))
     return report
 
 

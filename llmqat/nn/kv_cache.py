@@ -57,14 +57,23 @@ def _quantize_stored(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return args, kwargs
 
 
+def check_kv_bits(bits: int) -> None:
+    """Refuse widths of keys and values that there is no grid for.
+
+    Raises:
+        LlmqatError: if `bits` is not 8.
+    """
+    if bits not in KV_BITS:
+        raise LlmqatError(f"kv_bits must be 8, or left out for a float cache; got {bits}")
+
+
 def quantize_kv(model: PreTrainedModel, bits: int) -> None:
     """Put keys and values of every attention layer of `model` on an int8 grid, in place.
 
     Raises:
         LlmqatError: if `bits` is not 8, or the model has no attention layer that takes a cache.
     """
-    if bits not in KV_BITS:
-        raise LlmqatError(f"kv_bits must be 8, or left out for a float cache; got {bits}")
+    check_kv_bits(bits)
     layers = [
         module
         for module in model.modules()

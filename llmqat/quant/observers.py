@@ -24,14 +24,23 @@ BINS = 2048
 SHRINKS = tuple(step / 64 for step in range(8, 65))
 
 
-def initial_state(kind: str) -> Tensor:
-    """The state of an observer that has seen nothing.
+def check_observer(kind: str) -> None:
+    """Refuse names that no observer has.
 
     Raises:
         LlmqatError: if there is no such observer.
     """
     if kind not in OBSERVERS:
         raise LlmqatError(f"no observer {kind!r}; choose one of {', '.join(OBSERVERS)}")
+
+
+def initial_state(kind: str) -> Tensor:
+    """The state of an observer that has seen nothing.
+
+    Raises:
+        LlmqatError: if there is no such observer.
+    """
+    check_observer(kind)
     return torch.zeros(1 if kind in OBSERVERS[:2] else 1 + BINS, dtype=torch.float64)
 
 

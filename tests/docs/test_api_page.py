@@ -12,7 +12,8 @@ import llmqat
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 TABLES = re.compile(r"(?<=<!-- names: begin -->\n).*?(?=<!-- names: end -->)", re.DOTALL)
 GROUPS = {
-    "Quantize and train": "QuantScheme prepare smooth add_lora finetune observe_activations follow_activations convert",
+    "Quantize and train": "QuantScheme prepare PrepareOptions smooth add_lora finetune observe_activations "
+    "follow_activations convert",
     "Ship": "pack load verify inspect write_page",
     "Models and data": "load_float load_tokenizer load_corpus encode blocks sequences FloatCopy FloatView",
     "Results": "CoverageReport Smoothed TrainResult Verification Inspection Perplexity Throughput",

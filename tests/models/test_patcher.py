@@ -146,6 +146,34 @@ def test_unknown_init(tiny_llama):
         prepare(tiny_llama(), SCHEME, init="awq")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"kv_bit": 8}, r"^prepare has no option 'kv_bit'; did you mean kv_bits\?$"),
+        ({"storage_dtyp": torch.float16}, r"no option 'storage_dtyp'; did you mean storage_dtype\?"),
+        (
+            {"xyz": 1},
+            "no option 'xyz'; known: overrides, storage_dtype, damp, clip_mask, keep_float, lm_head_bits, kv_",
+        ),
+        ({"overrides": ["mlp"]}, r"^overrides must be a mapping, pattern -> change; got \['mlp'\]$"),
+        ({"storage_dtype": "bfloat16"}, r"storage_dtype must be a float dtype such as torch\.bfloat16, got 'bfloat16'"),
+        ({"storage_dtype": torch.int8}, r"storage_dtype must be a float dtype such as .*, got torch\.int8"),
+        ({"damp": -0.1}, r"^damp must be at least 0, got -0\.1$"),
+        ({"damp": float("nan")}, "^damp must be at least 0, got nan$"),
+        ({"clip_mask": "no"}, "^clip_mask must be true or false, got 'no'$"),
+        ({"keep_float": 1}, "^keep_float must be true or false, got 1$"),
+        ({"min_coverage": 90}, "^min_coverage must be at most 1, got 90"),
+        ({"kv_bits": 4}, "^kv_bits must be 8, or left out for a float cache; got 4$"),
+        ({"observer": "max"}, "^no observer 'max'; choose one of minmax, moving_average, percentile, mse$"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_replaced(tiny_llama, option, message):
+    model = tiny_llama()
+    with pytest.raises(LlmqatError, match=message):
+        prepare(model, SCHEME, **option)
+    assert not quantized_layers(model)
+
+
 @pytest.mark.parametrize("calibration", [None, []])
 def test_gptq_needs_calibration(tiny_llama, calibration):
     model = tiny_llama()
