@@ -4,16 +4,14 @@ https://github.com/vllm-project/compressed-tensors. transformers reads it, and v
 writes nothing of its own.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmqat.errors import LlmqatError
+from llmqat.formats.targets import CONV1D, LINEAR, is_target, target_of
 from llmqat.models.coverage import TIED_HEAD, CoverageReport
 from llmqat.scheme import QuantScheme
 
-EXPERT = re.compile(r"\\\.experts\\\.\d+\\\.")  # in an escaped name
-LINEAR, CONV1D = "Linear", "Conv1D"  # classes of layers, as targets
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 # Where config.json says that the cache is int8, beside `quantization_config`: readers that do not know it use a float
 # cache. The `kv_cache_scheme` of compressed-tensors knows no scale per token and head, and vLLM takes per-tensor ones.
@@ -90,12 +88,6 @@ def scheme_from_args(group: Mapping[str, Any]) -> QuantScheme:
     )
 
 
-def _target(name: str) -> str:
-    """The name of a layer; a pattern for it in every expert, if it is an expert's."""
-    escaped = EXPERT.sub(r"\\.experts\\.\\d+\\.", re.escape(name))
-    return name if escaped == re.escape(name) else f"re:{escaped}$"
-
-
 def config_of(
     schemes: Mapping[str, QuantScheme],
     ignored: list[str],
@@ -112,7 +104,7 @@ def config_of(
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
     for index, scheme in enumerate(distinct):
-        targets = dict.fromkeys(_target(name) for name, own in schemes.items() if own == scheme)
+        targets = dict.fromkeys(target_of(name) for name, own in schemes.items() if own == scheme)
         groups[f"group_{index}"] = {
             "targets": [CONV1D if transposed else LINEAR, *embeddings] if len(distinct) == 1 else list(targets),
             "format": FORMAT,
@@ -172,21 +164,10 @@ def schemes_of(config: Mapping[str, Any], packed_layers: list[str]) -> dict[str,
         raise LlmqatError(f"quantization_config in config.json is damaged: {lacks}; write the model again") from error
     result = {}
     for name in packed_layers:
-        matching = [scheme for targets, scheme in groups if any(_matches(str(target), name) for target in targets)]
+        matching = [scheme for targets, scheme in groups if any(is_target(str(target), name) for target in targets)]
         if not matching:
             raise LlmqatError(
                 f"layer {name} is packed but no config group targets it; config.json and weights do not belong together"
             )
         result[name] = matching[0]
     return result
-
-
-def _matches(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        try:
-            return re.match(target[3:], name) is not None
-        except re.error as error:
-            raise LlmqatError(
-                f"quantization_config in config.json is damaged: target {target!r}: {error}; write the model again"
-            ) from error
-    return target in (LINEAR, CONV1D, name)
