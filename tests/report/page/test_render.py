@@ -184,7 +184,7 @@ def test_markup_in_layers_and_curves_is_shown(report, details):
     details["layers"][0] |= {"name": f"model.layers.0.{MARKUP}", "scheme": MARKUP}
     details |= {"verdict": MARKUP, "measured_on": MARKUP, "scheme": MARKUP}
     report["throughput"]["kernel"] = MARKUP
-    report["throughput"]["packed"] = dict.fromkeys(report["throughput"]["packed"], 1.0)
+    report["throughput"]["packed"] = {**dict.fromkeys(report["throughput"]["packed"], 1.0), "path": MARKUP}
     report["coverage"]["skipped"] = [{"layer": MARKUP, "reason": MARKUP}]
     schema.REPORT(report, "report")
     schema.DETAILS(details, "details")
