@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig
 
 from llmqat.errors import LlmqatError
-from llmqat.models.foreign import short
 from llmqat.models.loading import (
     load_config,
     load_empty,
@@ -213,9 +212,3 @@ def test_no_tokenizer(damaged):
         path.unlink()
     with pytest.raises(LlmqatError, match="has no tokenizer that transformers can load: "):
         load_tokenizer(str(damaged))
-
-
-def test_messages_stay_short():
-    assert short(ValueError("a\n  b")) == "a b"
-    assert short(ValueError()) == "ValueError"
-    assert len(short(ValueError("x" * 500))) == 200
