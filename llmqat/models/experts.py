@@ -20,7 +20,7 @@ def row_of(model: PreTrainedModel) -> Architecture | None:
     return ARCHITECTURES.get(model.config.model_type)
 
 
-def splits(model: PreTrainedModel) -> bool:
+def can_split_experts(model: PreTrainedModel) -> bool:
     """Whether the family's experts can be split: its row knows the layout, and the router."""
     row = row_of(model)
     return row is not None and row.router is not None
@@ -67,7 +67,9 @@ def check_experts(layers: Iterable[LayerCoverage]) -> None:
 
 def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The fused modules by name that can be split: none if the family has no row that says how."""
-    return {name: module for name, module in model.named_modules() if is_fused(module)} if splits(model) else {}
+    if not can_split_experts(model):
+        return {}
+    return {name: module for name, module in model.named_modules() if is_fused(module)}
 
 
 def split_experts(model: PreTrainedModel) -> None:

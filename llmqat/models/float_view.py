@@ -14,8 +14,8 @@ from llmqat.nn.lora import LoraFakeQuantLinear
 
 
 @contextmanager
-def disable_quantizers(model: nn.Module, adapters: bool = True) -> Iterator[None]:
-    """Layers on a grid run their plain float weight; without adapters too, unless `adapters` is False.
+def disable_quantizers(model: nn.Module, disable_adapters: bool = True) -> Iterator[None]:
+    """Layers on a grid run their plain float weight; without adapters too, unless `disable_adapters` is False.
 
     That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
     weights have not been trained.
@@ -25,7 +25,7 @@ def disable_quantizers(model: nn.Module, adapters: bool = True) -> Iterator[None
             if isinstance(module, FakeQuantLinear | KVQuantizer):
                 stack.callback(setattr, module, "enabled", module.enabled)
                 module.enabled = False
-            elif adapters and isinstance(module, LoraFakeQuantLinear):
+            elif disable_adapters and isinstance(module, LoraFakeQuantLinear):
                 # peft's own switch also flips requires_grad, which a view must not.
                 stack.callback(setattr, module, "_disable_adapters", module.disable_adapters)
                 module._disable_adapters = True

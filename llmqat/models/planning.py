@@ -21,7 +21,7 @@ from llmqat.models.coverage import (
     check_coverage,
     total_parameters,
 )
-from llmqat.models.experts import check_experts, expert_layers, fused_shapes, splits
+from llmqat.models.experts import can_split_experts, check_experts, expert_layers, fused_shapes
 from llmqat.models.replaceable import check_merged, obstacles
 from llmqat.nn.embedding import embed_scale_of
 from llmqat.nn.experts import is_fused
@@ -144,7 +144,7 @@ def block_parameters(model: PreTrainedModel, blocked: Collection[str] = ()) -> t
     for path, module in model.named_modules():
         if isinstance(module, LINEAR_LAYERS) and path not in blocked:
             covered.add(f"{path}.weight")
-        elif is_fused(module) and splits(model):
+        elif is_fused(module) and can_split_experts(model):
             covered.update(name for name, parameter in module.named_parameters(path) if parameter.ndim == 3)
     return sum(in_blocks.values()), {name: size for name, size in in_blocks.items() if name not in covered}
 
@@ -156,7 +156,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], 
         if isinstance(module, LINEAR_LAYERS):
             yield name, linear_shape(module), module
         elif is_fused(module):
-            layers = expert_layers(name, module) if splits(model) else fused_shapes(name, module)
+            layers = expert_layers(name, module) if can_split_experts(model) else fused_shapes(name, module)
             yield from ((layer, shape, module) for layer, shape in layers)
 
 
@@ -219,7 +219,7 @@ def float_reason(model: PreTrainedModel, name: str, module: nn.Module, outside: 
         return HEAD
     if outside(name):
         return "outside the blocks"
-    if is_fused(module) and not splits(model):
+    if is_fused(module) and not can_split_experts(model):
         return f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
     return ""
 

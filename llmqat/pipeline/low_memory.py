@@ -20,7 +20,7 @@ from llmqat.formats.partial import PartialModel
 from llmqat.formats.writer import finish_model, packed_state, save_shard, write_index
 from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import CoverageReport
-from llmqat.models.experts import splits
+from llmqat.models.experts import can_split_experts
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.patcher import put_on_grid
 from llmqat.models.planning import checked_plan, resolve_for
@@ -64,7 +64,7 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     resolved = resolve_for(source.model, asked)
     recipe = fit_context(resolved, getattr(source.model.config, "max_position_embeddings", None))
     architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")
-    if splits(source.model):
+    if can_split_experts(source.model):
         raise LlmqatError("--low-memory does not know how to split fused experts yet: leave it out")
     report = checked_plan(source.model, recipe.scheme(), recipe.quant.overrides, min_coverage=recipe.quant.min_coverage)
     tokenizer = load_tokenizer(recipe.model)

@@ -303,7 +303,7 @@ class Run:
         """The same training with quantizers off: what the text alone gives."""
         say("training the float control")
         control, below = copy.deepcopy(self.model), self.checkpoints.below(CONTROL)
-        with disable_quantizers(control, adapters=False):
+        with disable_quantizers(control, disable_adapters=False):
             train(control, checkpoints=Checkpoints(below.directory, below.run, below.load()))
             return evaluate(control, self.inputs.test, self.reference, "perplexity, control")
 

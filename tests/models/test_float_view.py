@@ -100,7 +100,7 @@ def test_adapters_may_stay(run):
     """The float control of a LoRA run: adapters beside the float weight."""
     model, _, expected = run
     trained(model)
-    with disable_quantizers(model, adapters=False):
+    with disable_quantizers(model, disable_adapters=False):
         beside = logits(model)
     if any(isinstance(m, LoraFakeQuantLinear) for m in model.modules()):
         assert not torch.allclose(beside, expected, atol=0.01)
