@@ -101,6 +101,10 @@ class Measured:
                 "scales_equal": check.scales_equal if check else None,
                 "max_logit_error": check.max_logit_error if check else None,
                 "bound": check.bound if check else None,
+                "changed": list(check.changed) if check else None,
+                "decode_error": check.decode_error if check else None,
+                "decode_bound": check.decode_bound if check else None,
+                "greedy_equal": check.greedy_equal if check else None,
             },
         }
 

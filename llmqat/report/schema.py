@@ -205,7 +205,13 @@ REPORT = record(
                 "scales_equal": optional(flag),
                 "max_logit_error": optional(number),
                 "bound": optional(number),
-            }
+            },
+            {
+                "changed": optional(many(text)),
+                "decode_error": optional(number),
+                "decode_bound": optional(number),
+                "greedy_equal": optional(flag),
+            },
         ),
     }
 )

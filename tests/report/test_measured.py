@@ -23,6 +23,16 @@ from llmqat.train.loop import TrainResult
 PATHS = PathCounts(True, loop_tokens=4, native_calls=1)
 
 # DESIGN.md, section 4: stable keys.
+PROOF = (
+    "codes_equal",
+    "scales_equal",
+    "max_logit_error",
+    "bound",
+    "changed",
+    "decode_error",
+    "decode_bound",
+    "greedy_equal",
+)
 SCHEMA = {
     "format": None,
     "llmqat": None,
@@ -42,7 +52,7 @@ SCHEMA = {
         "packed": dict.fromkeys(("prefill_tok_s", "decode_tok_s", "weight_gb_s", "path")),
     },
     "training": dict.fromkeys(("steps", "seconds", "peak_memory_bytes", "codes_changed", "clip_rate")),
-    "verify": dict.fromkeys(("codes_equal", "scales_equal", "max_logit_error", "bound")),
+    "verify": dict.fromkeys(PROOF),
 }
 
 
@@ -87,7 +97,7 @@ def full():
     }
     measured.kernel = "reference"
     measured.peak_memory_bytes = 123_000_000
-    measured.verification = Verification(1, True, True, (), 1e-6, 2e-6)
+    measured.verification = Verification(1, True, True, (), 1e-6, 2e-6, ("model.norm.weight",), 3e-6, 4e-6, True)
     return measured
 
 
@@ -126,7 +136,9 @@ def test_numbers(full):
         "codes_changed": 0.031,
         "clip_rate": 0.002,
     }
-    assert report["verify"] == {"codes_equal": True, "scales_equal": True, "max_logit_error": 1e-6, "bound": 2e-6}
+    assert report["verify"] == dict(
+        zip(PROOF, (True, True, 1e-6, 2e-6, ["model.norm.weight"], 3e-6, 4e-6, True), strict=True)
+    )
     assert report["environment"] == environment()
     assert report["recipe"]["quant"]["group_size"] == 32
 
