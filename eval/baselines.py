@@ -47,13 +47,12 @@ class Bench:
     test: llmqat.Windows
     calibration: list[Tensor]
     reference: llmqat.FloatCopy
-    stored: torch.dtype
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, args: argparse.Namespace, directory: str) -> "Bench":
         """Model, data and calibration of a comparison; the model is saved to `directory`, for transformers to load."""
-        model, stored = llmqat.load_float(args.model, torch.float32)
+        model = llmqat.load_float(args.model, torch.float32)
         tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset)
         model.save_pretrained(directory)
         wanted = args.max_steps * args.batch_size
@@ -69,7 +68,6 @@ class Bench:
             llmqat.windows(tokenizer, corpus.test, args.length, args.eval_tokens),
             list(stream[: max(1, len(stream) // 8) * 8].split(8)),
             llmqat.FloatCopy(model),
-            stored,
         )
 
     def score(self, name: str, model: Any, bits: float, started: float, **more: Any) -> None:
@@ -185,9 +183,7 @@ def llmqat_rows(bench: Bench) -> None:
     started = time.perf_counter()
     start = copy.deepcopy(bench.reference.model)
     scheme = QuantScheme(4, args.group_size)
-    llmqat.prepare(
-        start, scheme, init="gptq", calibration=bench.calibration, storage_dtype=bench.stored, keep_float=True
-    )
+    llmqat.prepare(start, scheme, init="gptq", calibration=bench.calibration, keep_float=True)
     bits = 4 + 16 / args.group_size
     bench.score("llmqat GPTQ", packed(start), bits, started)
 

@@ -48,7 +48,8 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
         self.float_directory = scratch / "float"
-        model, self.stored_dtype = llmqat.load_float(args.model)
+        model = llmqat.load_float(args.model)
+        self.stored_dtype = model.dtype
         model.save_pretrained(self.float_directory)  # whatever --model names, both tools read this directory
         tokenizer = llmqat.load_tokenizer(args.model)
         tokenizer.save_pretrained(self.float_directory)
@@ -61,7 +62,7 @@ class Comparison:
 
     def float_model(self) -> Any:
         """A fresh copy of the float model, in float32."""
-        return llmqat.load_float(str(self.float_directory), torch.float32)[0]
+        return llmqat.load_float(str(self.float_directory), torch.float32)
 
     def calibration_batches(self, tokenizer: Any, documents: list[str]) -> torch.Tensor:
         """``(batches, BATCH, length)`` ids: blocks of the training text, drawn by the seed."""
@@ -83,7 +84,7 @@ class Comparison:
         model = self.float_model()
         started = time.perf_counter()
         batches = list(self.calibration) if init == "gptq" else None
-        llmqat.prepare(model, scheme, init=init, calibration=batches, storage_dtype=self.stored_dtype, damp=DAMP)
+        llmqat.prepare(model, scheme, init=init, calibration=batches, damp=DAMP)
         seconds = time.perf_counter() - started
         with tempfile.TemporaryDirectory(dir=self.scratch) as output:
             row = self.score(llmqat.pack(model, output))

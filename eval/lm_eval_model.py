@@ -69,7 +69,7 @@ class FloatLM(HFLM):
     """The same around `llmqat.load_float`: what a packed model is compared with."""
 
     def __init__(self, pretrained: str, dtype: str = "auto", device: str | None = None, **options: Any) -> None:
-        model, _ = llmqat.load_float(pretrained, dtype_named(dtype))
+        model = llmqat.load_float(pretrained, dtype_named(dtype))
         super().__init__(model.to(usable(device)), tokenizer=llmqat.load_tokenizer(pretrained), **options)
 
 

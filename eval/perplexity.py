@@ -36,7 +36,6 @@ class Sweep:
     """What every point of the sweep shares."""
 
     model: Any
-    stored: torch.dtype
     tokenizer: Any
     tokens: Tensor
     held_out: Tensor
@@ -48,14 +47,13 @@ class Sweep:
     @classmethod
     def load(cls, args: argparse.Namespace) -> "Sweep":
         """Model, data and calibration batches of a sweep."""
-        model, stored = llmqat.load_float(args.model, torch.float32)
+        model = llmqat.load_float(args.model, torch.float32)
         tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset)
         length = min(LENGTH, model.config.max_position_embeddings)
         tokens = llmqat.blocks(llmqat.encode(tokenizer, corpus.train, TOKENIZED), length, "training")
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[: args.samples]
         return cls(
             model,
-            stored,
             tokenizer,
             tokens,
             llmqat.windows(tokenizer, corpus.validation, length, 16384).ids,
@@ -71,7 +69,7 @@ class Sweep:
         started = time.perf_counter()
         model = copy.deepcopy(self.model)
         init = "rtn" if method == "rtn" else "gptq"
-        llmqat.prepare(model, scheme, init=init, calibration=self.calibration, storage_dtype=self.stored)
+        llmqat.prepare(model, scheme, init=init, calibration=self.calibration)
         if method == "qat":
             options = {"max_steps": self.max_steps}
             teacher = self.reference.model

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--output", type=Path, default=Path("eval/results/smoothquant_stress.json"))
     args = parser.parse_args()
-    model, stored = llmqat.load_float(args.model, torch.float32)
+    model = llmqat.load_float(args.model, torch.float32)
     tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset)
     rows = llmqat.blocks(llmqat.encode(tokenizer, corpus.train), LENGTH, "calibration")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.samples]
@@ -83,8 +83,8 @@ def main() -> None:
             for label, alpha in SMOOTHING.items():
                 quantized = copy.deepcopy(stressed)
                 if alpha is not None:
-                    llmqat.smooth(quantized, batches, alpha, scheme=scheme, storage_dtype=stored)
-                llmqat.prepare(quantized, scheme, storage_dtype=stored)
+                    llmqat.smooth(quantized, batches, alpha, scheme=scheme)
+                llmqat.prepare(quantized, scheme)
                 perplexity = llmqat.evaluate(quantized, test).perplexity
                 result["points"].append(
                     {"factor": factor, "scheme": name, "smooth": label, "float": base, "perplexity": perplexity}

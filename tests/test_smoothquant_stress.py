@@ -28,13 +28,13 @@ def stress():
 @pytest.fixture(scope="module")
 def real():
     """The bundled Llama, 1024 test tokens and 1024 calibration tokens of Python source."""
-    model, stored = llmqat.load_float("llama", torch.float32)
+    model = llmqat.load_float("llama", torch.float32)
     tokenizer = llmqat.load_tokenizer("llama")
     test, calibration = (
         llmqat.blocks(llmqat.encode(tokenizer, [inspect.getsource(module)]), 256, "test")[:4]
         for module in (argparse, textwrap)
     )
-    return model, stored, test.flatten(), [calibration]
+    return model, test.flatten(), [calibration]
 
 
 def perplexity(model, tokens):
@@ -43,7 +43,7 @@ def perplexity(model, tokens):
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_outliers_break_int8_activations_and_smoothing_mends_them(real, stress, scheme):
-    model, stored, tokens, calibration = real
+    model, tokens, calibration = real
     stressed = copy.deepcopy(model)
     stress.inject(stressed, 256.0)
     base = perplexity(stressed, tokens)
@@ -52,8 +52,8 @@ def test_outliers_break_int8_activations_and_smoothing_mends_them(real, stress, 
     def quantized(source, alpha=None):
         result = copy.deepcopy(source)
         if alpha is not None:
-            llmqat.smooth(result, calibration, alpha, scheme=scheme, storage_dtype=stored)
-        llmqat.prepare(result, scheme, storage_dtype=stored)
+            llmqat.smooth(result, calibration, alpha, scheme=scheme)
+        llmqat.prepare(result, scheme)
         return perplexity(result, tokens)
 
     plain = quantized(model)

@@ -44,8 +44,8 @@ TASKS = {"local_choice": CHOICE, "local_text": ROLLING, "local_words": GENERATIO
 
 @pytest.fixture(scope="module")
 def packed_dir(tmp_path_factory, model_dir):
-    model, stored = llmqat.load_float(str(model_dir), torch.float32)
-    llmqat.prepare(model, llmqat.QuantScheme(4, 16), init="rtn", storage_dtype=stored)
+    model = llmqat.load_float(str(model_dir), torch.float32)
+    llmqat.prepare(model, llmqat.QuantScheme(4, 16), init="rtn")
     return llmqat.pack(model, tmp_path_factory.mktemp("packed"), llmqat.load_tokenizer(str(model_dir)))
 
 
@@ -133,7 +133,7 @@ def test_scores_are_those_of_plain_torch(packed_dir, task_folder, documents, mod
     rows = {(row.task, row.metric): row for row in lm_eval_model.compare(args)}
     tokenizer = llmqat.load_tokenizer(str(packed_dir))
     packed = expected(llmqat.load(packed_dir, torch.float32), tokenizer, documents)
-    against = expected(llmqat.load_float(str(model_dir), torch.float32)[0], tokenizer, documents)
+    against = expected(llmqat.load_float(str(model_dir), torch.float32), tokenizer, documents)
     assert set(rows) == set(packed)
     for key, row in rows.items():
         assert row.packed == pytest.approx(packed[key], rel=1e-5)
@@ -182,8 +182,8 @@ def test_every_request_runs_the_packed_op(packed_dir, task_folder, reference_op,
 
 
 def test_a_tied_packed_head_stays_packed(tied_dir, tmp_path):
-    model, stored = llmqat.load_float(str(tied_dir), torch.float32)
-    llmqat.prepare(model, llmqat.QuantScheme(4, 16), init="rtn", storage_dtype=stored, lm_head_bits=8)
+    model = llmqat.load_float(str(tied_dir), torch.float32)
+    llmqat.prepare(model, llmqat.QuantScheme(4, 16), init="rtn", lm_head_bits=8)
     llmqat.pack(model, tmp_path, llmqat.load_tokenizer(str(tied_dir)))
     ids = torch.arange(12)[None]
     lm = lm_eval_model.PackedLM(str(tmp_path), "float32")
