@@ -253,8 +253,8 @@ def bundled():
     from llmqat.models.loading import load_float
     from llmqat.models.patcher import convert
 
-    model, stored = load_float("llama", torch.float32)
-    llmqat.prepare(model, QuantScheme(4, 128), storage_dtype=stored)
+    model = load_float("llama", torch.float32)
+    llmqat.prepare(model, QuantScheme(4, 128))
     convert(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "supports", lambda *_: False)
