@@ -131,11 +131,13 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic int8, per token and symmetric: ``scale = absmax / 127`` over the last dimension.
 
     Returns:
-        codes, int8, shaped like `x`; scale ``(..., 1)``, float32 or wider. A token of zeros gets scale 1.
+        codes, int8, shaped like `x`; scale ``(..., 1)``, float32 or wider. A token of zeros gets scale 1. A token
+        with a NaN or an infinity gets scale NaN, so that all that is computed of it is NaN: no code stands for either.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     absmax = x.abs().amax(-1, keepdim=True)
     scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    scale = scale.masked_fill(~absmax.isfinite(), torch.nan)
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 

@@ -137,6 +137,25 @@ def test_activations_round_as_in_training(isa, size, tokens):
     assert torch.equal(y, fake_quantize_activation(x))
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_that_is_not_finite_stays_so(isa, bits, symmetric, dtype, value):
+    """No int8 code stands for NaN or an infinity: all results of that token are NaN, and those of others as before."""
+    for in_features, group in ((256, 128), (172, -1), (80, 16)):
+        packed, *_ = packed_layer(70, in_features, QuantScheme(bits, group, symmetric), dtype)
+        layer = Packed(*packed, None, bits, in_features, 8)
+        for tokens in (1, 5, 40):
+            x = torch.randn(tokens, in_features).to(dtype)
+            expected = ops.packed_linear(x, layer)
+            for place in (0, in_features // 2, in_features - 1):
+                spoiled = x.clone()
+                spoiled[-1, place] = float(value)
+                y = ops.packed_linear(spoiled, layer)
+                assert y[-1].isnan().all()
+                assert torch.equal(y[:-1], expected[:-1])
+                assert ops.reference(spoiled, layer)[-1].isnan().all()
+
+
 def test_scales_of_all_sizes(isa, bits, symmetric):
     """Zero, negative, and so small or large that a table of the codes' values leaves the usual exponents."""
     packed, codes, zero_point, _ = packed_layer(40, 256, QuantScheme(bits, 128, symmetric), torch.bfloat16)

@@ -164,6 +164,17 @@ def test_activations_per_token(dtype):
     assert torch.equal(fake_quantize_activation(x[:1]), x_hat[:1]), "a token does not depend on its batch"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_a_token_that_is_not_finite_is_nan(dtype, value):
+    x = torch.randn(3, 33).to(dtype)
+    expected = fake_quantize_activation(x)
+    x[1, 7] = value
+    x_hat = fake_quantize_activation(x)
+    assert x_hat[1].isnan().all()
+    assert torch.equal(x_hat[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.parametrize("std", [1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -37,7 +37,10 @@ inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
 inline Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Floats multiply_subtract_from(Floats a, Floats b, Floats c) { return vfmsq_f32(c, a, b); }  // c - a * b
-inline Floats larger_magnitude(Floats most, Floats v) { return vmaxnmq_f32(vabsq_f32(v), most); }
+// Of the sizes as integers: NaN is the largest.
+inline Floats larger_magnitude(Floats most, Floats v) {
+    return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(vabsq_f32(v)), vreinterpretq_s32_f32(most)));
+}
 inline Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
 inline Ints no_ints() { return vdupq_n_s32(0); }
 inline Ints nearest_ints(Floats v) { return vcvtnq_s32_f32(v); }

@@ -11,6 +11,9 @@ namespace llmqat {
 
 constexpr float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 constexpr uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+// The bits of |value|. Read as integers they rise with the size: from numbers over infinity to NaN.
+constexpr uint32_t size_bits(float value) { return float_to_bits(value) & 0x7fffffffu; }
+constexpr uint32_t INFINITY_BITS = 0x7f800000u;
 
 constexpr float from_bfloat16(uint16_t half) { return bits_to_float(uint32_t(half) << 16); }
 

@@ -188,4 +188,10 @@ inline void fill_row_scales(const Matrix& w, int64_t n, const RowScales& row) {
     }
 }
 
+// The scale of a token that holds a NaN or an infinity, and its codes: all that is computed of it is NaN.
+static inline float quantize_not_finite(int64_t k, int8_t* q) {
+    std::memset(q, 0, size_t(k));
+    return bits_to_float(0x7fc00000u);
+}
+
 }  // namespace llmqat

@@ -38,8 +38,10 @@ inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract_from(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
+// Of the sizes as integers: NaN is the largest.
 inline Floats larger_magnitude(Floats most, Floats v) {
-    return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), most);
+    const __m256i size = _mm256_castps_si256(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+    return _mm256_castsi256_ps(_mm256_max_epi32(size, _mm256_castps_si256(most)));
 }
 inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Ints no_ints() { return _mm256_setzero_si256(); }

@@ -287,13 +287,17 @@ inline void split(__m512 value, int planes, uint16_t* to, int64_t stride) {
 
 inline float quantize_lanes(const float* x, int64_t k, int8_t* q) {
     const int64_t whole = k / 64 * 64;
-    __m512 most[4] = {};
+    __m512i most[4] = {};  // sizes as integers: NaN is the largest
+    auto larger = [](__m512i sizes, __m512 value) {
+        return _mm512_max_epi32(sizes, _mm512_castps_si512(_mm512_abs_ps(value)));
+    };
     for (int64_t i = 0; i < whole; i += 64)
-        for (int64_t j = 0; j < 4; ++j) most[j] = _mm512_max_ps(most[j], _mm512_abs_ps(_mm512_loadu_ps(x + i + 16 * j)));
-    for (int64_t i = whole; i < k; i += 16)
-        most[0] = _mm512_max_ps(most[0], _mm512_abs_ps(_mm512_maskz_loadu_ps(low_lanes(k - i), x + i)));
-    most[0] = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
-    const float absmax = _mm512_reduce_max_ps(most[0]), scale = absmax > 0 ? absmax / 127.0f : 1.0f;
+        for (int64_t j = 0; j < 4; ++j) most[j] = larger(most[j], _mm512_loadu_ps(x + i + 16 * j));
+    for (int64_t i = whole; i < k; i += 16) most[0] = larger(most[0], _mm512_maskz_loadu_ps(low_lanes(k - i), x + i));
+    most[0] = _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3]));
+    const uint32_t absmax = uint32_t(_mm512_reduce_max_epi32(most[0]));
+    if (absmax >= INFINITY_BITS) return quantize_not_finite(k, q);
+    const float scale = absmax ? bits_to_float(absmax) / 127.0f : 1.0f;
     const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1.0f / scale);
     const __m512 least = _mm512_set1_ps(-127.0f), greatest = _mm512_set1_ps(127.0f);
     // The product is off the quotient by 3e-5 at most: both round alike, except near ties, or where the scale is denormal.
