@@ -152,12 +152,6 @@ REGISTER = (
         "tests/nn/test_fake_quant_linear.py",
     ),
     Reliance(
-        "torch.Tensor._version",
-        "which tensors of a block GPTQ has written to",
-        "llmqat/algorithms/calibration.py",
-        "tests/algorithms/test_calibration.py",
-    ),
-    Reliance(
         "torch.nn.Module._apply",
         "scales keep their dtype when a model is cast",
         "llmqat/nn/packed_linear.py",

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.calibration import evaluating
+from llmqat.algorithms.blocks import evaluating
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import PROJECTIONS, SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear

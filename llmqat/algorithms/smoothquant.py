@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llmqat.algorithms.activation_ranges import named
-from llmqat.algorithms.calibration import evaluating
+from llmqat.algorithms.blocks import evaluating
 from llmqat.algorithms.fold import Fold, apply_checked
 from llmqat.errors import LlmqatError
 from llmqat.progress import track

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from torch import nn
 
-from llmqat.algorithms.calibration import LEAST_TOKENS
+from llmqat.algorithms.blocks import LEAST_TOKENS
 from llmqat.errors import LlmqatError
 from llmqat.scheme import QuantScheme
 

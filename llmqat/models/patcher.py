@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.algorithms.activation_ranges import observe_activations
-from llmqat.algorithms.calibration import Saved, check_batches, gptq_head, gptq_model
+from llmqat.algorithms.blocks import check_batches
+from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
@@ -133,7 +134,7 @@ def prepare(
         quantize_kv(model, chosen.kv_bits)
     observe_activations(model, calibration or [], chosen.observer)
     if init == "gptq":
-        report.errors.update(run_gptq(model, calibration or [], chosen.damp, chosen.keep_float))
+        report.errors.update(run_gptq(model, calibration or [], GptqSettings(chosen.damp, chosen.keep_float)))
     return report
 
 
@@ -160,8 +161,7 @@ def put_on_grid(
 def run_gptq(
     model: PreTrainedModel,
     batches: list[Tensor],
-    damp: float = 0.01,
-    keep_float: bool = False,
+    settings: GptqSettings,
     saved: Saved | None = None,
 ) -> dict[str, tuple[float, float | None]]:
     """GPTQ on a model prepared with round-to-nearest, in place; blocks in `saved` are taken from there.
@@ -173,11 +173,11 @@ def run_gptq(
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
     """
     architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
-    errors = gptq_model(model, blocks_of(model, architecture), batches, damp, keep_float, saved)
+    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved)
     head = model.get_output_embeddings()
     if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS:
-        errors.append(gptq_head(model, head, batches, damp, keep_float))
-    if not keep_float:
+        errors.append(gptq_head(model, head, batches, settings))
+    if not settings.keep_float:
         for on_grid in quantized_layers(model):
             on_grid.layer.holds_float = False
     return {error.layer: (error.rtn, error.gptq) for error in errors}

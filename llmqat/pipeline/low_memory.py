@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llmqat import config as config_module
-from llmqat.algorithms.calibration import BlockInputs, gptq_block
+from llmqat.algorithms.blocks import BlockInputs
+from llmqat.algorithms.gptq_model import GptqSettings, gptq_block
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
@@ -71,7 +72,7 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     batches = calibration(recipe, tokenizer) if calibrates(recipe, report) else []
     stale = list(REPORT_FILES)
     with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
-        hashes = Streaming(source, report, recipe.init.damp, scratch).run(batches)
+        hashes = Streaming(source, report, GptqSettings(recipe.init.damp), scratch).run(batches)
         stale += finish_model(source.model, scratch, directory, tokenizer, hashes)
         (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
     forget_earlier(directory)
@@ -84,8 +85,8 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
 class Streaming:
     """State of one pass over the blocks; `run` writes a shard for each, and one for what lies outside."""
 
-    def __init__(self, source: PartialModel, report: CoverageReport, damp: float, scratch: Path) -> None:
-        self.source, self.report, self.damp, self.scratch = source, report, damp, scratch
+    def __init__(self, source: PartialModel, report: CoverageReport, settings: GptqSettings, scratch: Path) -> None:
+        self.source, self.report, self.settings, self.scratch = source, report, settings, scratch
         architecture = ARCHITECTURES[source.model.config.model_type]
         self.blocks = blocks_of(source.model, architecture)
         self.path = blocks_path(source.model, architecture)
@@ -114,7 +115,7 @@ class Streaming:
         layers = [layer for layer in self.report.quantized if layer.name.startswith(prefix)]
         put_on_grid(self.source.model, layers, self.source.dtype)
         if inputs is not None:
-            for error in gptq_block(block, inputs, self.damp, name=prefix.removesuffix(".")):
+            for error in gptq_block(block, inputs, self.settings, prefix.removesuffix(".")):
                 self.report.errors[error.layer] = (error.rtn, error.gptq)
         self.layers |= fingerprint.fingerprint(self.source.model)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
+from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import describe
 from llmqat.config import Recipe, Resolved
 from llmqat.errors import LlmqatError
@@ -260,8 +261,8 @@ class Run:
         if recipe.init.method == "gptq":
             if self.state is None:
                 saved = SavedBlocks(self.checkpoints.below(GPTQ))
-                keep_float = self.float_copy is None
-                self.layer_errors = run_gptq(self.model, self.calibration, recipe.init.damp, keep_float, saved)
+                settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
+                self.layer_errors = run_gptq(self.model, self.calibration, settings, saved)
             self.coverage.errors.update(self.layer_errors)
             say(self.coverage.error_summary())
         if self.train:

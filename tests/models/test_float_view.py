@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.patcher import prepare, quantized_layers, run_gptq
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -129,7 +130,7 @@ def test_gptq_without_keep_float_moves_the_teacher(tiny_llama, tokens):
     prepare(model, QuantScheme(3, 32))
     with FloatView(model).active() as teacher:
         assert torch.equal(logits(teacher), expected)
-    run_gptq(model, tokens)
+    run_gptq(model, tokens, GptqSettings())
     with FloatView(model).active() as teacher:
         assert not torch.equal(logits(teacher), expected)
 

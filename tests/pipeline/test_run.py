@@ -210,10 +210,10 @@ def test_quantize(go, method):
 
 
 def test_quantize_resumes_gptq(go, tmp_path, monkeypatch):
-    import llmqat.algorithms.calibration as calibration
+    import llmqat.algorithms.gptq_model as gptq_model
 
     whole = go({"train.mode": "full"}, "whole", train=False)
-    original = calibration.gptq_block
+    original = gptq_model.gptq_block
 
     def quantize_block(*args):
         if args[-1] == "block 1":
@@ -221,11 +221,11 @@ def test_quantize_resumes_gptq(go, tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "gptq_block", quantize_block)
+        patch.setattr(gptq_model, "gptq_block", quantize_block)
         with pytest.raises(RuntimeError, match="power cut"):
             go({"train.mode": "full"}, "cut", train=False)
     blocks = []
-    monkeypatch.setattr(calibration, "gptq_block", lambda *args: blocks.append(args[-1]) or original(*args))
+    monkeypatch.setattr(gptq_model, "gptq_block", lambda *args: blocks.append(args[-1]) or original(*args))
     assert main(["quantize", "--output", str(tmp_path / "cut"), "--resume"]) == 0
     assert blocks == ["block 1"]
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (whole.directory / "model.safetensors").read_bytes()

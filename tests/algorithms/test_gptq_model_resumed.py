@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llmqat.algorithms import calibration
-from llmqat.algorithms.calibration import gptq_model
+from llmqat.algorithms import gptq_model as driver
+from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
@@ -17,10 +17,10 @@ def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_
     def run(saved=None):
         model = tiny_llama()
         prepare(model, QuantScheme(3, 16, symmetric), storage_dtype=torch.bfloat16)
-        return model, gptq_model(model, model.model.layers, tokens, 0.01, keep_float, saved)
+        return model, gptq_model(model, model.model.layers, tokens, GptqSettings(0.01, keep_float), saved)
 
-    whole, expected = run()
-    seen, original = [], calibration._quantize_layer
+    uncut, expected = run()
+    seen, original = [], driver._quantize_layer
 
     def quantize_layer(layer, *args):
         seen.append(layer)
@@ -29,7 +29,7 @@ def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_
         return original(layer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "_quantize_layer", quantize_layer)
+        patch.setattr(driver, "_quantize_layer", quantize_layer)
         if finished < 2:
             with pytest.raises(KeyboardInterrupt):
                 run(SavedBlocks(Checkpoints(tmp_path)))
@@ -37,11 +37,11 @@ def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_
             run(SavedBlocks(Checkpoints(tmp_path)))
     assert len(list(tmp_path.iterdir())) == finished
     calls = []
-    monkeypatch.setattr(calibration, "_quantize_layer", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(driver, "_quantize_layer", lambda *args: calls.append(1) or original(*args))
     resumed, errors = run(SavedBlocks(Checkpoints(tmp_path)))
     assert len(calls) == 14 - 7 * finished
     assert errors == expected
-    states = whole.state_dict(), resumed.state_dict()
+    states = uncut.state_dict(), resumed.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -50,7 +50,9 @@ def test_blocks_of_the_other_kind_are_not_taken(tiny_llama, tokens, tmp_path):
     for keep_float in (True, False):
         model = tiny_llama()
         prepare(model, QuantScheme(3, 16), storage_dtype=torch.bfloat16)
-        gptq_model(model, model.model.layers, tokens, 0.01, keep_float, SavedBlocks(Checkpoints(tmp_path)))
+        gptq_model(
+            model, model.model.layers, tokens, GptqSettings(0.01, keep_float), SavedBlocks(Checkpoints(tmp_path))
+        )
         for _, layer, _ in quantized_layers(model):
             assert (layer.compensation is not None) == keep_float
 
@@ -58,7 +60,7 @@ def test_blocks_of_the_other_kind_are_not_taken(tiny_llama, tokens, tmp_path):
 def test_a_block_holds_what_gptq_changed(tiny_llama, tokens, tmp_path):
     model = tiny_llama()
     prepare(model, QuantScheme(3, 16), storage_dtype=torch.bfloat16)
-    gptq_model(model, model.model.layers, tokens, 0.01, True, SavedBlocks(Checkpoints(tmp_path)))
+    gptq_model(model, model.model.layers, tokens, GptqSettings(0.01, True), SavedBlocks(Checkpoints(tmp_path)))
     layers = [name.removeprefix("model.layers.1.") for name, _, _ in quantized_layers(model) if ".1." in name]
     state = SavedBlocks(Checkpoints(tmp_path)).get(1)["state"]
     assert state.keys() == {f"{layer}.{tensor}" for layer in layers for tensor in ("scale", "compensation")}

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from llmqat.algorithms import calibration
-from llmqat.algorithms.calibration import BlockInputs, gptq_model, hessians_of, passes_of, stages_of
+from llmqat.algorithms import gptq_model as driver
+from llmqat.algorithms.blocks import layers_of
+from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -17,8 +17,6 @@ STAGES = [
     ["mlp.gate_proj", "mlp.up_proj"],
     ["mlp.down_proj"],
 ]
-
-
 SCHEME = QuantScheme(4, 16)
 
 
@@ -26,32 +24,13 @@ def prepared(model, scheme=SCHEME, **kwargs):
     return model, prepare(model, scheme, **kwargs)
 
 
-def layers_of(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
-
-
 def run_gptq(model, tokens, keep_float=False):
-    return gptq_model(model, model.model.layers, tokens, 0.01, keep_float)
+    return gptq_model(model, model.model.layers, tokens, GptqSettings(0.01, keep_float))
 
 
 @torch.no_grad()
 def logits(model, tokens):
     return model(input_ids=tokens[0]).logits
-
-
-def test_stages_in_running_order(tiny_llama, tokens):
-    model, _ = prepared(tiny_llama())
-    block = model.model.layers[0]
-    inputs = BlockInputs.capture(model, [block], tokens)
-    assert len(inputs.hidden) == len(tokens)
-    assert stages_of(block, inputs, layers_of(block)) == STAGES
-
-
-def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens):
-    model, _ = prepared(tiny_llama(), overrides={"k_proj": {"act_bits": 8}})
-    block = model.model.layers[0]
-    stages = stages_of(block, BlockInputs.capture(model, [block], tokens), layers_of(block))
-    assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -62,13 +41,13 @@ def test_every_layer_is_fitted_to_its_inputs_on_the_quantized_prefix(
     """What each layer of the *finished* model reads is what GPTQ was given for it, one after the other."""
     model = tiny_llama() if family == "llama" else tiny_moe(family)
     prepare(model, QuantScheme(3, 16, act_bits=act_bits))
-    given, quantize_layer = {}, calibration._quantize_layer
+    given, quantize_layer = {}, driver._quantize_layer
 
     def spy(layer, seen, *args):
         given[layer] = seen.H
         return quantize_layer(layer, seen, *args)
 
-    monkeypatch.setattr(calibration, "_quantize_layer", spy)
+    monkeypatch.setattr(driver, "_quantize_layer", spy)
     run_gptq(model, tokens)
     layers = layers_of(model)
     assert set(given) == set(layers.values())
@@ -114,7 +93,7 @@ def test_compensation_takes_float32_where_half_the_bytes_lose_a_code():
     layer.scale.data.fill_(0.25)
     codes = torch.tensor([[1.0, -3.0, 100.0, -77.0]])
     w_hat = layer.stored_scale() * codes
-    layer.compensation = calibration.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # 100 away: 0.5 in bfloat16
+    layer.compensation = driver.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # 100 away: 0.5 in bfloat16
     assert not layer.compensation.requires_grad
     assert layer.compensation.dtype == torch.float32
     assert torch.equal(layer.codes().float(), codes)
@@ -150,38 +129,6 @@ def test_runs_in_bfloat16_and_restores_the_mode(tiny_llama, tokens):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_each_block_keeps_its_own_arguments():
-    """Gemma's blocks differ: masks and rotary embeddings of sliding and of full attention."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    kinds = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**sizes, **heads, sliding_window=4, layer_types=kinds)
-    model = Gemma3ForCausalLM(config).eval()
-    batches = list(torch.randint(0, 128, (2, 2, 12)))
-    blocks = model.model.layers
-    inputs = BlockInputs.capture(model, list(blocks), batches)
-    with torch.no_grad():
-        for block in blocks:
-            inputs.advance(block)
-        expected = [model.model(input_ids=batch).last_hidden_state for batch in batches]
-        assert all(torch.equal(model.model.norm(h), e) for h, e in zip(inputs.hidden, expected, strict=True))
-    assert not inputs.arguments
-    assert not any("forward" in vars(block) for block in blocks), "the blocks run themselves again"
-
-
-def test_blocks_may_return_tuples():
-    class Doubles(nn.Module):
-        def forward(self, hidden, as_tuple):
-            return (2 * hidden, "cache") if as_tuple else 2 * hidden
-
-    for as_tuple in (False, True):
-        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})])
-        inputs.advance(Doubles())
-        assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
-        assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
-
-
 @pytest.mark.parametrize(
     "batches", [[], [torch.zeros(2, 8), torch.zeros(2, 9)], [torch.zeros(2, 8), torch.zeros(1, 8)]]
 )
@@ -205,37 +152,3 @@ def test_a_failure_names_the_layer(tiny_llama, tokens):
 def test_blocks_without_quantized_layers_are_passed_through(tiny_llama, tokens):
     model, _ = prepared(tiny_llama(), overrides={r"layers\.0\.": "float"})
     assert {e.layer.split()[1] for e in run_gptq(model, tokens)} == {"1"}
-
-
-def test_all_experts_share_a_pass_as_far_as_memory_allows(tiny_moe, tokens, monkeypatch):
-    """Gate and up read one tensor, so they share a Hessian, unless one of them quantizes its input."""
-    model = tiny_moe("mixtral")
-    prepare(model, QuantScheme(4, 16))
-    block = model.model.layers[0]
-    block.mlp.experts[1].up_proj.scheme = QuantScheme(4, 16, act_bits=8)
-    layers, inputs = layers_of(block), BlockInputs.capture(model, [block], tokens)
-    passes = passes_of(block, inputs, layers)
-    expert = "mlp.experts.{}.{}_proj".format
-    assert passes[:2] == [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]]]
-    assert passes[2][:3] == [[expert(0, "gate"), expert(0, "up")], [expert(1, "gate")], [expert(1, "up")]]
-    assert passes[3] == [[expert(e, "down")] for e in range(6)]
-    assert sorted(name for stages in passes for names in stages for name in names) == sorted(layers)
-    monkeypatch.setattr("llmqat.algorithms.calibration.HESSIAN_BYTES", 2 * 4 * 96**2)
-    assert [len(stages) for stages in passes_of(block, inputs, layers)] == [1, 1, 4, 3, 2, 2, 2]
-
-
-def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
-    model = tiny_moe("mixtral")
-    prepare(model, QuantScheme(4, 16))
-    block, seen = model.model.layers[0], []
-    inputs, layer = BlockInputs.capture(model, [block], tokens), block.mlp.experts[2].down_proj
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    list(inputs.run(block))
-    handle.remove()
-    x = torch.cat(seen).double()
-    found = hessians_of(block, inputs, {f"mlp.experts.{e}.down_proj": block.mlp.experts[e].down_proj for e in range(6)})
-    H, count, enough = found["mlp.experts.2.down_proj"]
-    assert count == len(x) < 192
-    assert enough == (count >= 2 * 96)
-    assert torch.allclose(H.double(), 2 / count * x.T @ x, rtol=1e-4, atol=1e-5)
-    assert sum(statistics.tokens for statistics in found.values()) == 2 * 192

@@ -9,19 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, quantize
-from llmqat.quant.fake_quant import codes_of
-from llmqat.quant.grid import Grid, Latent
 
 # An expert's layer that saw fewer calibration tokens than this many for each of its inputs keeps round-to-nearest.
 # On the MLPs of blocks 1 and 4 of the bundled Llama (4 bits, groups of 32, stdlib text) GPTQ's output error on other
@@ -32,27 +27,6 @@ LEAST_TOKENS = 2
 HESSIAN_BYTES = 4 << 30
 # Projections of an expert that read the same tensor, in running order.
 EXPERT_STAGES = (("gate_proj", "up_proj"), ("down_proj",))
-
-
-class LayerError(NamedTuple):
-    """Relative output error ``||(W - W_hat) X||^2 / ||W X||^2`` of one layer under both initializations; `gptq` is None
-    where the layer saw too few calibration tokens, and round-to-nearest was kept."""
-
-    layer: str
-    rtn: float
-    gptq: float | None
-
-
-class Saved(Protocol):
-    """Finished blocks by index, e.g. `llmqat.train.checkpoint.SavedBlocks`: an interrupted run goes on from them."""
-
-    def get(self, index: int) -> dict[str, Any] | None:
-        """The values that `put` kept for a block, or None."""
-        ...
-
-    def put(self, index: int, state: dict[str, Any]) -> None:
-        """Keep the state of a finished block."""
-        ...
 
 
 def check_batches(batches: list[Tensor]) -> None:
@@ -67,6 +41,22 @@ def check_batches(batches: list[Tensor]) -> None:
 
 class _Stop(Exception):
     """Raised by a hook once it has what it came for."""
+
+
+@contextmanager
+def calling_instead(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `block` run `forward` in place of its own.
+
+    No hook can do that: it sees a call, and cannot leave out a block whose weights are not in memory.
+    """
+    before = vars(block).get("forward")  # of libraries that wrap a module, such as accelerate
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if before is not None:
+            block.forward = before
 
 
 @dataclass
@@ -103,8 +93,7 @@ class BlockInputs:
         device = next(model.parameters()).device
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
-                block.forward = partial(record, index)
-                stack.callback(delattr, block, "forward")
+                stack.enter_context(calling_instead(block, partial(record, index)))
             for batch in batches:
                 try:
                     model(input_ids=batch.to(device), use_cache=False)
@@ -140,6 +129,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def layers_of(block: nn.Module) -> dict[str, FakeQuantLinear]:
+    """The layers of a block that are on a grid, by their paths in it."""
+    return {path: module for path, module in block.named_modules() if isinstance(module, FakeQuantLinear)}
 
 
 @contextmanager
@@ -225,145 +219,3 @@ def hessians_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQua
     there_were = sum(hidden.shape[:-1].numel() for hidden in inputs.hidden)
     least = {name: min(there_were, LEAST_TOKENS * layer.in_features) for name, layer in layers.items()}
     return {n: Statistics(H.div_(max(1, tokens[n])), tokens[n], tokens[n] >= least[n]) for n, H in sums.items()}
-
-
-class _Forward(nn.Module):
-    """A model as one block: token ids in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, **arguments: Any) -> Any:
-        """The model's output."""
-        return self.model(input_ids=ids.to(next(self.model.parameters()).device), **arguments)
-
-
-def output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
-    """``||(W - W_hat) X||^2 / ||W X||^2``, from ``H`` alone."""
-    difference = weight - w_hat.float()
-    return float(((difference @ H) * difference).sum() / ((weight @ H) * weight).sum().clamp(min=1e-30))
-
-
-def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, damp: float, keep_float: bool, name: str) -> LayerError:
-    """Put GPTQ's grid and latents in place, if `seen` is enough; report the error against round-to-nearest."""
-    weight, scheme, H = layer.weight.detach(), layer.scheme, seen.H
-    check_hessian(H, name)
-    s, z = choose_scale(weight, scheme, layer.storage_dtype)
-    rtn = output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
-    if not seen.enough:
-        return LayerError(name, rtn, None)
-    result = gptq(weight, H, scheme, layer.storage_dtype, damp, name)
-    w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
-    error = LayerError(name, rtn, output_error(weight, w_hat, H))
-    layer.set_grid(result.scale, result.zero_point)
-    if keep_float:
-        layer.compensation = compensation_of(weight, result.latent, layer.grid)
-    else:
-        layer.weight.data = result.latent
-    return error
-
-
-@torch.no_grad()
-def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Tensor:
-    """The difference that gives `weight` the codes of `latent` when added, both ``(out, in)``.
-
-    ``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
-    difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse.
-    """
-    codes = codes_of(Latent(latent), grid)
-    middle = grid.stored().dequantize(codes).float()
-    for dtype in (grid.storage_dtype, torch.float32):
-        difference = (latent - weight).to(dtype)
-        moved = codes_of(Latent(weight, difference), grid) != codes
-        difference = torch.where(moved, (middle - weight).to(dtype), difference)
-        if torch.equal(codes_of(Latent(weight, difference), grid), codes):
-            break
-    return difference
-
-
-def gptq_block(
-    block: nn.Module, inputs: BlockInputs, damp: float, keep_float: bool = False, name: str = "block"
-) -> list[LayerError]:
-    """GPTQ for every `FakeQuantLinear` of one block, in place; then make its outputs the inputs of the next.
-
-    Args:
-        block: a prepared block.
-        inputs: what it reads on the quantized prefix.
-        damp: damping of the Hessian, as a fraction of its mean diagonal.
-        keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
-        name: of the block, for messages.
-
-    Raises:
-        LlmqatError: if a Hessian cannot be used.
-    """
-    errors = []
-    layers = {path: m for path, m in block.named_modules() if isinstance(m, FakeQuantLinear)}
-    for stages in passes_of(block, inputs, layers) if layers else []:
-        # One Hessian serves all layers of a stage: they read the same tensor.
-        seen = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
-        for first, layer in ((names[0], layer) for names in stages for layer in names):
-            errors.append(_quantize_layer(layers[layer], seen[first], damp, keep_float, f"{name} {layer}"))
-    inputs.advance(block)
-    return errors
-
-
-@torch.no_grad()
-def gptq_head(
-    model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], damp: float, keep_float: bool
-) -> LayerError:
-    """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
-    with evaluating(model):
-        seen = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
-        return _quantize_layer(head, seen, damp, keep_float, "output head")
-
-
-def gptq_model(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    batches: list[Tensor],
-    damp: float,
-    keep_float: bool,
-    saved: Saved | None = None,
-) -> list[LayerError]:
-    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place; see `gptq_block`.
-
-    Args:
-        model: the prepared model; its float forward feeds the first block.
-        blocks: its blocks, in order.
-        batches: token ids ``(batch, length)``, all of one shape.
-        damp: damping of the Hessian.
-        keep_float: keep GPTQ's change apart from the weight.
-        saved: blocks finished by an earlier run of the same arguments; those of this run are added.
-
-    Raises:
-        LlmqatError: if there are no batches, or a Hessian cannot be used.
-    """
-    errors: list[LayerError] = []
-    with evaluating(model):
-        inputs = BlockInputs.capture(model, list(blocks), batches)
-        for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
-            finished = None if saved is None else saved.get(index)
-            if finished is not None and finished["keep_float"] == keep_float:
-                block.load_state_dict(finished["state"], strict=False)
-                errors += [LayerError(*error) for error in finished["errors"]]
-                inputs.advance(block)
-                continue
-            before = _marks(block)
-            own = gptq_block(block, inputs, damp, keep_float, f"block {index}")
-            errors += own
-            if saved is not None:
-                state, rows = _changed(block, before), [tuple(error) for error in own]
-                saved.put(index, {"state": state, "errors": rows, "keep_float": keep_float})
-    return errors
-
-
-def _marks(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Where each tensor of `block` lies, and how often it was written to."""
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in block.state_dict().items()}
-
-
-def _changed(block: nn.Module, before: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """The tensors of `block` that are not what they were at `_marks`."""
-    after = _marks(block)
-    return {name: tensor for name, tensor in block.state_dict().items() if after[name] != before.get(name)}

@@ -1,0 +1,183 @@
+"""GPTQ for a whole model, block by block on the quantized prefix, and the blocks of a run that was interrupted."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.algorithms.blocks import BlockInputs, Statistics, evaluating, hessians_of, layers_of, passes_of
+from llmqat.algorithms.gptq import check_hessian, gptq
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.progress import track
+from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.fake_quant import codes_of
+from llmqat.quant.grid import Grid, Latent
+
+
+class GptqSettings(NamedTuple):
+    """How GPTQ treats every layer.
+
+    Attributes:
+        damp: damping of the Hessian, as a fraction of its mean diagonal.
+        keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
+    """
+
+    damp: float = 0.01
+    keep_float: bool = False
+
+
+class LayerError(NamedTuple):
+    """Relative output error ``||(W - W_hat) X||^2 / ||W X||^2`` of one layer under both initializations; `gptq` is None
+    where the layer saw too few calibration tokens, and round-to-nearest was kept."""
+
+    layer: str
+    rtn: float
+    gptq: float | None
+
+
+class Saved(Protocol):
+    """Finished blocks by index, e.g. `llmqat.train.checkpoint.SavedBlocks`: an interrupted run goes on from them."""
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """The values that `put` kept for a block, or None."""
+        ...
+
+    def put(self, index: int, state: dict[str, Any]) -> None:
+        """Keep the state of a finished block."""
+        ...
+
+
+class _Forward(nn.Module):
+    """A model as one block: token ids in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, **arguments: Any) -> Any:
+        """The model's output."""
+        return self.model(input_ids=ids.to(next(self.model.parameters()).device), **arguments)
+
+
+def relative_output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
+    """``||(W - W_hat) X||^2 / ||W X||^2``, from ``H`` alone."""
+    difference = weight - w_hat.float()
+    return float(((difference @ H) * difference).sum() / ((weight @ H) * weight).sum().clamp(min=1e-30))
+
+
+def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, settings: GptqSettings, name: str) -> LayerError:
+    """Put GPTQ's grid and latents in place, if `seen` is enough; report the error against round-to-nearest."""
+    weight, scheme, H = layer.weight.detach(), layer.scheme, seen.H
+    check_hessian(H, name)
+    s, z = choose_scale(weight, scheme, layer.storage_dtype)
+    rtn = relative_output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
+    if not seen.enough:
+        return LayerError(name, rtn, None)
+    result = gptq(weight, H, scheme, layer.storage_dtype, settings.damp, name)
+    w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
+    error = LayerError(name, rtn, relative_output_error(weight, w_hat, H))
+    layer.set_grid(result.scale, result.zero_point)
+    if settings.keep_float:
+        layer.compensation = compensation_of(weight, result.latent, layer.grid)
+    else:
+        layer.weight.data = result.latent
+    return error
+
+
+@torch.no_grad()
+def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Tensor:
+    """The difference that gives `weight` the codes of `latent` when added, both ``(out, in)``.
+
+    ``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
+    difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse.
+    """
+    codes = codes_of(Latent(latent), grid)
+    middle = grid.stored().dequantize(codes).float()
+    for dtype in (grid.storage_dtype, torch.float32):
+        difference = (latent - weight).to(dtype)
+        moved = codes_of(Latent(weight, difference), grid) != codes
+        difference = torch.where(moved, (middle - weight).to(dtype), difference)
+        if torch.equal(codes_of(Latent(weight, difference), grid), codes):
+            break
+    return difference
+
+
+def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, name: str = "block") -> list[LayerError]:
+    """GPTQ for every `FakeQuantLinear` of one block, in place; then make its outputs the inputs of the next.
+
+    Args:
+        block: a prepared block.
+        inputs: what it reads on the quantized prefix.
+        settings: see `GptqSettings`.
+        name: of the block, for messages.
+
+    Raises:
+        LlmqatError: if a Hessian cannot be used.
+    """
+    errors = []
+    layers = layers_of(block)
+    for stages in passes_of(block, inputs, layers) if layers else []:
+        # One Hessian serves all layers of a stage: they read the same tensor.
+        seen = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
+        for first, layer in ((names[0], layer) for names in stages for layer in names):
+            errors.append(_quantize_layer(layers[layer], seen[first], settings, f"{name} {layer}"))
+    inputs.advance(block)
+    return errors
+
+
+@torch.no_grad()
+def gptq_head(model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], settings: GptqSettings) -> LayerError:
+    """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
+    with evaluating(model):
+        seen = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
+        return _quantize_layer(head, seen, settings, "output head")
+
+
+def gptq_model(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: list[Tensor],
+    settings: GptqSettings,
+    saved: Saved | None = None,
+) -> list[LayerError]:
+    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place; see `gptq_block`.
+
+    Args:
+        model: the prepared model; its float forward feeds the first block.
+        blocks: its blocks, in order.
+        batches: token ids ``(batch, length)``, all of one shape.
+        settings: see `GptqSettings`.
+        saved: blocks finished by an earlier run of the same arguments; those of this run are added.
+
+    Raises:
+        LlmqatError: if there are no batches, or a Hessian cannot be used.
+    """
+    errors: list[LayerError] = []
+    with evaluating(model):
+        inputs = BlockInputs.capture(model, list(blocks), batches)
+        for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
+            finished = None if saved is None else saved.get(index)
+            if finished is not None and finished["keep_float"] == settings.keep_float:
+                block.load_state_dict(finished["state"], strict=False)
+                errors += [LayerError(*error) for error in finished["errors"]]
+                inputs.advance(block)
+                continue
+            name = f"block {index}"
+            own = gptq_block(block, inputs, settings, name)
+            errors += own
+            if saved is not None:
+                written = {error.layer.removeprefix(f"{name} ") for error in own if error.gptq is not None}
+                state, rows = written_state(block, written, settings.keep_float), [tuple(error) for error in own]
+                saved.put(index, {"state": state, "errors": rows, "keep_float": settings.keep_float})
+    return errors
+
+
+def written_state(block: nn.Module, written: Collection[str], keep_float: bool) -> dict[str, Tensor]:
+    """The tensors that GPTQ has set in the layers `written` of a block, by their names in its state dict.
+
+    They are all that a later run needs to go on after that block.
+    """
+    tensors = ("scale", "zero_point", "compensation" if keep_float else "weight")
+    names = {f"{path}.{tensor}" for path in written for tensor in tensors}
+    return {name: tensor for name, tensor in block.state_dict().items() if name in names}

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from llmqat.algorithms.blocks import BlockInputs, calling_instead, hessians_of, layers_of, passes_of, stages_of
+from llmqat.models.patcher import prepare
+from llmqat.scheme import QuantScheme
+
+STAGES = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+SCHEME = QuantScheme(4, 16)
+
+
+def prepared(model, scheme=SCHEME, **kwargs):
+    return model, prepare(model, scheme, **kwargs)
+
+
+def test_stages_in_running_order(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama())
+    block = model.model.layers[0]
+    inputs = BlockInputs.capture(model, [block], tokens)
+    assert len(inputs.hidden) == len(tokens)
+    assert stages_of(block, inputs, layers_of(block)) == STAGES
+
+
+def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama(), overrides={"k_proj": {"act_bits": 8}})
+    block = model.model.layers[0]
+    stages = stages_of(block, BlockInputs.capture(model, [block], tokens), layers_of(block))
+    assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]
+
+
+def test_each_block_keeps_its_own_arguments():
+    """Gemma's blocks differ: masks and rotary embeddings of sliding and of full attention."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**sizes, **heads, sliding_window=4, layer_types=kinds)
+    model = Gemma3ForCausalLM(config).eval()
+    batches = list(torch.randint(0, 128, (2, 2, 12)))
+    blocks = model.model.layers
+    inputs = BlockInputs.capture(model, list(blocks), batches)
+    with torch.no_grad():
+        for block in blocks:
+            inputs.advance(block)
+        expected = [model.model(input_ids=batch).last_hidden_state for batch in batches]
+        assert all(torch.equal(model.model.norm(h), e) for h, e in zip(inputs.hidden, expected, strict=True))
+    assert not inputs.arguments
+    assert not any("forward" in vars(block) for block in blocks), "the blocks run themselves again"
+
+
+def test_a_forward_that_stood_on_a_block_comes_back():
+    """Libraries wrap a module by an attribute of that name; a failure on the way leaves it there too."""
+    block, wrapper = nn.Linear(2, 2), lambda x: "wrapped"
+    with pytest.raises(ZeroDivisionError), calling_instead(block, lambda x: 1 / x):
+        block(0)
+    assert "forward" not in vars(block)
+    block.forward = wrapper
+    with calling_instead(block, lambda x: "ours"):
+        assert block(1) == "ours"
+    assert block.forward is wrapper
+
+
+def test_blocks_may_return_tuples():
+    class Doubles(nn.Module):
+        def forward(self, hidden, as_tuple):
+            return (2 * hidden, "cache") if as_tuple else 2 * hidden
+
+    for as_tuple in (False, True):
+        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})])
+        inputs.advance(Doubles())
+        assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
+        assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
+
+
+def test_all_experts_share_a_pass_as_far_as_memory_allows(tiny_moe, tokens, monkeypatch):
+    """Gate and up read one tensor, so they share a Hessian, unless one of them quantizes its input."""
+    model = tiny_moe("mixtral")
+    prepare(model, QuantScheme(4, 16))
+    block = model.model.layers[0]
+    block.mlp.experts[1].up_proj.scheme = QuantScheme(4, 16, act_bits=8)
+    layers, inputs = layers_of(block), BlockInputs.capture(model, [block], tokens)
+    passes = passes_of(block, inputs, layers)
+    expert = "mlp.experts.{}.{}_proj".format
+    assert passes[:2] == [[["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]]]
+    assert passes[2][:3] == [[expert(0, "gate"), expert(0, "up")], [expert(1, "gate")], [expert(1, "up")]]
+    assert passes[3] == [[expert(e, "down")] for e in range(6)]
+    assert sorted(name for stages in passes for names in stages for name in names) == sorted(layers)
+    monkeypatch.setattr("llmqat.algorithms.blocks.HESSIAN_BYTES", 2 * 4 * 96**2)
+    assert [len(stages) for stages in passes_of(block, inputs, layers)] == [1, 1, 4, 3, 2, 2, 2]
+
+
+def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
+    model = tiny_moe("mixtral")
+    prepare(model, QuantScheme(4, 16))
+    block, seen = model.model.layers[0], []
+    inputs, layer = BlockInputs.capture(model, [block], tokens), block.mlp.experts[2].down_proj
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    list(inputs.run(block))
+    handle.remove()
+    x = torch.cat(seen).double()
+    found = hessians_of(block, inputs, {f"mlp.experts.{e}.down_proj": block.mlp.experts[e].down_proj for e in range(6)})
+    H, count, enough = found["mlp.experts.2.down_proj"]
+    assert count == len(x) < 192
+    assert enough == (count >= 2 * 96)
+    assert torch.allclose(H.double(), 2 / count * x.T @ x, rtol=1e-4, atol=1e-5)
+    assert sum(statistics.tokens for statistics in found.values()) == 2 * 192
