@@ -8,11 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.decoder import UNLIMITED, Block, NativeDecoder, Shape, split_rows
-from llmqat.nn.kv_cache import listens_for_kv
+from llmqat.kernels.packed import check_packed
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.packing import packed_width
+from llmqat.serve.borrowed import Borrowed
 from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -66,18 +67,13 @@ def why_blocks_not_covered(stack: Any) -> str:
 
 
 def fits_shape(linear: PackedLinear, out_features: int) -> bool:
-    """Whether the tensors of a packed layer have the sizes that the library reads, with `out_features` rows."""
-    bits, packed, scale, zero_point = linear.scheme.bits, *linear.packed[:3]
-    groups = scale.shape[1]
-    return (
-        packed.shape == (out_features, packed_width(linear.in_features, bits))
-        and packed.dtype == torch.int32
-        and scale.shape == (out_features, groups)
-        and linear.in_features % groups == 0
-        and (zero_point is None or zero_point.shape == (packed_width(out_features, bits), groups))
-        and (linear.bias is None or linear.bias.shape == (out_features,))
-        and all(tensor.is_contiguous() for tensor in (packed, scale, zero_point, linear.bias) if tensor is not None)
-    )
+    """Whether a packed layer is a valid one of `out_features` rows, stored without gaps as the library reads it."""
+    try:
+        check_packed(linear.packed)
+    except LlmqatError:
+        return False
+    tensors = (part for part in linear.packed if isinstance(part, Tensor))
+    return linear.packed.codes.shape[0] == out_features and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _norms_fit(stack: Any, family: Family) -> bool:
@@ -108,7 +104,7 @@ def _block(layer: Any, family: Family, rows: list[list[int]], rotary: int) -> Bl
 class Built:
     """A decoder, what it was built from, and why it cannot be used, if so."""
 
-    borrowed: tuple[Any, ...]
+    borrowed: Borrowed
     decoder: NativeDecoder | None
     why_not: str
 
@@ -117,37 +113,15 @@ class Built:
 _built: WeakKeyDictionary[nn.Module, Built] = WeakKeyDictionary()
 
 
-def _borrowed(stack: Any) -> tuple[Any, ...]:
-    """Where every tensor of the blocks and the last norm lies, with dtype and shape, and how layers are quantized."""
-    found: list[Any] = [_place(stack.norm.weight)]
-    for module in stack.layers.modules():
-        found += [_place(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())]
-        if isinstance(module, PackedLinear):
-            found.append(module.scheme.act_bits)
-        if any(map(_listens, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
-            found.append("hooked")
-    return tuple(found)
-
-
-def _listens(hook: Any) -> bool:
-    """Whether a hook may see or change what a block computes: ours is known, and those of transformers wait for flags
-    that `forward` leaves to transformers."""
-    return not listens_for_kv(hook) and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
-
-
-def _place(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.device.type)
-
-
 def decoder_of(stack: Any) -> NativeDecoder | str:
     """The native decoder of `stack`, built when it first runs and when a tensor was replaced; or why there is none.
 
     It is gone for as long as a block does not fit (a layer unpacked, moved or cast), or somebody listens inside one.
     """
-    borrowed = _borrowed(stack)
     known = _built.get(stack)
-    if known is None or known.borrowed != borrowed:
-        why_not = "hooks listen inside the blocks" if "hooked" in borrowed else why_blocks_not_covered(stack)
+    if known is None or not known.borrowed.is_unchanged():
+        borrowed = Borrowed.of(stack)
+        why_not = "hooks listen inside the blocks" if borrowed.listeners else why_blocks_not_covered(stack)
         known = _built[stack] = Built(borrowed, None if why_not else _build(stack), why_not)
     return known.why_not if known.decoder is None else known.decoder
 
