@@ -125,7 +125,6 @@ def check(original, changed_files):
     if "refused" in found:
         assert "\n" not in found["refused"]
         assert len(found["refused"]) < 1200
-        assert "unexpected" not in found["refused"]
     else:
         assert found["same"] or not found["accepted"], "verify accepts a model with other logits"
     return found
