@@ -100,7 +100,7 @@ REGISTER = (
     Reliance(
         "transformers.utils.output_capturing",
         "its hooks stay in a model once hidden states were asked for; the native blocks may pass them by",
-        "llmqat/serve/borrowed.py",
+        "llmqat/compat.py",
         "tests/serve/test_forward.py",
     ),
     Reliance(
@@ -236,6 +236,14 @@ def max_length_of(layer: Any) -> int:
     """Tokens that a cache layer can hold; -1 for any number. Up to transformers 5.23 the method has another name."""
     length: int = (layer.get_max_length if hasattr(layer, "get_max_length") else layer.get_max_cache_shape)()
     return length
+
+
+def captures_outputs(hook: Any) -> bool:
+    """Whether a forward hook is one that transformers leaves in a model once hidden states were asked for.
+
+    It does nothing until a call asks for them again, and such a call runs through transformers.
+    """
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def unknown_transformers() -> str:

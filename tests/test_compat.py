@@ -15,6 +15,7 @@ from llmqat.compat import (
     Reliance,
     cache_name,
     cache_of,
+    captures_outputs,
     generate_cache_name,
     give_cache,
     output_with_cache,
@@ -25,7 +26,7 @@ from llmqat.errors import LlmqatError
 
 ROOT = Path(__file__).parent.parent
 # Private in name only: documented ways to write a Module or to change a NamedTuple.
-OWN = {"_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_replace", "_fields"}
+OWN = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_replace", "_fields"}
 
 
 def found(reliance: Reliance) -> object:
@@ -134,3 +135,13 @@ def test_a_transformers_that_is_not_recognised(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("transformers.GenerationMixin.generate", lambda self: None)
     assert "takes no custom_generate" in unknown_transformers()
+
+
+def test_hooks_that_transformers_leaves_are_known(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model(torch.arange(4)[None], output_hidden_states=True)
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert hooks
+    assert all(map(captures_outputs, hooks))
+    assert not captures_outputs(print)

@@ -28,7 +28,14 @@ class GreedyDecoder:
     """
 
     def __init__(self, decoder: NativeDecoder, embedding: Packed | Tensor, head: Packed) -> None:
-        """A float embedding is its rows ``(vocabulary, hidden)``, in the decoder's dtype."""
+        """Borrow all three.
+
+        Args:
+            decoder: the blocks and the last norm.
+            embedding: kernel arguments of a packed embedding, or a float table ``(vocabulary, hidden)`` in the dtype of
+                the decoder.
+            head: kernel arguments of the packed output head.
+        """
         library = native.library()
         assert library is not None
         self._next, self._head = library.llmqat_next_token, native.matrix(head)
@@ -50,7 +57,7 @@ class GreedyDecoder:
         self._used: tuple[Any, ...] = ()
 
     def use(self, cache: CacheBuffers, rotary: Rotary) -> None:
-        """Go on in `cache`, with tables ``(capacity, dim)`` in the decoder's dtype of all positions it has room for."""
+        """Continue in `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype."""
         tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
         pointers = rotary_structs(tables)
         self._used = tables, pointers, cache.pointers, cache.blocks

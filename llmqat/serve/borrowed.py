@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmqat.compat import captures_outputs
 from llmqat.nn.kv_cache import listens_for_kv
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -77,6 +78,5 @@ def _values(members: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _listens(hook: Any) -> bool:
-    """Whether a hook may see or change what a block computes: that of `quantize_kv` is known, and those of transformers
-    wait for flags that `forward` leaves to transformers."""
-    return not listens_for_kv(hook) and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    """Whether a hook may see or change what a block computes: the decoder does what that of `quantize_kv` does."""
+    return not listens_for_kv(hook) and not captures_outputs(hook)
