@@ -26,6 +26,7 @@ from llmqat.models.patcher import plain_model, quantized_layers
 from llmqat.models.ties import possible_ties, set_tied, shared_ties
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.kv_cache import kv_bits_of
+from llmqat.quant.affine import check_storable
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -66,24 +67,29 @@ def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
     A tied tensor appears once, under the name it is tied to: a quantized matrix, too, under that of the embedding. Only
     names that start with `prefix` are looked at, and tensors on the meta device are not there.
+
+    Raises:
+        LlmqatError: if a tensor holds NaN or infinity, or values too large for the storage dtype.
     """
     dtype = storage_dtype(model)
     on_grid = {layer.name: layer for layer in quantized_layers(model)}
     layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own.layer.weight.is_meta}
     lookups = tied_head(model)
     state: dict[str, Tensor] = {}
-    elsewhere = tied_tensors(model)
-    for name, tensor in plain_model(model).state_dict().items():
+    elsewhere, root = tied_tensors(model), plain_model(model)
+    parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
+    for name, tensor in root.state_dict().items():
         if name in elsewhere or not name.startswith(prefix) or _inside(name, [*on_grid, *lookups.values()]):
             continue
         if not tensor.is_meta:
+            if name in parameters:  # a buffer may hold -inf on purpose, as masks do
+                check_storable(tensor, dtype, name)
             state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
     for name, own in layers.items():
         tensors, name = own.pack().state_dict(), lookups.get(name, name)
         if own.layer.transposed:
             tensors = to_conv1d_layout(tensors, own.layer.scheme.bits)
         state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()})
-    root = plain_model(model)
     return {file_name(root, name): tensor for name, tensor in state.items()}
 
 
@@ -123,7 +129,8 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
         the directory.
 
     Raises:
-        LlmqatError: if no layer is quantized, static activations have no range, or the directory cannot be written.
+        LlmqatError: if no layer is quantized, static activations have no range, a tensor cannot be stored, or the
+            directory cannot be written.
     """
     directory = Path(directory)
     check_ranges(model)

@@ -26,7 +26,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.affine import check_weight
+from llmqat.quant.affine import check_storable, check_weight
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 from llmqat.serve.int8_cache import serve_int8_kv
@@ -152,7 +152,9 @@ def put_on_grid(
         linear = model.get_submodule(layer.name)
         assert layer.scheme is not None
         compute = linear.get_parameter("weight").dtype
-        model.set_submodule(layer.name, FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask))
+        on_grid = FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask)
+        on_grid.name = layer.name
+        model.set_submodule(layer.name, on_grid)
         if layer.role == TIED_HEAD:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings
             model.set_input_embeddings(FakeQuantEmbedding.from_embedding(embedding, head, compute))
@@ -207,8 +209,31 @@ class OnGrid(NamedTuple):
         """The codes of the forward, ``(out, in)``: int8 if symmetric, else uint8."""
         return self.layer.codes(self.adapters)
 
+    def check_storable(self) -> None:
+        """Refuse to ship a layer whose tensors training has driven out of range.
+
+        Raises:
+            LlmqatError: if one of them holds NaN or infinity, or more than its storage dtype.
+        """
+        layer, adapters = self.layer, () if self.adapters is None else (self.adapters.a, self.adapters.b)
+        for tensor, what in (
+            (layer.weight, "weight"),
+            (layer.compensation, "change by GPTQ"),
+            (layer.zero_point, "zero point"),
+        ):
+            check_storable(tensor, torch.float32, f"the {what} of {self.name}")
+        for tensor in adapters:
+            check_storable(tensor, torch.float32, f"an adapter of {self.name}")
+        for tensor, what in ((layer.scale, "scale"), (layer.bias, "bias"), (layer.act_scale, "activation scale")):
+            check_storable(tensor, layer.storage_dtype, f"the {what} of {self.name}")
+
     def pack(self) -> PackedLinear:
-        """The layer that ships, on copies of this one's codes and scales."""
+        """The layer that ships, on copies of this one's codes and scales.
+
+        Raises:
+            LlmqatError: see `check_storable`; or if its static activations have no range.
+        """
+        self.check_storable()
         return PackedLinear.from_fake_quant(self.layer, self.adapters)
 
 
@@ -233,12 +258,14 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
         the plain model, for inference only.
 
     Raises:
-        LlmqatError: if no layer of the model is on a grid.
+        LlmqatError: if no layer of the model is on a grid, or one cannot be stored.
     """
     layers = quantized_layers(model)
     if not layers:
         raise LlmqatError("nothing to convert: no layer of this model is quantized; call llmqat.prepare first")
     root = plain_model(model)
+    for on_grid in layers:  # all of them before the first one is replaced
+        on_grid.check_storable()
     for on_grid in layers:
         root.set_submodule(on_grid.name, on_grid.pack())
     embedding = root.get_input_embeddings()

@@ -37,6 +37,7 @@ class FakeQuantLinear(nn.Module):
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
         compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
+        name: its path in the model, for messages.
         enabled: False runs the plain float layer, without grid and compensation.
         holds_float: whether the weight is still that of the float model; see `llmqat.models.float_view`.
         act_scale: ``(1,)`` float32, of static int8 activations; None without, 0 as long as nothing was observed.
@@ -47,6 +48,7 @@ class FakeQuantLinear(nn.Module):
     code_scale: Tensor | None
     compensation: Tensor | None
     holds_float = True
+    name = "a layer"
     act_scale: Tensor | None
     act_state: Tensor | None
 
@@ -89,7 +91,7 @@ class FakeQuantLinear(nn.Module):
         """Let the range of static activations take `x` into account."""
         assert self.act_state is not None
         assert self.act_scale is not None
-        self.act_state.copy_(observe(self.observer, self.act_state, x))
+        self.act_state.copy_(observe(self.observer, self.act_state, x, self.name))
         magnitude = observed_range(self.observer, self.act_state)
         self.act_scale.copy_(store((magnitude / 127).float(), 0.0, self.storage_dtype))
 
@@ -103,7 +105,8 @@ class FakeQuantLinear(nn.Module):
             return None
         if not self.act_scale.is_meta and not self.act_scale.all():
             raise LlmqatError(
-                "static activations have no range yet; call llmqat.observe_activations(model, batches) after prepare"
+                f"static activations of {self.name} have no range yet; call llmqat.observe_activations(model, batches) "
+                "after prepare"
             )
         return self.act_scale.to(self.storage_dtype)
 

@@ -60,6 +60,24 @@ def check_weight(weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype
         )
 
 
+def check_storable(tensor: Tensor | None, dtype: torch.dtype, name: str) -> None:
+    """Refuse a tensor that is not finite once it is stored in `dtype`; None, and one on the meta device, pass.
+
+    Raises:
+        LlmqatError: if it holds NaN or infinity, or values too large for `dtype`.
+    """
+    if tensor is None or tensor.is_meta or not tensor.numel():
+        return
+    ends = torch.stack(tensor.detach().aminmax())
+    if not ends.isfinite().all():
+        raise LlmqatError(f"{name} holds NaN or infinity; copy the model again, or train it with a lower learning rate")
+    if not ends.to(dtype).isfinite().all():
+        raise LlmqatError(
+            f"{name} reaches {float(ends.abs().amax()):.3g}, and {str(dtype).removeprefix('torch.')} holds "
+            f"{torch.finfo(dtype).max:.3g}; store the model in bfloat16 (storage_dtype=torch.bfloat16)"
+        )
+
+
 def store(scale: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Tensor:
     """`scale` kept at least `floor` away from zero (its sign survives) and rounded to its storage dtype.
 

@@ -45,8 +45,8 @@ def initial_state(kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def observe(kind: str, state: Tensor, x: Tensor) -> Tensor:
-    """The state after a batch `x` of any shape; an expert may get an empty one.
+def observe(kind: str, state: Tensor, x: Tensor, layer: str = "a layer") -> Tensor:
+    """The state after a batch `x` of any shape; an expert may get an empty one. `layer` is named in messages.
 
     Raises:
         LlmqatError: if `x` holds NaN or infinity.
@@ -57,7 +57,7 @@ def observe(kind: str, state: Tensor, x: Tensor) -> Tensor:
     largest = magnitudes.amax().to(torch.float64)
     if not torch.isfinite(largest):
         raise LlmqatError(
-            "the inputs of a layer with static activations hold NaN or infinity; check the float model and its dtype"
+            f"the inputs of {layer} with static activations hold NaN or infinity; check the float model and its dtype"
         )
     if kind == "minmax":
         return torch.maximum(state, largest)

@@ -207,3 +207,16 @@ def test_rotary_frequencies_keep_float32(packed):
     plain = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "dtype"}))
     assert inv_freq.dtype == torch.float32
     assert torch.equal(inv_freq, plain.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(torch.nan, "holds NaN or infinity"), (7e4, "reaches 7e.04, and float16 h")]
+)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_float_parts_that_cannot_be_stored_are_refused(tiny_llama, tmp_path, name, value, message):
+    model = tiny_llama()
+    prepare(model, QuantScheme(4, 16), storage_dtype=torch.float16)
+    model.get_parameter(name).data.view(-1)[3] = value
+    with pytest.raises(LlmqatError, match=f"^{name} {message}"):
+        save_packed(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

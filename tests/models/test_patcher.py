@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import llmqat
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
@@ -22,6 +23,11 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def schemes(report):
     return {layer.name: layer.scheme for layer in report.layers}
+
+
+def gpt2():
+    """Layers with biases."""
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=16))
 
 
 @torch.no_grad()
@@ -353,3 +359,55 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_llama, tokens, val
     with pytest.raises(LlmqatError, match=r"weight of model.layers.1.mlp.up_proj holds NaN or infinity; copy the"):
         prepare(model, SCHEME, init=init, calibration=tokens if init == "gptq" else None)
     assert not quantized_layers(model), "a refusal changes nothing"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("tensor", ["weight", "scale", "zero_point", "bias"])
+def test_a_layer_that_cannot_be_stored_is_named(tensor, value):
+    model = gpt2()
+    prepare(model, QuantScheme(4, 16, symmetric=False))
+    name, layer, _ = quantized_layers(model)[3]
+    getattr(layer, tensor).data.view(-1)[1] = value
+    what = tensor.replace("_", " ")
+    with pytest.raises(
+        LlmqatError, match=f"^the {what} of {re.escape(name)} holds NaN or infinity; copy .* lower learn"
+    ):
+        convert(model)
+    assert len(quantized_layers(model)) > 3, "a refusal changes nothing"
+
+
+@pytest.mark.parametrize("tensor", ["scale", "bias"])
+def test_training_that_drove_a_tensor_beyond_its_storage_dtype_is_refused(tensor):
+    model = gpt2()
+    prepare(model, SCHEME, storage_dtype=torch.float16)
+    name, layer, _ = quantized_layers(model)[0]
+    getattr(layer, tensor).data.view(-1)[0] = -7e4
+    with pytest.raises(LlmqatError, match=f"^the {tensor} of {re.escape(name)} reaches 7e.04, and float16 holds 6.55e"):
+        convert(model)
+    getattr(layer, tensor).data.view(-1)[0] = -6.5e4
+    convert(model)
+
+
+def test_an_adapter_that_cannot_be_stored_is_named(tiny_llama):
+    model = tiny_llama()
+    prepare(model, SCHEME)
+    model = llmqat.add_lora(model)
+    name, _, adapters = quantized_layers(model)[0]
+    adapters.b.data[0, 0] = torch.nan
+    with pytest.raises(LlmqatError, match=f"^an adapter of {re.escape(name)} holds NaN or infinity"):
+        convert(model)
+
+
+def test_static_activations_without_a_range_name_their_layer(tiny_llama, tokens):
+    model = tiny_llama()
+    prepare(model, QuantScheme(8, 16, act_bits=8, act_static=True))
+    for use in (lambda: model.eval()(input_ids=tokens[0]), lambda: convert(model)):
+        with pytest.raises(
+            LlmqatError, match=r"^static activations of model\.layers\.0\.self_attn\.q_proj have no range yet"
+        ):
+            use()
+    model.model.layers[1].input_layernorm.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        LlmqatError, match=r"^the inputs of model\.layers\.1\.self_attn\.q_proj with static activations hold"
+    ):
+        llmqat.observe_activations(model, tokens)
