@@ -145,6 +145,15 @@ def test_lost_and_damaged_weights(saved):
         PartialModel(str(directory))
 
 
+def test_weights_damaged_after_they_were_opened(saved):
+    directory = saved("llama")
+    source = PartialModel(str(directory))
+    path = source.file_of["model.layers.1.mlp.up_proj.weight"]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(LlmqatError, match=rf"{path.name} is damaged \(.*\); copy or download the model again"):
+        source.read("model.layers.1.")
+
+
 def test_weights_of_another_format(saved):
     directory = saved("llama")
     for path in directory.glob("*.safetensors"):
