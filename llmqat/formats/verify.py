@@ -40,7 +40,8 @@ class Verification:
         scales_equal: all scales are, bit for bit.
         mismatched: layers where one of the two does not hold.
         max_logit_error: largest difference of the packed model's float32 logits from a float64 run of the same grid.
-        bound: twice that of plain torch in float32 on the dequantized weights. None, like the error, if not measured.
+        bound: twice that of plain torch in float32 on the dequantized weights; where layers round their input to int8,
+            from embeddings moved by less than a code (see `nudge`). None, like the error, if not measured.
         changed: names of tensors that are not those of training, and of files that are not as they were written, are
             missing, or were added where a model's files are read.
         decode_error: largest difference of a float32 logit behind a cache, token by token, from that of the trained
@@ -109,12 +110,17 @@ def decode_error(directory: Path, model: PreTrainedModel, against: nn.Module | N
     """
     general = load_packed(directory, torch.float32, native=False)
     plain = dense_copy(general, torch.float32), dense_copy(general, torch.float64)
-    if kv_bits_of(model) or any(m.scheme.act_bits for m in model.modules() if isinstance(m, PackedLinear)):
+    if kv_bits_of(model) or quantizes_inputs(model):
         nudge(plain[0])
     if against is None or plain_model(against).dtype != torch.float32:
         return decoding(model, general, plain[1], plain)
     with as_stored(against) as trained:
         return decoding(model, general, trained, plain)
+
+
+def quantizes_inputs(model: nn.Module) -> bool:
+    """Whether a packed layer of `model` rounds its input to int8: rounding ties then fall as chance has it."""
+    return any(m.scheme.act_bits for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
@@ -205,6 +211,8 @@ def _logit_errors(model: PreTrainedModel, probes: list[Tensor]) -> list[tuple[fl
         exact = logits(dense)
     del dense  # one copy at a time
     dense = dense_copy(model, torch.float32)
+    if quantizes_inputs(model):
+        nudge(dense)
     with follow_routes(dense, routes):
         plain = logits(dense)
     with follow_routes(model, routes):

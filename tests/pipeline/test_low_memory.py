@@ -141,7 +141,7 @@ def test_lost_and_damaged_weights(saved):
     ):
         source.read("model.layers.1.")
     first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(LlmqatError, match=rf"{first.name} is damaged \(.*\); copy or download the model again"):
+    with pytest.raises(LlmqatError, match=rf"{first.name}: .*; copy or download the model again"):
         PartialModel(str(directory))
 
 

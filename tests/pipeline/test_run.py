@@ -21,6 +21,7 @@ from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.pipeline.inputs import fit_context
 from llmqat.pipeline.output import check_output
 from llmqat.pipeline.run import run
+from llmqat.report.names import public_recipe
 from llmqat.train.loop import Trainer
 
 
@@ -92,9 +93,13 @@ def test_finetune(go, model_dir, mode):
     assert report["size"]["packed_bytes"] * 16 == report["size"]["float_bytes"] * 4.5
     assert report["coverage"]["skipped"] == [{"layer": "lm_head", "reason": "output head"}]
     assert report["throughput"]["kernel"]
-    assert min(*report["throughput"]["packed"].values(), *report["throughput"]["float"].values()) > 0
+    speeds = [
+        row[key] for row in report["throughput"].values() if isinstance(row, dict) for key in row if key != "path"
+    ]
+    assert min(speeds) > 0
+    assert "native" in report["throughput"]["packed"]["path"]
     saved = from_yaml(done.directory / "recipe.yaml")
-    assert saved.to_dict() == report["recipe"]
+    assert public_recipe(saved) == report["recipe"]
     assert (saved.quant.group_size, saved.train.mode) == (32, mode)
     names = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "fingerprint.json", "checkpoint"}
     assert names <= {path.name for path in done.directory.iterdir()}
@@ -255,7 +260,7 @@ def test_asymmetric_with_integer_activations(go):
 def test_static_activations(go, mode):
     done = go({"quant.act_bits": 8, "quant.act_static": True, "train.mode": mode, "train.freeze_observers": 2})
     ppl = done.report["perplexity"]
-    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-6)
+    assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-4)  # a rounding of an activation may fall the other way
     assert done.report["verify"]["max_logit_error"] <= done.report["verify"]["bound"]
     tensors = load_file(done.directory / "model.safetensors")
     scales = [tensor for name, tensor in tensors.items() if name.endswith(".input_scale")]
