@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -120,17 +121,21 @@ def nudge(plain: PreTrainedModel) -> None:
 
 @contextmanager
 def as_stored(model: nn.Module) -> Iterator[nn.Module]:
-    """A trained model in evaluation mode, its float parts rounded to the dtype in which a file has them, until the
-    ``with`` ends."""
+    """A trained model in evaluation mode, its float parts rounded to the dtype in which a file has them, and without
+    the autocast that accelerate wraps around a forward, until the ``with`` ends."""
     root, training = plain_model(model), {module: module.training for module in model.modules()}
+    forwards = {name: value for name, value in vars(root).items() if name.endswith("forward")}
     dtype = quantized_layers(model)[0].layer.storage_dtype
     before = [(parameter, parameter.data) for parameter in float_parameters(model)]
     try:
         for parameter, data in before:
             parameter.data = data.to(dtype).to(data.dtype)
         root.eval()
+        extract_model_from_parallel(root, keep_fp32_wrapper=False)
         yield root
     finally:
+        vars(root).pop("forward", None)
+        vars(root).update(forwards)
         for parameter, data in before:
             parameter.data = data
         for module, flag in training.items():

@@ -24,10 +24,11 @@ from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize, fake_quantize_activation, fake_quantize_static
 
-PROBE_TOKENS = 128
-# The largest of some errors is a matter of chance; with `act_bits` so is which activations lie on a rounding tie. The
-# median of this many probes is compared.
-PROBES = 5
+# The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.
+PROBES = 5, 128
+# Which activations lie on a rounding tie is chance too, and one code that falls the other way hides all else in its
+# probe. In short probes few have such a code, and the median has none.
+PROBES_OF_INT8_INPUTS = 15, 16
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Verification:
         scales_equal: all scales are, bit for bit.
         mismatched: layers where one of the two does not hold.
         max_logit_error: largest difference of the packed model's float32 logits from a float64 run of the same grid.
-        bound: twice that of plain torch in float32 on the dequantized weights; where layers round their input to int8,
-            from embeddings moved by less than a code (see `nudge`). None, like the error, if not measured.
+        bound: twice that of plain torch in float32 on the dequantized weights. None, like the error, if not measured.
         changed: names of tensors that are not those of training, and of files that are not as they were written, are
             missing, or were added where a model's files are read.
         decode_error: largest difference of a float32 logit behind a cache, token by token, from that of the trained
@@ -193,8 +193,9 @@ def logit_error(model: PreTrainedModel) -> tuple[float, float]:
     The cache is left float: rounding moves a few of its codes in each of the three, which says nothing about weights.
     """
     generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
-    probes = torch.randint(model.config.vocab_size, (PROBES, 1, length), generator=generator)
+    count, length = PROBES_OF_INT8_INPUTS if quantizes_inputs(model) else PROBES
+    length = min(length, getattr(model.config, "max_position_embeddings", length))
+    probes = torch.randint(model.config.vocab_size, (count, 1, length), generator=generator)
     with disable_quantizers(model):
         errors = _logit_errors(model, list(probes))
     return sorted(errors, key=lambda pair: pair[0] / max(pair[1], 1e-30))[len(errors) // 2]
@@ -211,8 +212,6 @@ def _logit_errors(model: PreTrainedModel, probes: list[Tensor]) -> list[tuple[fl
         exact = logits(dense)
     del dense  # one copy at a time
     dense = dense_copy(model, torch.float32)
-    if quantizes_inputs(model):
-        nudge(dense)
     with follow_routes(dense, routes):
         plain = logits(dense)
     with follow_routes(model, routes):
