@@ -40,7 +40,7 @@ test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under Addres
 	cmake --install build/asan --prefix . && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not error_is_that" \
-	  tests/kernels/test_native.py tests/kernels/test_variants.py \
+	  $(addprefix tests/kernels/test_,checks.py native.py variants.py) \
 	  $(addprefix tests/serve/test_,attention.py generate.py int8_cache.py step.py)
 
 # One processor for each variant: the best one it has is the one that has to run.
