@@ -6,18 +6,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from llmqat.algorithms.blocks import BlockInputs, calling_instead, hessians_of, layers_of, passes_of, stages_of
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
-
-STAGES = [
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    ["self_attn.o_proj"],
-    ["mlp.gate_proj", "mlp.up_proj"],
-    ["mlp.down_proj"],
-]
-SCHEME = QuantScheme(4, 16)
-
-
-def prepared(model, scheme=SCHEME, **kwargs):
-    return model, prepare(model, scheme, **kwargs)
+from tests.algorithms.helpers import STAGES, prepared
 
 
 def test_stages_in_running_order(tiny_llama, tokens):

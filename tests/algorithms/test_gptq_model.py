@@ -10,18 +10,7 @@ from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import fake_quantize_activation
 from llmqat.scheme import QuantScheme
-
-STAGES = [
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    ["self_attn.o_proj"],
-    ["mlp.gate_proj", "mlp.up_proj"],
-    ["mlp.down_proj"],
-]
-SCHEME = QuantScheme(4, 16)
-
-
-def prepared(model, scheme=SCHEME, **kwargs):
-    return model, prepare(model, scheme, **kwargs)
+from tests.algorithms.helpers import STAGES, prepared
 
 
 def run_gptq(model, tokens, keep_float=False):
