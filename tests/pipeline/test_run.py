@@ -49,6 +49,10 @@ def comparable(report):
     for key in ("seconds", "peak_memory_bytes"):
         report["training"].pop(key)
     report["recipe"].pop("output")
+    verify = report["verify"]
+    for error, bound in [("max_logit_error", "bound"), ("decode_error", "decode_bound")]:
+        # Which lanes torch adds in depends on where memory lies: the rounding of two runs differs in the last bits.
+        verify[error] = verify[error] <= verify.pop(bound)
     return {key: value for key, value in report.items() if key not in ("environment", "throughput")}
 
 
