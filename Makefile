@@ -9,6 +9,10 @@ DEV_BIN := $(DEV)/bin
 OLDEST := .venv-oldest
 OLDEST_TESTS := $(addprefix tests/,test_api.py test_compat.py cli/test_commands.py data formats metrics models nn pipeline/test_run.py \
   recipes/test_trainers.py serve train)
+# A process of one thread for each core: sooner than one process of many threads. The tests of a file share fixtures.
+PROCESSES := -n auto --maxprocesses 8
+FILES_APART := $(PROCESSES) --dist loadfile
+test test-oldest test-asan test-aarch64 fuzz: export OMP_NUM_THREADS := 1
 AARCH64_CXX := aarch64-linux-gnu-g++
 QEMU := qemu-aarch64-static
 PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
@@ -25,13 +29,13 @@ demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ship
 	$(DEMO)/bin/llmqat finetune --model llama --bits 4 --output runs/demo --overwrite
 
 test: $(DEV)/.package  ## run all tests
-	$(DEV_BIN)/python -m pytest
+	$(DEV_BIN)/python -m pytest $(FILES_APART) --durations 10
 
 test-oldest: $(OLDEST)/.package  ## run what touches other libraries on the lower bounds of pyproject.toml
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest $(FILES_APART) $(OLDEST_TESTS)
 
 fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES a test, 5000 unless set
-	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest tests/fuzz
+	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest $(FILES_APART) tests/fuzz
 
 # Without the sweep of errors, whose loops and tails the other tests visit, and without memory that the sanitizer refuses.
 test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -39,7 +43,8 @@ test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under Addres
 	cmake -S llmqat/kernels/csrc -B build/asan -DLLMQAT_SANITIZE=ON && cmake --build build/asan -j && \
 	cmake --install build/asan --prefix . && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(DEV_BIN)/python -m pytest -p no:cacheprovider -m "not slow" -k "not error_is_that and not memory_that_is_not_there" \
+	  $(DEV_BIN)/python -m pytest $(PROCESSES) -p no:cacheprovider -m "not slow" \
+	  -k "not error_is_that and not memory_that_is_not_there" \
 	  $(addprefix tests/kernels/test_,checks.py native.py variants.py) \
 	  $(addprefix tests/serve/test_,attention.py generate.py int8_cache.py step.py)
 
@@ -52,7 +57,7 @@ test-aarch64: $(DEV)/.package  ## cross-compile the kernels for aarch64 and test
 	$(AARCH64_CXX) -std=c++20 -O2 -Wall -Wextra -Illmqat/kernels/csrc tests/kernels/server.cpp -o build/aarch64/server
 	set -e; for variant in neon:cortex-a72 dotprod:neoverse-n1 i8mm:max; do \
 	  LLMQAT_KERNEL_SERVER="$(QEMU) -cpu $${variant#*:} -L /usr/aarch64-linux-gnu build/aarch64/server build/aarch64/_kernels.so" \
-	    $(DEV_BIN)/python -m pytest -m "not slow" -k "$${variant%:*}" tests/kernels/test_variants.py; \
+	    $(DEV_BIN)/python -m pytest $(PROCESSES) -m "not slow" -k "$${variant%:*}" tests/kernels/test_variants.py; \
 	done
 
 native:  ## build the kernels into the source tree, where they take precedence over the installed ones
