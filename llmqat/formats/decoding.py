@@ -6,7 +6,7 @@ transformers, that loop alone) continues a few prompts, and every logit on the w
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmqat.models.patcher import float_parameters, plain_model, quantized_layers
+from llmqat.serve.forward import through_transformers
 
 PROMPT, NEW_TOKENS, PROBES = 8, 24, 3
 NUDGE = 2.0**-12  # relative: a code of eight bits is 2^-7 of the largest value
@@ -75,32 +76,30 @@ def without_cache(model: nn.Module, ids: Tensor) -> Tensor:
     return logits.double().cpu()
 
 
-def decoding(
-    native: PreTrainedModel, general: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Module, nn.Module]
-) -> Decoding | None:
-    """Compare what a packed model decodes with what `reference` says without a cache.
+def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> Decoding | None:
+    """Compare what a packed model decodes, natively and by transformers, with what `reference` says without a cache.
 
     Args:
-        native: the packed model as it is loaded.
-        general: the same, without native blocks and sampling.
+        model: the packed model as it is loaded.
         reference: the trained model, its float parts rounded as the file has them; or a dense copy of the file.
         plain: dense copies of the file in float32 and float64, for the bound.
 
     Returns:
         the worst of all ways to run; None for a model that does not generate.
     """
-    prompts = prompts_for(native)
+    prompts = prompts_for(model)
     if not prompts:
         return None
     errors, bounds, gaps = [], [], []
-    for model in (native, general):
-        for ids, logits in greedy_continuations(model, prompts, logits=True):
-            right = without_cache(reference, ids)
-            new = right[:, -logits.shape[1] - 1 : -1]
-            behind_cache = float((logits.double() - new).abs().max())
-            errors.append(max(behind_cache, float((without_cache(model, ids) - right).abs().max())))
-            bounds.append(4 * float((without_cache(plain[0], ids) - without_cache(plain[1], ids)).abs().max()))
-    for ids, _ in greedy_continuations(native, prompts, logits=False):
+    for way in (nullcontext(), through_transformers(model)):
+        with way:
+            for ids, logits in greedy_continuations(model, prompts, logits=True):
+                right = without_cache(reference, ids)
+                new = right[:, -logits.shape[1] - 1 : -1]
+                behind_cache = float((logits.double() - new).abs().max())
+                errors.append(max(behind_cache, float((without_cache(model, ids) - right).abs().max())))
+                bounds.append(4 * float((without_cache(plain[0], ids) - without_cache(plain[1], ids)).abs().max()))
+    for ids, _ in greedy_continuations(model, prompts, logits=False):
         new = without_cache(reference, ids)[:, prompts[0].shape[1] - 1 : -1]
         chosen = new.gather(-1, ids[:, prompts[0].shape[1] :, None])
         gaps.append(float((new.amax(-1, keepdim=True) - chosen).max()))

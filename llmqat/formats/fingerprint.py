@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.models.patcher import quantized_layers
 
 NAME, FORMAT = "fingerprint.json", 2
 CHUNK_BYTES = 1 << 22
-Grid = tuple[Tensor, Tensor, Tensor | None]
 Layers = dict[str, dict[str, str | None]]
 
 
@@ -59,25 +57,13 @@ def tensor_hashes(state: dict[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}:{sha256(t)}" for name, t in state.items()}
 
 
-def grids_of(model: nn.Module) -> dict[str, Grid]:
-    """Codes, stored scale and zero point of every layer that is not on meta, as the model's own forward uses them."""
-    return {
-        on_grid.name: (on_grid.codes(), on_grid.layer.stored_scale(), on_grid.layer.stored_zero_point())
-        for on_grid in quantized_layers(model)
-        if not on_grid.layer.weight.is_meta
-    }
-
-
-def fingerprint(model: nn.Module) -> Layers:
-    """Hashes of `grids_of`, and of the scales of static activations, by layer."""
-    layers: Layers = {
-        name: {"codes": sha256(codes), "scale": sha256(scale), "zero_point": sha256(zero_point)}
-        for name, (codes, scale, zero_point) in grids_of(model).items()
-    }
-    for on_grid in quantized_layers(model):
-        if on_grid.layer.scheme.act_static:
-            layers[on_grid.name]["input_scale"] = sha256(on_grid.layer.stored_act_scale())
-    return layers
+def layer_hashes(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, input_scale: Tensor | None
+) -> dict[str, str | None]:
+    """Hashes of one layer on the grid, by what they are of: codes ``(out, in)``, scale and zero point as stored, and
+    the scale of static activations where there is one."""
+    hashes = {"codes": sha256(codes), "scale": sha256(scale), "zero_point": sha256(zero_point)}
+    return hashes if input_scale is None else hashes | {"input_scale": sha256(input_scale)}
 
 
 def exists(directory: Path) -> bool:

@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
+from llmqat.formats.contents import Contents, contents_of
 from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
 from llmqat.formats.weights import read_tensors
-from llmqat.formats.writer import packed_state
 from llmqat.models.float_view import disable_quantizers
 from llmqat.models.patcher import plain_model
 from llmqat.nn.embedding import PackedEmbedding
@@ -70,6 +71,35 @@ class Verification:
         return self.codes_equal and self.scales_equal and logits and decodes and not self.changed
 
 
+class Expected(NamedTuple):
+    """Hashes of all that a packed directory should hold.
+
+    Attributes:
+        layers: hashes of codes and scales, by layer.
+        tensors: hashes of the tensors, by name.
+        files: hashes of the files, by name; None where there is no fingerprint of them.
+        trained: the model that was trained, if it is at hand.
+    """
+
+    layers: fingerprint.Layers
+    tensors: dict[str, str]
+    files: dict[str, str] | None
+    trained: nn.Module | None
+
+
+def expected_in(directory: Path, against: Contents | None) -> Expected:
+    """The contents that `directory` should have: those of a trained model, else those in its fingerprint.
+
+    Raises:
+        LlmqatError: if the fingerprint is damaged, or there is none and nothing else to compare with.
+    """
+    if against is None:
+        written = fingerprint.read(directory)
+        return Expected(written.layers, written.tensors, written.files, None)
+    files = fingerprint.read(directory).files if fingerprint.exists(directory) else None
+    return Expected(against.hashes, against.tensor_hashes, files, against.model)
+
+
 def verify(directory: str | Path, against: nn.Module | None = None, logits: bool = True) -> Verification:
     """Compare a packed directory with the trained model, or with the fingerprint that training left.
 
@@ -78,7 +108,7 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
     Args:
         directory: packed model.
         against: the trained model itself; without it, the hashes in ``fingerprint.json``.
-        logits: also run the model; takes memory for a dense float64 copy.
+        logits: also run the model; takes memory for dense float64 and float32 copies.
 
     Returns:
         what was compared; ``ok`` is whether all of it holds.
@@ -87,35 +117,40 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
         LlmqatError: if the directory is damaged, or holds no fingerprint and `against` is not given.
     """
     directory = local_directory(directory)
-    written = None if against is not None and not fingerprint.exists(directory) else fingerprint.read(directory)
-    if against is not None:
-        layers, tensors = fingerprint.fingerprint(against), fingerprint.tensor_hashes(packed_state(against))
-    else:
-        assert written is not None
-        layers, tensors = written.layers, written.tensors
-    changed = {*changed_tensors(directory, tensors), *(changed_files(directory, written.files) if written else ())}
-    model = load_packed(directory, torch.float32)
-    codes_wrong, scales_wrong, count = compare_layers(model, layers)
-    error, bound = logit_error(model) if logits else (None, None)
+    expected = expected_in(directory, None if against is None else contents_of(against))
+    return verify_loaded(directory, load_packed(directory, torch.float32), expected, logits)
+
+
+def verify_loaded(directory: Path, model: PreTrainedModel, expected: Expected, logits: bool = True) -> Verification:
+    """Compare `directory`, and the float32 `model` that was loaded from it, with what is expected; see `verify`."""
+    changed = set(changed_tensors(directory, expected.tensors))
+    if expected.files is not None:
+        changed |= set(changed_files(directory, expected.files))
+    codes_wrong, scales_wrong, count = compare_layers(model, expected.layers)
+    error = bound = decoded = None
+    if logits:
+        plain, exact = dense_copy(model, torch.float32), dense_copy(model, torch.float64)
+        error, bound = logit_error(model, plain, exact)
+        decoded = decode_error(model, plain, exact, expected.trained)
     mismatched = tuple(sorted(codes_wrong | scales_wrong))
     equal = count, not codes_wrong, not scales_wrong, mismatched
-    decoded = decode_error(directory, model, against) if logits else None
     return Verification(*equal, error, bound, tuple(sorted(changed)), *(decoded or ()))
 
 
-def decode_error(directory: Path, model: PreTrainedModel, against: nn.Module | None) -> Decoding | None:
+def decode_error(
+    model: PreTrainedModel, plain: PreTrainedModel, exact: PreTrainedModel, trained: nn.Module | None
+) -> Decoding | None:
     """The error of decoding with the packed `model` behind a cache.
 
-    Compared with the trained model where that computes in float32, else with the dequantized weights.
+    Compared with the trained model where that computes in float32, else with the dequantized weights: `exact`. What
+    `plain` loses on the way is the bound, for which its embeddings are moved where inputs or the cache are int8.
     """
-    general = load_packed(directory, torch.float32, native=False)
-    plain = dense_copy(general, torch.float32), dense_copy(general, torch.float64)
     if kv_bits_of(model) or quantizes_inputs(model):
-        nudge(plain[0])
-    if against is None or plain_model(against).dtype != torch.float32:
-        return decoding(model, general, plain[1], plain)
-    with as_stored(against) as trained:
-        return decoding(model, general, trained, plain)
+        nudge(plain)
+    if trained is None or plain_model(trained).dtype != torch.float32:
+        return decoding(model, exact, (plain, exact))
+    with as_stored(trained) as reference:
+        return decoding(model, reference, (plain, exact))
 
 
 def quantizes_inputs(model: nn.Module) -> bool:
@@ -128,11 +163,10 @@ def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tupl
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     codes_wrong, scales_wrong = set(expected) ^ set(layers), set(expected) ^ set(layers)
     for name in set(expected) & set(layers):
-        codes, scale, zero_point = map(fingerprint.sha256, layers[name].unpack())
-        if (codes, zero_point) != (expected[name].get("codes"), expected[name].get("zero_point")):
+        found, wanted = fingerprint.layer_hashes(*layers[name].unpack(), layers[name].input_scale), expected[name]
+        if any(found.get(part) != wanted.get(part) for part in ("codes", "zero_point")):
             codes_wrong.add(name)
-        input_scale = fingerprint.sha256(layers[name].input_scale)
-        if (scale, input_scale) != (expected[name].get("scale"), expected[name].get("input_scale")):
+        if any(found.get(part) != wanted.get(part) for part in ("scale", "input_scale")):
             scales_wrong.add(name)
     return codes_wrong, scales_wrong, len(layers)
 
@@ -186,38 +220,35 @@ def _quantize_input(scale: Tensor | None, _: nn.Module, args: tuple[Tensor]) -> 
 
 
 @torch.no_grad()
-def logit_error(model: PreTrainedModel) -> tuple[float, float]:
-    """Error of the packed float32 model's logits against float64, and the bound: twice that of plain float32 torch.
+def logit_error(model: PreTrainedModel, plain: PreTrainedModel, exact: PreTrainedModel) -> tuple[float, float]:
+    """Error of the packed float32 model's logits against those of `exact`, and the bound: twice the error of `plain`.
 
-    Both are of the median of some probes, by their ratio. Routers choose experts in the float64 run; the others follow.
+    Both are of the median of some probes, by their ratio. Routers choose experts in the exact run; the others follow.
     The cache is left float: rounding moves a few of its codes in each of the three, which says nothing about weights.
+
+    Args:
+        model: the packed model.
+        plain: its dense copy in float32.
+        exact: its dense copy in float64.
     """
     generator = torch.Generator().manual_seed(0)
     count, length = PROBES_OF_INT8_INPUTS if quantizes_inputs(model) else PROBES
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     probes = torch.randint(model.config.vocab_size, (count, 1, length), generator=generator)
-    with disable_quantizers(model):
-        errors = _logit_errors(model, list(probes))
-    return sorted(errors, key=lambda pair: pair[0] / max(pair[1], 1e-30))[len(errors) // 2]
-
-
-def _logit_errors(model: PreTrainedModel, probes: list[Tensor]) -> list[tuple[float, float]]:
-    """Error and bound of each probe."""
 
     def logits(candidate: nn.Module) -> list[Tensor]:
-        return [candidate(input_ids=ids, use_cache=False).logits.double() for ids in probes]
+        with disable_quantizers(candidate):
+            return [candidate(input_ids=ids, use_cache=False).logits.double() for ids in probes]
 
-    dense = dense_copy(model, torch.float64)
-    with record_routes(dense) as routes:
-        exact = logits(dense)
-    del dense  # one copy at a time
-    dense = dense_copy(model, torch.float32)
-    with follow_routes(dense, routes):
-        plain = logits(dense)
+    with record_routes(exact) as routes:
+        right = logits(exact)
+    with follow_routes(plain, routes):
+        lost = logits(plain)
     with follow_routes(model, routes):
         packed = logits(model)
 
     def error(got: Tensor, right: Tensor) -> float:
         return float((got - right).abs().max())
 
-    return [(error(k, e), 2 * error(p, e)) for k, p, e in zip(packed, plain, exact, strict=True)]
+    errors = [(error(k, r), 2 * error(p, r)) for k, p, r in zip(packed, lost, right, strict=True)]
+    return sorted(errors, key=lambda pair: pair[0] / max(pair[1], 1e-30))[len(errors) // 2]

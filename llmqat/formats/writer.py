@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +11,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmqat.algorithms.activation_ranges import check_ranges
-from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
-from llmqat.formats.conv1d import to_conv1d_layout
+from llmqat.formats.contents import Contents, contents_of, is_inside, storage_dtype, tied_head, tied_tensors
 from llmqat.formats.directory import SEAL, check_own, model_files, stale_files
 from llmqat.formats.readback import read_back
 from llmqat.formats.weights import INDEX
 from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import plain_model, quantized_layers
-from llmqat.models.ties import possible_ties, set_tied, shared_ties
-from llmqat.nn.embedding import FakeQuantEmbedding
+from llmqat.models.ties import possible_ties, set_tied
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.quant.affine import check_storable
 
 MAX_SHARD_SIZE = "5GB"
-
-
-def storage_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The dtype of scales and float parts in the file.
-
-    Raises:
-        LlmqatError: if no layer is quantized.
-    """
-    layers = quantized_layers(model)
-    if not layers:
-        raise LlmqatError("nothing to pack: no layer of this model is quantized; call llmqat.prepare first")
-    return layers[0].layer.storage_dtype
-
-
-def tied_head(model: torch.nn.Module) -> dict[str, str]:
-    """Name of the output head on the grid -> name of the embedding tied to it; empty if there is none."""
-    root = plain_model(model)
-    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
-    if not isinstance(embedding, FakeQuantEmbedding):
-        return {}
-    names = {id(module): name for name, module in root.named_modules()}
-    return {names[id(head)]: names[id(embedding)]}
-
-
-def tied_tensors(model: torch.nn.Module) -> set[str]:
-    """Names of tensors that readers find under the name they are tied to: all that the family ties, if each of them is
-    one tensor with that in this model, else none, and the config says so."""
-    root = plain_model(model)
-    shared = possible_ties(root) if tied_head(model) else shared_ties(root)
-    return set(shared) if shared.keys() == possible_ties(root).keys() else set()
-
-
-def packed_state(model: torch.nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of the packed file by their names there: codes and scales of layers on the grid, everything else in the
-    storage dtype.
-
-    A tied tensor appears once, under the name it is tied to: a quantized matrix, too, under that of the embedding. Only
-    names that start with `prefix` are looked at, and tensors on the meta device are not there.
-
-    Raises:
-        LlmqatError: if a tensor holds NaN or infinity, or values too large for the storage dtype.
-    """
-    dtype = storage_dtype(model)
-    on_grid = {layer.name: layer for layer in quantized_layers(model)}
-    layers = {name: own for name, own in on_grid.items() if name.startswith(prefix) and not own.layer.weight.is_meta}
-    lookups = tied_head(model)
-    state: dict[str, Tensor] = {}
-    elsewhere, root = tied_tensors(model), plain_model(model)
-    parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    for name, tensor in root.state_dict().items():
-        if name in elsewhere or not name.startswith(prefix) or _inside(name, [*on_grid, *lookups.values()]):
-            continue
-        if not tensor.is_meta:
-            if name in parameters:  # a buffer may hold -inf on purpose, as masks do
-                check_storable(tensor, dtype, name)
-            state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-    for name, own in layers.items():
-        tensors, name = own.pack().state_dict(), lookups.get(name, name)
-        if own.layer.transposed:
-            tensors = to_conv1d_layout(tensors, own.layer.scheme.bits)
-        state.update({f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()})
-    return {file_name(root, name): tensor for name, tensor in state.items()}
 
 
 def packed_config(model: torch.nn.Module) -> Any:
     """The model's config with its architecture, dtype and `quantization_config`."""
     root = plain_model(model)
     layers, tied = {on_grid.name: on_grid.layer for on_grid in quantized_layers(model)}, tied_head(model)
-    ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not _inside(n, layers)]
+    ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not is_inside(n, layers)]
     ignored += [file_name(root, name) for name in routers(root)]  # a Linear to other readers
     schemes = {tied.get(name, name): layer.scheme for name, layer in layers.items()}
     transposed = {name: layer.in_features for name, layer in layers.items() if layer.transposed}
@@ -111,10 +44,6 @@ def packed_config(model: torch.nn.Module) -> Any:
     if kv_bits is not None:
         setattr(config, OWN_KEY, {KV_BITS_KEY: kv_bits})
     return config
-
-
-def _inside(name: str, layers: Iterable[str]) -> bool:
-    return any(name.startswith(layer + ".") for layer in layers)
 
 
 def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = None) -> Path:
@@ -132,10 +61,13 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
         LlmqatError: if no layer is quantized, static activations have no range, a tensor cannot be stored, or the
             directory cannot be written.
     """
-    directory = Path(directory)
-    check_ranges(model)
+    return write_contents(contents_of(model), Path(directory), tokenizer)
+
+
+def write_contents(contents: Contents, directory: Path, tokenizer: Any = None) -> Path:
+    """Write a packed model to `directory`, in the place of the one that is there; see `save_packed`."""
     check_own(directory)
-    state = packed_state(model)
+    state = contents.state
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     stale: list[str] = []
     with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
@@ -143,8 +75,8 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
             save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:
             write_index(scratch, shards.metadata, shards.tensor_to_filename)
-        hashes = fingerprint.fingerprint(model), fingerprint.tensor_hashes(state)
-        stale += finish_model(model, scratch, directory, tokenizer, hashes)
+        hashes = contents.hashes, contents.tensor_hashes
+        stale += finish_model(contents.model, scratch, directory, tokenizer, hashes)
     return directory
 
 

@@ -234,7 +234,7 @@ class OnGrid(NamedTuple):
             LlmqatError: see `check_storable`; or if its static activations have no range.
         """
         self.check_storable()
-        return PackedLinear.from_fake_quant(self.layer, self.adapters)
+        return PackedLinear.from_fake_quant(self.layer, self.codes())
 
 
 def quantized_layers(model: nn.Module) -> list[OnGrid]:

@@ -11,7 +11,6 @@ from llmqat.kernels.packed import Packed, check_index
 from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
-from llmqat.quant.grid import Adapters
 from llmqat.quant.packing import pack_rows, packed_width, to_unsigned, unpack_at
 from llmqat.scheme import QuantScheme
 
@@ -66,13 +65,13 @@ class PackedLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_fake_quant(cls, module: FakeQuantLinear, adapters: Adapters | None = None) -> Self:
-        """Pack the codes of `module`'s forward, with adapters if given; nothing is quantized again."""
+    def from_fake_quant(cls, module: FakeQuantLinear, codes: Tensor) -> Self:
+        """Pack `codes` ``(out, in)``, those of `module`'s forward, with its scales; nothing is quantized again."""
         scheme, bits = module.scheme, module.scheme.bits
         packed = cls(
             module.in_features, module.out_features, scheme, module.storage_dtype, module.bias is not None, "meta"
         )
-        packed.weight_packed = pack_rows(to_unsigned(module.codes(adapters), scheme), bits)
+        packed.weight_packed = pack_rows(to_unsigned(codes, scheme), bits)
         packed.weight_scale = module.stored_scale().clone()
         packed.weight_shape = torch.tensor([module.out_features, module.in_features])
         zero_point = module.stored_zero_point()

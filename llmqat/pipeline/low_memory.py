@@ -16,9 +16,10 @@ from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
+from llmqat.formats.contents import contents_of
 from llmqat.formats.directory import SEAL
 from llmqat.formats.partial import PartialModel
-from llmqat.formats.writer import finish_model, packed_state, save_shard, write_index
+from llmqat.formats.writer import finish_model, save_shard, write_index
 from llmqat.models.architectures import ARCHITECTURES, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.experts import can_split_experts
@@ -117,13 +118,13 @@ class Streaming:
         if inputs is not None:
             for error in gptq_block(block, inputs, self.settings, prefix.removesuffix(".")):
                 self.report.errors[error.layer] = (error.rtn, error.gptq)
-        self.layers |= fingerprint.fingerprint(self.source.model)
 
     def write(self, prefix: str, number: int, count: int) -> None:
         """Write the tensors whose names start with `prefix` and that are in memory."""
-        state = packed_state(self.source.model, prefix)
+        contents = contents_of(self.source.model, prefix)
         filename = f"model-{number:05}-of-{count:05}.safetensors"
-        save_shard(state, self.scratch / filename)
-        self.weight_map |= dict.fromkeys(state, filename)
-        self.tensors |= fingerprint.tensor_hashes(state)
-        self.total_size += sum(tensor.nbytes for tensor in state.values())
+        save_shard(contents.state, self.scratch / filename)
+        self.weight_map |= dict.fromkeys(contents.state, filename)
+        self.layers |= contents.hashes
+        self.tensors |= contents.tensor_hashes
+        self.total_size += sum(tensor.nbytes for tensor in contents.state.values())

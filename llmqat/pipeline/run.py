@@ -1,13 +1,12 @@
 """One run from the float model to the measured, verified packed file: `finetune` and `quantize` of the command line."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
@@ -16,9 +15,10 @@ from llmqat.algorithms.smoothquant import describe
 from llmqat.config import Recipe, Resolved
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
+from llmqat.formats.contents import contents_of
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import verify
-from llmqat.formats.writer import save_packed
+from llmqat.formats.verify import expected_in, verify_loaded
+from llmqat.formats.writer import write_contents
 from llmqat.kernels.native import kernel_name
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity, evaluate
@@ -36,6 +36,7 @@ from llmqat.models.patcher import (
     smoothable,
 )
 from llmqat.models.planning import checked_plan, resolve_for
+from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.output import (
     ADAPTER,
@@ -328,8 +329,9 @@ class Run:
         say(f"packing to {self.directory}")
         for name in REPORT_FILES:
             (self.directory / name).unlink(missing_ok=True)
-        save_packed(self.model, self.directory, self.tokenizer)
-        self.measured.size = layer_sizes(self.model)
+        self.contents = contents_of(self.model)
+        write_contents(self.contents, self.directory, self.tokenizer)
+        self.measured.size = layer_sizes(self.contents.layers.values())
         for finished in (GPTQ, CONTROL):
             checkpoint.discard(self.checkpoint / finished)
 
@@ -339,8 +341,9 @@ class Run:
         packed = load_packed(self.directory, torch.float32)
         description = "perplexity, packed"
         self.measured.perplexity["packed"] = evaluate(packed, self.inputs.test, self.reference, description)
+        expected = expected_in(self.directory, self.contents)
+        self.measured.verification = verify_loaded(self.directory, packed, expected)
         del packed
-        self.measured.verification = verify(self.directory, against=self.model)
         config = self.recipe.eval
         if config.repeats:
             for row, load in (
@@ -353,7 +356,8 @@ class Run:
         """Report and model card."""
         with replacing(self.directory) as scratch:
             write_json(self.measured, scratch / REPORT)
-            details.write(details.collect(self.measured, self.model, self.reference.model), scratch / details.NAME)
+            found = details.collect(self.measured, self.contents.layers, self.reference.model)
+            details.write(found, scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
         page = write_page(self.directory)
         print_scoreboard(self.measured)
@@ -379,13 +383,12 @@ class Run:
         return evaluate(self.model, self.inputs.test, self.reference, f"perplexity, {name}", layers)
 
 
-def layer_sizes(model: PreTrainedModel) -> dict[str, float]:
+def layer_sizes(layers: Iterable[PackedLinear]) -> dict[str, float]:
     """Bytes of the quantized layers' weights, float and packed, and stored bits per weight."""
     weights = packed_bytes = float_bytes = 0
-    for on_grid in quantized_layers(model):
-        layer, packed = on_grid.layer, on_grid.pack()
-        tensors = [packed.weight_packed, packed.weight_scale, packed.weight_zero_point]
-        packed_bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
-        weights += layer.weight.numel()
-        float_bytes += layer.weight.numel() * layer.storage_dtype.itemsize
+    for layer in layers:
+        tensors = [layer.weight_packed, layer.weight_scale, layer.weight_zero_point]
+        packed_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        weights += layer.out_features * layer.in_features
+        float_bytes += layer.out_features * layer.in_features * layer.weight_scale.itemsize
     return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}

@@ -1,6 +1,7 @@
 """The content of `details.json`, drawn on the page: curves, errors and histograms of every layer."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.metrics.perplexity import bootstrap_difference
-from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.models.patcher import plain_model
+from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 from llmqat.report.measured import Measured
 from llmqat.report.text import measured_on, verdict
@@ -72,39 +74,38 @@ def layer_histograms(weight: Tensor | None, codes: Tensor, w_hat: Tensor, scheme
 
 
 @torch.no_grad()
-def layers(measured: Measured, model: nn.Module, float_model: nn.Module) -> list[dict[str, Any]]:
+def layers(measured: Measured, packed: Mapping[str, PackedLinear], float_model: nn.Module) -> list[dict[str, Any]]:
     """Every quantized layer in model order: output errors by row of the scoreboard, share of codes that training
     changed, and of at most `HISTOGRAMS` of them, evenly picked, the histograms.
 
     Args:
         measured: the run.
-        model: the model on its grid, as it was packed.
+        packed: the layers as they are in the file, by name.
         float_model: the float model, or the model on its grid again where its masters are the float weights.
     """
     originals = dict(plain_model(float_model).named_modules())
     changed = measured.training.layers_changed if measured.training else {}
     rows = {row: result.layer_errors for row, result in measured.perplexity.items() if result.layer_errors}
-    on_grid = quantized_layers(model)
     found = []
-    for index, (name, layer, adapters) in enumerate(on_grid):
+    for index, (name, layer) in enumerate(packed.items()):
         details = {
             "name": name,
-            "shape": list(layer.weight.shape),
+            "shape": [layer.out_features, layer.in_features],
             "scheme": str(layer.scheme),
             "errors": {row: errors[name] for row, errors in rows.items() if name in errors},
             "codes_changed": changed.get(name),
         }
-        if index % -(-len(on_grid) // HISTOGRAMS) == 0:
+        if index % -(-len(packed) // HISTOGRAMS) == 0:
             original: Any = originals.get(name)
             weight = None if original is None else getattr(original, "base_layer", original).weight.detach()
-            codes = layer.codes(adapters)
-            w_hat = dequantize(codes, layer.stored_scale(), layer.stored_zero_point(), layer.scheme)
+            codes, scale, zero_point = layer.unpack()
+            w_hat = dequantize(codes, scale, zero_point, layer.scheme)
             details |= layer_histograms(weight, codes, w_hat, layer.scheme)
         found.append(details)
     return found
 
 
-def collect(measured: Measured, model: nn.Module, float_model: nn.Module) -> dict[str, Any]:
+def collect(measured: Measured, packed: Mapping[str, PackedLinear], float_model: nn.Module) -> dict[str, Any]:
     """All details of a run; see `layers` for the arguments."""
     best, interval = measured.best_ptq(), None
     if best and measured.training is not None and "packed" in measured.perplexity:
@@ -117,7 +118,7 @@ def collect(measured: Measured, model: nn.Module, float_model: nn.Module) -> dic
         "measured_on": measured_on(measured),
         "interval": interval,
         "curves": curves(measured.training),
-        "layers": layers(measured, model, float_model),
+        "layers": layers(measured, packed, float_model),
     }
 
 

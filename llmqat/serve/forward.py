@@ -5,6 +5,8 @@ attention weights, caches of another kind - goes through the transformers code a
 same cache: its layers hold views of the buffers that the native code writes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -40,6 +42,19 @@ def accelerate_forward(model: PreTrainedModel) -> bool:
         return False
     stack.forward = MethodType(_forward, stack)
     return True
+
+
+@contextmanager
+def through_transformers(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the blocks of a model, and so its sampling, to the code of transformers until the ``with`` ends."""
+    stack = getattr(model, "model", None)
+    own = {} if stack is None else vars(stack)
+    forward = own.pop("forward", None)
+    try:
+        yield
+    finally:
+        if forward is not None:
+            own["forward"] = forward
 
 
 def _forward(
@@ -104,7 +119,8 @@ def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[
 
 def can_run_natively(stack: Any, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache: Any) -> str:
     """Why this call cannot run natively: it takes one unpadded sequence, no gradients, hidden states only."""
-    why_not = why_call_unfit(stack, ids, cache, {}) or _why_past_unfit(ids, mask, positions, cache)
+    why_not = "" if "forward" in vars(stack) else "the blocks are left to transformers"
+    why_not = why_not or why_call_unfit(stack, ids, cache, {}) or _why_past_unfit(ids, mask, positions, cache)
     decoder = why_not or decoder_of(stack)
     return "" if isinstance(decoder, NativeDecoder) else decoder
 

@@ -1,10 +1,13 @@
 """`verify` decodes: a model whose weights are right and whose cache is lost must not pass."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from llmqat.compat import cache_name
+from llmqat.formats import decoding as decoding_module
 from llmqat.formats import verify as verify_module
 from llmqat.formats.decoding import as_stored
 from llmqat.formats.reader import load_packed
@@ -12,6 +15,7 @@ from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
+from llmqat.serve.forward import through_transformers
 
 INT4 = QuantScheme(4, 16)
 
@@ -36,13 +40,14 @@ def without_past(module, args, kwargs):
 def test_a_cache_that_is_lost_is_found(packed, monkeypatch):
     """As where a library renames its argument: each token starts with no past."""
 
-    def load(directory, dtype, **options):
-        model = load_packed(directory, dtype, **options)
-        if not options.get("native", True):
-            model.register_forward_pre_hook(without_past, with_kwargs=True)
-        return model
+    @contextmanager
+    def losing(model):
+        with through_transformers(model):
+            hook = model.register_forward_pre_hook(without_past, with_kwargs=True)
+            yield
+            hook.remove()
 
-    monkeypatch.setattr(verify_module, "load_packed", load)
+    monkeypatch.setattr(decoding_module, "through_transformers", losing)
     check = verify(packed[1], against=packed[0])
     assert check.max_logit_error <= check.bound, "nothing is wrong without a cache"
     assert check.decode_error > 100 * check.decode_bound

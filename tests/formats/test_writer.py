@@ -156,7 +156,7 @@ def test_shards(packed, decode, monkeypatch, tmp_path):
     assert {path.name for path in directory.glob("*.safetensors*")} == {"model.safetensors", "notes.safetensors.txt"}
 
 
-@pytest.mark.parametrize("culprit", ["save_file", "packed_config", "fingerprint.fingerprint"])
+@pytest.mark.parametrize("culprit", ["save_file", "packed_config", "fingerprint.write"])
 def test_a_failed_write_leaves_the_old_files(packed, trained, monkeypatch, culprit):
     _, directory = packed
     before = listing(directory)

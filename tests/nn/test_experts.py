@@ -133,7 +133,7 @@ def test_packed_experts_run_the_operator_once_per_routed_expert(routed, monkeypa
     for expert in split:
         for name in ("gate_proj", "up_proj", "down_proj"):
             layer = FakeQuantLinear.from_linear(getattr(expert, name), QuantScheme(4, 16), torch.float32)
-            setattr(expert, name, PackedLinear.from_fake_quant(layer))
+            setattr(expert, name, PackedLinear.from_fake_quant(layer, layer.codes()))
     original = ops.packed_linear
     monkeypatch.setattr(ops, "packed_linear", lambda *a: calls.append(len(a[0])) or original(*a))
     split(*routed)

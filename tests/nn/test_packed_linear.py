@@ -40,7 +40,7 @@ def assert_same_grid(packed, layer, adapters=None):
 def test_packs_the_grid_of_the_forward(reference_op, bits, symmetric, shape, dtype):
     out_features, in_features, group_size = shape
     layer = trained(QuantScheme(bits, group_size, symmetric), dtype, in_features, out_features)
-    packed = PackedLinear.from_fake_quant(layer)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     assert_same_grid(packed, layer)
     assert packed.weight_packed.shape == (out_features, packed_width(in_features, bits))
     assert packed.weight_shape.tolist() == [out_features, in_features]
@@ -56,7 +56,7 @@ def test_packs_adapters_compensation_and_code_scale(reference_op, symmetric, act
     layer.decouple_scale()
     layer.scale.data *= 1.07
     adapters = Adapters(torch.randn(3, 64) * 0.1, torch.randn(24, 3), 0.3)
-    packed, x = PackedLinear.from_fake_quant(layer, adapters), torch.randn(5, 64, dtype=torch.bfloat16)
+    packed, x = PackedLinear.from_fake_quant(layer, layer.codes(adapters)), torch.randn(5, 64, dtype=torch.bfloat16)
     assert_same_grid(packed, layer, adapters)
     assert not torch.equal(layer.codes(adapters), plain)
     assert torch.equal(packed(x), layer(x, adapters))
@@ -65,7 +65,7 @@ def test_packs_adapters_compensation_and_code_scale(reference_op, symmetric, act
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shares_no_memory_with_training(dtype):
     layer = trained(QuantScheme(4, 16, False), dtype)
-    packed = PackedLinear.from_fake_quant(layer)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     before = {name: t.clone() for name, t in packed.state_dict().items()}
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -77,7 +77,7 @@ def test_shares_no_memory_with_training(dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_state_dict_is_the_file(scheme, bias):
     layer = trained(scheme, torch.bfloat16, bias=bias)
-    packed = PackedLinear.from_fake_quant(layer)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     state = packed.state_dict()
     expected = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}
     expected |= {} if scheme.symmetric else {"weight_zero_point": torch.int32}
@@ -98,7 +98,7 @@ def test_state_dict_is_the_file(scheme, bias):
 @pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_casting_the_model_keeps_the_storage_dtype(to):
     layer = trained(QuantScheme(4, 16), torch.bfloat16)
-    packed = PackedLinear.from_fake_quant(layer)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     nn.Sequential(packed).to(to)
     assert_same_grid(packed, layer)
     assert packed(torch.randn(2, 64, dtype=to)).dtype == to
@@ -115,7 +115,8 @@ def test_rows_that_are_not_there(kernels, ids, monkeypatch):
     """Native code would read beyond the matrix, and plain torch would count negative numbers from the end."""
     if kernels == "reference":
         monkeypatch.setattr("llmqat.kernels.native.supports", lambda *_: False)
-    packed = PackedLinear.from_fake_quant(trained(QuantScheme(4, 16, False), torch.bfloat16))
+    layer = trained(QuantScheme(4, 16, False), torch.bfloat16)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     with pytest.raises(LlmqatError, match=r"row -?\d+ is out of range: the packed matrix has the rows 0 to 23; give"):
         packed.rows(torch.tensor(ids))
 
@@ -124,7 +125,8 @@ def test_rows_that_are_not_there(kernels, ids, monkeypatch):
 def test_rows_by_integers_of_any_width(kernels, monkeypatch):
     if kernels == "reference":
         monkeypatch.setattr("llmqat.kernels.native.supports", lambda *_: False)
-    packed = PackedLinear.from_fake_quant(trained(QuantScheme(4, 16, False), torch.bfloat16))
+    layer = trained(QuantScheme(4, 16, False), torch.bfloat16)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     expected = packed.rows(torch.tensor([3, 23, 0]))
     assert torch.equal(packed.rows(torch.tensor([3, 23, 0], dtype=torch.int32)), expected)
     assert packed.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 64)

@@ -48,7 +48,7 @@ def test_what_is_packed_is_what_was_trained(kind, dtype):
     layer.set_observer(kind)
     layer(torch.randn(50, 32))
     layer.eval()
-    packed = PackedLinear.from_fake_quant(layer)
+    packed = PackedLinear.from_fake_quant(layer, layer.codes())
     x = 2 * torch.randn(5, 32, dtype=dtype)
     assert packed.input_scale.shape == (1,)
     assert torch.equal(packed.input_scale, layer.stored_act_scale())
@@ -94,13 +94,13 @@ def test_state_travels(layer):
 
 
 def test_without_a_range_nothing_runs(layer):
-    for use in (layer.eval(), PackedLinear.from_fake_quant):
+    for use in (lambda: layer.eval()(torch.randn(4, 32)), lambda: PackedLinear.from_fake_quant(layer, layer.codes())):
         with pytest.raises(LlmqatError, match=r"have no range yet; call llmqat\.observe_activations\(model, batches\)"):
-            use(torch.randn(4, 32)) if use is layer else use(layer)
+            use()
 
 
 def test_dynamic_layers_have_no_state():
     layer = FakeQuantLinear.from_linear(nn.Linear(32, 8), QuantScheme(8, 16, act_bits=8), torch.bfloat16)
     assert not layer.observing
     assert set(layer.state_dict()) == {"weight", "bias", "scale"}
-    assert "input_scale" not in PackedLinear.from_fake_quant(layer).state_dict()
+    assert "input_scale" not in PackedLinear.from_fake_quant(layer, layer.codes()).state_dict()

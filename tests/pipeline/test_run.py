@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,19 @@ from transformers import AutoModelForCausalLM
 from llmqat.cli import main
 from llmqat.config import from_yaml
 from llmqat.errors import LlmqatError
+from llmqat.formats import reader
+from llmqat.formats import verify as verify_module
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
+from llmqat.formats.writer import write_contents
 from llmqat.metrics.perplexity import evaluate
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
+from llmqat.models.patcher import round_float_parts
 from llmqat.nn.embedding import PackedEmbedding
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
+from llmqat.pipeline import run as run_module
 from llmqat.pipeline.inputs import fit_context
 from llmqat.pipeline.output import check_output
 from llmqat.pipeline.run import run
@@ -69,6 +76,29 @@ def crash_after(monkeypatch, steps):
 
 def listing(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_codes_are_derived_and_the_file_is_loaded_once(go, monkeypatch):
+    """Written, hashed, counted, drawn and proved: the same codes. Scored and proved: the same model."""
+    derived, calls = FakeQuantLinear.codes, Counter()
+    read, copied, written = reader.read_tensors, verify_module.dense_copy, []
+
+    def codes(self, adapters=None):
+        calls[self.name] += 1
+        return derived(self, adapters)
+
+    def begin(contents, *args):
+        written.append(contents)
+        return write_contents(contents, *args)
+
+    monkeypatch.setattr(run_module, "round_float_parts", lambda model: (calls.clear(), round_float_parts(model)))
+    monkeypatch.setattr(run_module, "write_contents", begin)
+    monkeypatch.setattr(FakeQuantLinear, "codes", codes)
+    monkeypatch.setattr(reader, "read_tensors", lambda directory: (calls.update(["load"]), read(directory))[1])
+    monkeypatch.setattr(verify_module, "dense_copy", lambda *args: (calls.update([str(args[1])]), copied(*args))[1])
+    done = go()
+    assert calls == dict.fromkeys([*written[0].layers, "load", "torch.float32", "torch.float64"], 1)
+    assert done.measured.verification.ok
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "scales"])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llmqat.formats.contents import contents_of
 from llmqat.formats.reader import load_packed
 from llmqat.models.loading import load_float
 from llmqat.models.patcher import prepare
@@ -17,10 +18,10 @@ from llmqat.train.loop import TrainResult
 
 @pytest.fixture
 def measured_and_models(tiny_llama):
-    """A run that measured nothing, its model on a grid, and the float model."""
+    """A run that measured nothing, its packed layers, and the float model."""
     model = tiny_llama()
     prepare(model, QuantScheme(4, 32))
-    return SimpleNamespace(training=None, perplexity={}), model, tiny_llama()
+    return SimpleNamespace(training=None, perplexity={}), contents_of(model).layers, tiny_llama()
 
 
 @pytest.fixture
@@ -92,17 +93,17 @@ def test_details_of_a_run_are_those_of_the_packed_file(details, finished, model_
 
 
 def test_histograms_of_a_part_of_many_layers(measured_and_models, monkeypatch):
-    measured, model, float_model = measured_and_models
+    measured, packed, float_model = measured_and_models
     monkeypatch.setattr(details_module, "HISTOGRAMS", 5)
-    found = details_module.layers(measured, model, float_model)
+    found = details_module.layers(measured, packed, float_model)
     assert [index for index, layer in enumerate(found) if "codes" in layer] == [0, 3, 6, 9, 12]
     assert all(layer["errors"] == {} and layer["codes_changed"] is None for layer in found)
 
 
 def test_a_layer_the_float_model_lacks(measured_and_models):
-    measured, model, float_model = measured_and_models
+    measured, packed, float_model = measured_and_models
     del float_model.model.layers[0].self_attn.q_proj
-    first, second, *_ = details_module.layers(measured, model, float_model)
+    first, second, *_ = details_module.layers(measured, packed, float_model)
     assert first["float"] is None
     assert sum(first["codes"]) == sum(first["grid"]) == 64 * 64
     assert sum(second["float"]) == 32 * 64

@@ -9,9 +9,11 @@ from transformers import DynamicCache, StaticCache
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.scheme import QuantScheme
+from llmqat.serve.attach import attach
 from llmqat.serve.families import FAMILIES
-from llmqat.serve.forward import accelerate_forward
-from tests.serve.helpers import both, errors, packed_model
+from llmqat.serve.forward import accelerate_forward, through_transformers
+from llmqat.serve.paths import path_counts
+from tests.serve.helpers import both, errors, generate, packed_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,6 +216,27 @@ def test_a_copy_runs_on_its_own_tensors(calls):
             parameter.zero_()
         assert torch.equal(twin(ids).logits, expected)
     assert calls == [9, 9, 9]
+
+
+@torch.no_grad()
+def test_left_to_transformers_for_a_while(calls):
+    model, ids = attach(packed_model("llama")), torch.randint(0, 128, (1, 5))
+    forward, tokens = vars(model.model)["forward"], generate(model)
+    calls.clear()
+    before = path_counts(model)
+    with through_transformers(model):
+        logits = model(ids).logits
+        assert torch.equal(generate(model), tokens)
+        between = path_counts(model) - before
+    assert (calls, between.loop_tokens, between.native_calls) == ([], 0, 0)
+    assert dict(between.reasons) == {"generate: the blocks are left to transformers": 1}
+    assert vars(model.model)["forward"] is forward
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert calls == [5]
+    never = packed_model("gpt_neox", head_dim=None)
+    with through_transformers(never):
+        never(ids)
+    assert "forward" not in vars(never)
 
 
 def test_models_that_do_not_fit(monkeypatch):
