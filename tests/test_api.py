@@ -69,7 +69,8 @@ def test_from_the_float_model_to_the_packed_file(tiny_llama, tokens, tokenizer, 
     assert check.ok
     alone = llmqat.verify(tmp_path / "packed")  # decoding is then compared with the weights of the file
     assert alone.ok
-    errors = dict.fromkeys(("max_logit_error", "bound", "decode_error", "decode_bound"))  # of two runs: not to the last bit
+    # The errors are those of two runs: not the same to the last bit.
+    errors = dict.fromkeys(("max_logit_error", "bound", "decode_error", "decode_bound"))
     assert replace(check, **errors) == replace(alone, **errors)
     ppl = llmqat.perplexity(llmqat.load(tmp_path / "packed", torch.float32), IDS.flatten(), window=16)
     assert ppl == pytest.approx(llmqat.perplexity(model, IDS.flatten(), window=16), rel=1e-2)
