@@ -58,7 +58,8 @@ class Bench:
         wanted = args.max_steps * args.batch_size
         rows = llmqat.sequences(tokenizer, corpus.train, args.length, limit=wanted * args.length * 2)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:wanted]
-        stream = llmqat.blocks(llmqat.encode(tokenizer, corpus.train, 64 * args.length), args.length, "calibration")
+        stream = llmqat.encode(tokenizer, corpus.train, 64 * args.length)
+        calibration = llmqat.split_stream(stream, args.length, "calibration")
         return cls(
             args,
             directory,
@@ -66,7 +67,7 @@ class Bench:
             rows[order],
             llmqat.windows(tokenizer, corpus.validation, args.length, 16384),
             llmqat.windows(tokenizer, corpus.test, args.length, args.eval_tokens),
-            list(stream[: max(1, len(stream) // 8) * 8].split(8)),
+            list(calibration[: max(1, len(calibration) // 8) * 8].split(8)),
             llmqat.FloatCopy(model),
         )
 

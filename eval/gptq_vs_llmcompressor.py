@@ -68,7 +68,7 @@ class Comparison:
         """``(batches, BATCH, length)`` ids: blocks of the training text, drawn by the seed."""
         samples, length = self.args.samples, self.args.length
         stream = llmqat.encode(tokenizer, documents, max(samples * length, TOKENIZED))
-        rows = llmqat.blocks(stream, length, "calibration")
+        rows = llmqat.split_stream(stream, length, "calibration")
         if len(rows) < samples:
             raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples is {samples}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))

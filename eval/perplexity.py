@@ -50,7 +50,7 @@ class Sweep:
         model = llmqat.load_float(args.model, torch.float32)
         tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset)
         length = min(LENGTH, model.config.max_position_embeddings)
-        tokens = llmqat.blocks(llmqat.encode(tokenizer, corpus.train, TOKENIZED), length, "training")
+        tokens = llmqat.split_stream(llmqat.encode(tokenizer, corpus.train, TOKENIZED), length, "training")
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[: args.samples]
         return cls(
             model,

@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     model = llmqat.load_float(args.model, torch.float32)
     tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset)
-    rows = llmqat.blocks(llmqat.encode(tokenizer, corpus.train), LENGTH, "calibration")
+    rows = llmqat.split_stream(llmqat.encode(tokenizer, corpus.train), LENGTH, "calibration")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.samples]
     batches = list(rows[order].split(BATCH))
     test = llmqat.windows(tokenizer, corpus.test, args.window, args.eval_tokens)

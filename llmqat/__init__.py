@@ -24,7 +24,6 @@ __all__ = [
     "Verification",
     "Windows",
     "add_lora",
-    "blocks",
     "convert",
     "encode",
     "environment",
@@ -45,13 +44,14 @@ __all__ = [
     "scored_windows",
     "sequences",
     "smooth",
+    "split_stream",
     "throughput",
     "verify",
     "windows",
     "write_page",
 ]
 # Spellings of the version before -> today's names; they go with the next version.
-RENAMED: dict[str, str] = {}
+RENAMED = {"blocks": "split_stream"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from llmqat.algorithms.activation_ranges import follow_activations, observe_acti
 from llmqat.algorithms.smoothquant import Smoothed
 from llmqat.config.options import shown
 from llmqat.data.corpus import load_corpus
-from llmqat.data.tokens import blocks, encode, sequences
+from llmqat.data.tokens import encode, sequences, split_stream
 from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
@@ -157,4 +157,4 @@ def perplexity(model: nn.Module, tokens: Tensor, window: int = 2048) -> float:
         LlmqatError: if the stream is shorter than one window, or the loss is not finite.
     """
     with torch.no_grad():
-        return evaluate(model, Windows(blocks(tokens, window, "evaluation"), "none")).perplexity
+        return evaluate(model, Windows(split_stream(tokens, window, "evaluation"), "none")).perplexity

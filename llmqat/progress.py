@@ -15,29 +15,29 @@ LINE_EVERY_SECONDS = 15.0
 NOTEBOOK_EVERY_SECONDS = 0.25
 
 
-def say(message: str) -> None:
-    """One plain line to standard error; of several processes, only the first speaks."""
+def log(message: str) -> None:
+    """Print one plain line to standard error; of several processes, the first does."""
     if is_first():
         print(message, file=sys.stderr, flush=True)
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process: it shows HTML."""
+    """Whether a Jupyter kernel runs this process, so that output may be HTML."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
-class Face(Protocol):
+class ProgressView(Protocol):
     """One way of showing progress."""
 
     def draw(self, done: int, figures: str) -> None:
         """Show that `done` steps are done; `figures` is text beside it."""
 
     def close(self) -> None:
-        """Nothing follows."""
+        """End the display: no step follows."""
 
 
-class Bar:
+class TerminalBar:
     """A live bar on a terminal, by rich."""
 
     def __init__(self, description: str, total: int, done: int) -> None:
@@ -55,7 +55,7 @@ class Bar:
         self.progress.start()
 
     def draw(self, done: int, figures: str) -> None:
-        """Move the bar."""
+        """Move the bar to `done` steps."""
         self.progress.update(self.task, completed=done, figures=figures)
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class Bar:
         self.progress.stop()
 
 
-class Cell:
+class NotebookBar:
     """A bar in the output of a notebook cell: plain HTML, which needs no widget and stays in the saved notebook."""
 
     def __init__(self, description: str, total: int) -> None:
@@ -73,33 +73,33 @@ class Cell:
         self.handle: Any = display(HTML(self.text(0, "")), display_id=True)
 
     def text(self, done: int, figures: str) -> str:
-        """The line as HTML."""
+        """The bar and its figures as HTML."""
         bar = f'<progress value="{done}" max="{self.total}" style="width:12em;vertical-align:middle"></progress>'
         return f"<div>{self.description} {bar} {done}/{self.total} <small>{html.escape(figures)}</small></div>"
 
     def draw(self, done: int, figures: str) -> None:
-        """Change the line, now and then and at the end."""
+        """Redraw the bar, at most every `NOTEBOOK_EVERY_SECONDS` and at the end."""
         now = time.monotonic()
         if done == self.total or now - self.drawn >= NOTEBOOK_EVERY_SECONDS:
             self.handle.update(self.html(self.text(done, figures)))
             self.drawn = now
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Leave the bar as it is."""
 
 
-class Lines:
-    """A line in a log now and then, and one at the end of what took longer than that."""
+class LogLines:
+    """A line in the log every `LINE_EVERY_SECONDS`, and one at the end of a job that took longer than that."""
 
     def __init__(self, description: str, total: int) -> None:
         self.description, self.total = description, total
         self.started = self.shown = time.monotonic()
 
     def draw(self, done: int, figures: str) -> None:
-        """Print a line if it is time for one."""
+        """Print a line if `LINE_EVERY_SECONDS` have passed."""
         now = time.monotonic()
         if now - self.shown >= LINE_EVERY_SECONDS or (done == self.total and now - self.started >= LINE_EVERY_SECONDS):
-            say(f"{self.description}: {done}/{self.total}, {now - self.started:.0f} s{figures and ', '}{figures}")
+            log(f"{self.description}: {done}/{self.total}, {now - self.started:.0f} s{figures and ', '}{figures}")
             self.shown = now
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Lines:
 
 
 class Meter:
-    """Progress of one job, with what it has to say about itself and the time left.
+    """Shows the progress of one job: steps done, figures of its own, and the time left.
 
     Args:
         description: what is done.
@@ -117,21 +117,21 @@ class Meter:
 
     def __init__(self, description: str, total: int, done: int = 0) -> None:
         self.total, self.first, self.started = total, done, time.monotonic()
-        self.face: Face
+        self.view: ProgressView
         if not is_first():
-            self.face = Lines(description, total)  # whose `say` is silent
+            self.view = LogLines(description, total)  # whose `log` is silent
         elif in_notebook():
-            self.face = Cell(description, total)
+            self.view = NotebookBar(description, total)
         elif sys.stderr.isatty():
-            self.face = Bar(description, total, done)
+            self.view = TerminalBar(description, total, done)
         else:
-            self.face = Lines(description, total)
+            self.view = LogLines(description, total)
 
     def update(self, done: int, figures: str = "") -> None:
         """Show `done` steps, with `figures` beside them."""
         per_step = (time.monotonic() - self.started) / max(1, done - self.first)
         left = f"{duration(per_step * (self.total - done))} left" if done < self.total else ""
-        self.face.draw(done, ", ".join(part for part in (left, figures) if part))
+        self.view.draw(done, ", ".join(part for part in (left, figures) if part))
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +139,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.face.close()
+        self.view.close()
 
 
 def duration(seconds: float) -> str:

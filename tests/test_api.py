@@ -244,3 +244,9 @@ def test_the_old_spelling_of_options(tiny_llama):
     with pytest.warns(DeprecationWarning, match=r"finetune\(options=.*\) is now finetune\(\.\.\., max_steps=100"):
         old = train(options={**OPTIONS, "max_steps": 2}, seed=3)
     assert old == train(**{**OPTIONS, "max_steps": 2}, seed=3)
+
+
+def test_the_old_name_of_split_stream():
+    with pytest.warns(DeprecationWarning, match=r"llmqat\.blocks is now llmqat\.split_stream; the old name goes"):
+        assert llmqat.blocks is llmqat.split_stream
+    assert "blocks" not in dir(llmqat)

@@ -46,7 +46,7 @@ def member(environment, rank, log, arguments, stop):
         loss = original(self, batches)
         if rank == 1 and stop is not None and self.result.steps == stop[0]:
             os.kill(os.getpid(), stop[1])
-        layers = static_layers(self.plain_model)
+        layers = static_layers(self.unwrapped_model)
         ranges.append([(layer.act_state.clone(), layer.act_scale.clone()) for layer in layers])
         if layers:
             torch.save(ranges, f"{log}.{rank}.ranges")

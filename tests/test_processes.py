@@ -1,7 +1,7 @@
 import pytest
 
 from llmqat.processes import is_first, process_count, process_index
-from llmqat.progress import say, track
+from llmqat.progress import log, track
 
 LAUNCHERS = {
     "alone": ({}, 0, 1),
@@ -22,6 +22,6 @@ def test_only_the_first_speaks(monkeypatch, capsys):
     monkeypatch.setattr("llmqat.progress.LINE_EVERY_SECONDS", 0.0)
     for rank, expected in (("1", ""), ("0", "hello\nwork: 1/2, 0 s, 0 s left\nwork: 2/2, 0 s\n")):
         monkeypatch.setenv("RANK", rank)
-        say("hello")
+        log("hello")
         assert list(track("ab", "work", 2)) == ["a", "b"]
         assert capsys.readouterr().err == expected

@@ -31,7 +31,7 @@ def real():
     model = llmqat.load_float("llama", torch.float32)
     tokenizer = llmqat.load_tokenizer("llama")
     test, calibration = (
-        llmqat.blocks(llmqat.encode(tokenizer, [inspect.getsource(module)]), 256, "test")[:4]
+        llmqat.split_stream(llmqat.encode(tokenizer, [inspect.getsource(module)]), 256, "test")[:4]
         for module in (argparse, textwrap)
     )
     return model, test.flatten(), [calibration]

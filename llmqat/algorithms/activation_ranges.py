@@ -9,13 +9,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.blocks import evaluating
+from llmqat.algorithms.blocks import eval_mode
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import PROJECTIONS, SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.progress import say, track
+from llmqat.progress import log, track
 
-NAMED = 5  # layers in a message
+NAMES_IN_MESSAGE = 5
 
 
 def static_layers(model: nn.Module) -> list[FakeQuantLinear]:
@@ -43,31 +43,31 @@ def observe_activations(model: nn.Module, batches: list[Tensor], observer: str |
         return
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for layer in layers:
             stack.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
             layer.train()
         for batch in track(batches, "activation ranges", len(batches)):
             model(input_ids=batch.to(device), use_cache=False)
-    lent = lend_ranges(model)
-    if lent:
-        say(
-            f"no calibration token reached {named(lent)}: their activations take the widest range of "
-            "the experts beside them until tokens come; more calibration data would give them their own"
+    unreached = fill_missing_ranges(model)
+    if unreached:
+        log(
+            f"no calibration token reached {shortened_list(unreached)}: using the widest activation range of the other "
+            "experts in the block; more calibration data (--calibration-samples) gives them ranges of their own"
         )
 
 
 @torch.no_grad()
-def lend_ranges(model: nn.Module) -> list[str]:
-    """Give experts that no token reached the widest range among the experts beside them, projection by projection.
+def fill_missing_ranges(model: nn.Module) -> list[str]:
+    """Give experts that no token reached the widest range of the other experts in the block, projection by projection.
 
-    The state of the observer comes with it: what reaches them in training moves the range on from there.
+    They get the state of the observer too: tokens that reach them in training move the range on from there.
 
     Returns:
         the names of these experts.
     """
-    lent: dict[str, None] = {}
+    unreached: dict[str, None] = {}
     for name, experts in model.named_modules():
         if not isinstance(experts, SplitExperts):
             continue
@@ -81,8 +81,8 @@ def lend_ranges(model: nn.Module) -> list[str]:
                 if not layer.act_scale.any() and widest.act_scale.any():
                     layer.act_state.copy_(widest.act_state)
                     layer.act_scale.copy_(widest.act_scale)
-                    lent[f"{name}.{index}"] = None
-    return list(lent)
+                    unreached[f"{name}.{index}"] = None
+    return list(unreached)
 
 
 def check_ranges(model: nn.Module) -> None:
@@ -95,22 +95,23 @@ def check_ranges(model: nn.Module) -> None:
     bare = [name for name, module in model.named_modules() if module in static and not module.act_scale.any()]
     if bare:
         raise LlmqatError(
-            f"static activations of {named(bare)} have no range yet: no token reached them; call "
+            f"static activations of {shortened_list(bare)} have no range yet: no token reached them; call "
             "llmqat.observe_activations(model, batches) first"
         )
 
 
-def named(names: list[str]) -> str:
-    """The first names, and how many more."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+def shortened_list(names: list[str]) -> str:
+    """The first `NAMES_IN_MESSAGE` names, and how many more there are."""
+    more = len(names) - NAMES_IN_MESSAGE
+    return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
 
 
 def follow_activations(model: nn.Module, on: bool) -> None:
-    """Whether ranges of static activations follow the inputs in training mode, or are frozen.
+    """Let the ranges of static activations follow the inputs in training mode, or freeze them.
 
     Args:
         model: prepared. Where no layer has static activations nothing is done.
-        on: True follows.
+        on: True to follow, False to freeze.
     """
     for layer in static_layers(model):
         layer.observing = on

@@ -1,4 +1,4 @@
-"""Walk a model block by block, collecting what layers see on the already quantized prefix.
+"""Walk a model block by block, collecting the inputs of layers on the already quantized prefix.
 
 One block's activations and one pass's Hessians are in memory at a time. Inside a block the layers are taken in the
 order in which they run, those that read the same tensor together (q, k, v; then o; then gate, up; then down). Experts
@@ -22,7 +22,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 # On the MLPs of blocks 1 and 4 of the bundled Llama (4 bits, groups of 32, stdlib text) GPTQ's output error on other
 # tokens is 0.8 to 2.2 times that of round-to-nearest with half a token for each input, 0.4 to 1.04 times with two, and
 # 0.3 to 0.83 times with four.
-LEAST_TOKENS = 2
+LEAST_TOKENS_PER_INPUT = 2
 # Hessians of several experts are collected in one pass over the calibration data, up to this many bytes of them.
 HESSIAN_BYTES = 4 << 30
 # Projections of an expert that read the same tensor, in running order.
@@ -40,12 +40,12 @@ def check_batches(batches: list[Tensor]) -> None:
 
 
 class _Stop(Exception):
-    """Raised by a hook once it has what it came for."""
+    """Raised by a hook to end a forward whose remaining outputs nobody needs."""
 
 
 @contextmanager
-def calling_instead(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Calls of `block` run `forward` in place of its own.
+def replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the forward of `block`, until the ``with`` ends.
 
     No hook can do that: it sees a call, and cannot leave out a block whose weights are not in memory.
     """
@@ -93,7 +93,7 @@ class BlockInputs:
         device = next(model.parameters()).device
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
-                stack.enter_context(calling_instead(block, partial(record, index)))
+                stack.enter_context(replaced_forward(block, partial(record, index)))
             for batch in batches:
                 try:
                     model(input_ids=batch.to(device), use_cache=False)
@@ -121,8 +121,8 @@ class BlockInputs:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode; its own mode again afterwards, also after an error."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode until the ``with`` ends, also by an error; then back into the mode it was in."""
     training = model.training
     model.eval()
     try:
@@ -137,10 +137,11 @@ def layers_of(block: nn.Module) -> dict[str, FakeQuantLinear]:
 
 
 @contextmanager
-def input_hooks(layers: dict[str, FakeQuantLinear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, input)`` before each forward of `layers`."""
+def input_hooks(layers: dict[str, FakeQuantLinear], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``record(name, input)`` before each forward of `layers`."""
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+        for name, layer in layers.items()
     ]
     try:
         yield
@@ -153,14 +154,14 @@ def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
     """Names of `layers` in running order, those that read the same tensor (quantized alike) in one stage."""
     stages: list[tuple[Tensor, list[str]]] = []
 
-    def see(name: str, x: Tensor) -> None:
+    def record(name: str, x: Tensor) -> None:
         for seen, names in stages:
             if seen is x and layers[names[0]].scheme.act_bits == layers[name].scheme.act_bits:
                 names.append(name)
                 return
         stages.append((x, [name]))
 
-    with input_hooks(layers, see):
+    with input_hooks(layers, record):
         next(inputs.only(0).run(block))
     return [names for _, names in stages]
 
@@ -187,8 +188,14 @@ def passes_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
 
 
 class Statistics(NamedTuple):
-    """``H = 2/n X X^T``, ``(in, in)`` float32, of the `tokens` = n inputs ``X`` of a layer; and whether they are
-    `enough`: all that there were, or the least number for layers that see a part of them."""
+    """The Hessian of a layer, and what it was computed from.
+
+    Attributes:
+        H: ``2/n X X^T``, ``(in, in)`` float32.
+        tokens: n, how many inputs ``X`` reached the layer.
+        enough: whether GPTQ may use it: all calibration tokens reached the layer, or at least `LEAST_TOKENS_PER_INPUT`
+            for each of its inputs.
+    """
 
     H: Tensor
     tokens: int
@@ -201,7 +208,7 @@ def hessians_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQua
     tokens = dict.fromkeys(layers, 0)
     waiting: set[str] = set()
 
-    def see(name: str, x: Tensor) -> None:
+    def record(name: str, x: Tensor) -> None:
         x = layers[name].quantized_input(x.flatten(0, -2).float())
         sums[name].addmm_(x.T, x, alpha=2.0)
         tokens[name] += len(x)
@@ -209,13 +216,13 @@ def hessians_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQua
         if not waiting:
             raise _Stop
 
-    with input_hooks(layers, see):
+    with input_hooks(layers, record):
         for batch in range(len(inputs.hidden)):
             waiting.update(layers)
             try:
                 next(inputs.only(batch).run(block))
             except _Stop:
                 pass
-    there_were = sum(hidden.shape[:-1].numel() for hidden in inputs.hidden)
-    least = {name: min(there_were, LEAST_TOKENS * layer.in_features) for name, layer in layers.items()}
+    all_tokens = sum(hidden.shape[:-1].numel() for hidden in inputs.hidden)
+    least = {name: min(all_tokens, LEAST_TOKENS_PER_INPUT * layer.in_features) for name, layer in layers.items()}
     return {n: Statistics(H.div_(max(1, tokens[n])), tokens[n], tokens[n] >= least[n]) for n, H in sums.items()}

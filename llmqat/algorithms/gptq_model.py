@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.blocks import BlockInputs, Statistics, evaluating, hessians_of, layers_of, passes_of
+from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
 from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
@@ -129,7 +129,7 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
 @torch.no_grad()
 def gptq_head(model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], settings: GptqSettings) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
-    with evaluating(model):
+    with eval_mode(model):
         seen = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
         return _quantize_layer(head, seen, settings, "output head")
 
@@ -154,7 +154,7 @@ def gptq_model(
         LlmqatError: if there are no batches, or a Hessian cannot be used.
     """
     errors: list[LayerError] = []
-    with evaluating(model):
+    with eval_mode(model):
         inputs = BlockInputs.capture(model, list(blocks), batches)
         for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
             finished = None if saved is None else saved.get(index)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from llmqat.algorithms.activation_ranges import named
-from llmqat.algorithms.blocks import evaluating
+from llmqat.algorithms.activation_ranges import shortened_list
+from llmqat.algorithms.blocks import eval_mode
 from llmqat.algorithms.fold import Fold, apply_checked
 from llmqat.errors import LlmqatError
 from llmqat.progress import track
@@ -39,7 +39,7 @@ SAMPLE_TOKENS = 512
 # has a large one. On MLPs of the bundled Llama (W8A8 and W4A8, up_proj -> down_proj, alpha 0.5, stdlib text, with and
 # without injected outliers) down_proj's output error on other tokens is at most 1.5 times that with the scales of 4,096
 # tokens when they come from 32, 1.8 times with 16, 3.1 times with 4, 104 times with one.
-LEAST_TOKENS = 32
+LEAST_EXPERT_TOKENS = 32
 
 
 class Smoothed(NamedTuple):
@@ -70,20 +70,22 @@ def smoothing_scale(activation_absmax: Tensor, weight_absmax: Tensor, alpha: flo
 
 
 @torch.no_grad()
-def observe(model: nn.Module, modules: Sequence[nn.Module], batches: list[Tensor], tokens: int) -> list[Inputs | None]:
+def observe_readers(
+    model: nn.Module, modules: Sequence[nn.Module], batches: list[Tensor], tokens: int
+) -> list[Inputs | None]:
     """Inputs of each of `modules` over token `batches` ``(batch, length)``, about `tokens` of them drawn by chance.
 
     Returns:
-        None for an expert that saw fewer than `LEAST_TOKENS`.
+        None for an expert that saw fewer than `LEAST_EXPERT_TOKENS`.
     """
     absmaxes: list[list[Tensor]] = [[] for _ in modules]
     samples: list[list[Tensor]] = [[] for _ in modules]
     seen = [0] * len(modules)
-    least = min(LEAST_TOKENS, sum(batch.numel() for batch in batches))
+    least = min(LEAST_EXPERT_TOKENS, sum(batch.numel() for batch in batches))
     generator = torch.Generator()
     share = -(-tokens // len(batches))
 
-    def see(index: int, x: Tensor) -> None:
+    def record(index: int, x: Tensor) -> None:
         x = x.detach().flatten(0, -2)
         seen[index] += len(x)
         absmaxes[index] = [torch.stack([*absmaxes[index], x.abs().amax(0)]).amax(0)]
@@ -93,7 +95,7 @@ def observe(model: nn.Module, modules: Sequence[nn.Module], batches: list[Tensor
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for i, module in enumerate(modules):
-            stack.callback(module.register_forward_pre_hook(lambda _, args, i=i: see(i, args[0])).remove)
+            stack.callback(module.register_forward_pre_hook(lambda _, args, i=i: record(i, args[0])).remove)
         for batch in track(batches, "SmoothQuant", len(batches)):
             model(input_ids=batch.to(device), use_cache=False)
     return [
@@ -109,13 +111,13 @@ def on_grid(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> Tensor:
 
 
 def activations_on_grid(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """`x` ``(tokens, in)`` as a layer of `scheme` sees it; a static range is that of `x` itself."""
+    """`x` ``(tokens, in)`` as a layer of `scheme` multiplies it; a static range is that of `x` itself."""
     if scheme.act_static:
         return fake_quantize_static(x, x.abs().amax().view(1) / 127)
     return x if scheme.act_bits is None else fake_quantize_activation(x)
 
 
-def output_error(fold: Fold, x: Tensor, s: Tensor, dtype: torch.dtype) -> float:
+def readers_error(fold: Fold, x: Tensor, s: Tensor, dtype: torch.dtype) -> float:
     """``sum ||Q(W s) Q_act(x / s) - W x||^2 / sum ||W x||^2`` over the readers that will be quantized.
 
     Args:
@@ -130,41 +132,44 @@ def output_error(fold: Fold, x: Tensor, s: Tensor, dtype: torch.dtype) -> float:
         if scheme is None:
             continue
         w = weight.float()
-        seen = activations_on_grid(smooth_x, scheme)
+        x_hat = activations_on_grid(smooth_x, scheme)
         y = linear(x, w)
-        error += float((linear(seen, on_grid(w * columns, scheme, dtype)) - y).square().sum())
+        error += float((linear(x_hat, on_grid(w * columns, scheme, dtype)) - y).square().sum())
         total += float(y.square().sum())
     return error / total
 
 
-def search(fold: Fold, inputs: Inputs, dtype: torch.dtype) -> tuple[float | None, Tensor, tuple[float, float]]:
-    """The alpha of `ALPHAS`, or None for off, with the least `output_error`; its scale; the errors off and there."""
+def search_alpha(fold: Fold, inputs: Inputs, dtype: torch.dtype) -> tuple[float | None, Tensor, tuple[float, float]]:
+    """The alpha of `ALPHAS`, or None for off, with the least `readers_error`; its scale; the errors off and there."""
     absmax, weight_absmax = fold.largest(inputs.absmax), fold.weight_absmax()
     best: float | None = None
     best_s = torch.ones_like(weight_absmax)
-    off = least = output_error(fold, inputs.sample, best_s, dtype)
+    off = least = readers_error(fold, inputs.sample, best_s, dtype)
     for alpha in ALPHAS:
         s = fold.representable(smoothing_scale(absmax, weight_absmax, alpha), dtype)
-        error = output_error(fold, inputs.sample, s, dtype)
+        error = readers_error(fold, inputs.sample, s, dtype)
         if error < least:
             best, best_s, least = alpha, s, error
     return best, best_s, (off, least)
 
 
-def choose(
+def chosen_alpha(
     fold: Fold, inputs: Inputs | None, alpha: float | str, dtype: torch.dtype
 ) -> tuple[float | None, Tensor, tuple[float, float] | None]:
-    """The choice of `search`, or the scale of a given `alpha`; off for an expert without enough `inputs`."""
+    """Alpha (None leaves the site alone), its scale, and the errors where it was searched, as in `search_alpha`.
+
+    An expert without enough `inputs` is left alone.
+    """
     if inputs is None:
         return None, torch.ones(()), None
     if isinstance(alpha, str):
-        return search(fold, inputs, dtype)
+        return search_alpha(fold, inputs, dtype)
     s = smoothing_scale(fold.largest(inputs.absmax), fold.weight_absmax(), alpha)
     return alpha, fold.representable(s, dtype), None
 
 
 def site_of(name: str) -> str:
-    """`name` of a writer with ``*`` for the number of its expert."""
+    """The site of writer `name`: all experts of a block share one, with ``*`` for their number."""
     return re.sub(r"(?<=\.experts\.)\d+", "*", name)
 
 
@@ -193,13 +198,14 @@ def smooth_model(
     for fold in folds:
         fold.check_dtype()
     results: dict[str, Smoothed] = {}
-    with evaluating(model):
-        observed = observe(model, [fold.observed for fold in folds], batches, SAMPLE_TOKENS if alpha == AUTO else 0)
+    with eval_mode(model):
+        sampled = SAMPLE_TOKENS if alpha == AUTO else 0
+        observed = observe_readers(model, [fold.observed for fold in folds], batches, sampled)
         probe = batches[0][:1, :PROBE_TOKENS].to(next(model.parameters()).device)
         before = model(input_ids=probe, use_cache=False).logits
         pairs = track(zip(folds, observed, strict=True), "folding", len(folds))
         for site, group in groupby(pairs, key=lambda pair: site_of(pair[0].name)):
-            choices = {fold: choose(fold, inputs, alpha, dtype) for fold, inputs in group}
+            choices = {fold: chosen_alpha(fold, inputs, alpha, dtype) for fold, inputs in group}
             scales = {fold: s for fold, (chosen, s, _) in choices.items() if chosen is not None}
             change = apply_checked(model, site, scales, probe, before) if scales else 0.0
             for fold, (chosen, _, errors) in choices.items():
@@ -207,8 +213,8 @@ def smooth_model(
     return results
 
 
-def describe(results: Mapping[str, Smoothed]) -> str:
-    """Smoothing in a few lines: the choices by kind of site, blocks in order, and what they gained."""
+def smoothing_summary(results: Mapping[str, Smoothed]) -> str:
+    """What smoothing did, in a few lines: alpha by kind of site, blocks in order, and the output errors."""
     change = max((done.change for done in results.values()), default=0.0)
     smoothed = sum(done.alpha is not None for done in results.values())
     lines = [
@@ -227,5 +233,7 @@ def describe(results: Mapping[str, Smoothed]) -> str:
         lines.append(f"  {kind}: output error {off:.2e} -> {least:.2e} on average; {chosen}")
     bare = [name for name, done in results.items() if done.alpha is None and done.errors is None]
     if bare:
-        lines.append(f"  left as they are, for fewer than {LEAST_TOKENS} calibration tokens: {named(bare)}")
+        lines.append(
+            f"  left as they are, for fewer than {LEAST_EXPERT_TOKENS} calibration tokens: {shortened_list(bare)}"
+        )
     return "\n".join(lines)

@@ -27,10 +27,10 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
 def run_quantize(args: argparse.Namespace) -> None:
     """`llmqat quantize`."""
     from llmqat.pipeline.low_memory import quantize_by_block
-    from llmqat.progress import say
+    from llmqat.progress import log
 
     if args.recipe and args.parsed_recipe.train != TrainConfig():
-        say(f"quantize does not train: the train section of {args.recipe} says nothing here")
+        log(f"quantize does not train: the train section of {args.recipe} says nothing here")
     if not args.low_memory:
         run_finetune(args, train=False)
         return
@@ -41,11 +41,11 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """`llmqat inspect`."""
-    from llmqat.report.plan import describe, inspect
+    from llmqat.report.plan import inspect
 
     if args.machine:
         return print_machine()
-    print(describe(inspect(args.parsed_recipe)))
+    print(inspect(args.parsed_recipe))
 
 
 def print_machine() -> None:
@@ -143,7 +143,7 @@ def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, An
 
     prompt, new_tokens = speed_lengths(EvalConfig.prompt, EvalConfig.new_tokens, context)
     speed = throughput(load_any(args.model, None, args.activations)[0], prompt, new_tokens, EvalConfig.repeats)
-    path = speed.paths.describe() if speed.paths else None
+    path = speed.paths.summary() if speed.paths else None
     return {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s, "path": path}
 
 

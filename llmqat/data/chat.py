@@ -18,7 +18,7 @@ from llmqat.data.messages import Conversation, checked, messages_of
 from llmqat.data.rows import BadRow, BadRows
 from llmqat.data.template import answer_spans, ensure_template, renderer, unread
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
+from llmqat.progress import log
 
 IGNORED = -100  # the label of a token without loss, as in transformers
 CONVERSATIONS_AT_ONCE = 64
@@ -42,12 +42,12 @@ class Unused(BadRows):
         """A line for each kind of what was left out."""
         super().report(name, good)
         if self.answers:
-            say(f"{name}: {self.answers} earlier answers do not count, for the chat template rewrites them")
+            log(f"{name}: {self.answers} earlier answers do not count, for the chat template rewrites them")
         if self.weights:
-            say(f"{name}: {self.weights} messages of other roles have weight 1; only answers are learned")
+            log(f"{name}: {self.weights} messages of other roles have weight 1; only answers are learned")
         if self.names:
             names = ", ".join(f"{name} ({count})" for name, count in sorted(self.names.items()))
-            say(f"{name}: the chat template has no use for {names}")
+            log(f"{name}: the chat template has no use for {names}")
 
 
 def _conversation(document: Any) -> Conversation:
@@ -185,7 +185,7 @@ def chat_rows(
         )
     unused.report(f"{what} conversations", len(rows))
     if longer:
-        say(f"{what} conversations: {longer} of {len(rows)} are longer than {length} tokens, and were cut")
+        log(f"{what} conversations: {longer} of {len(rows)} are longer than {length} tokens, and were cut")
     return _padded(rows, _padding(tokenizer))
 
 

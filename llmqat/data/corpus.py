@@ -16,7 +16,7 @@ from llmqat.data.splits import Corpus, assembled, hold_out
 from llmqat.data.stdlib import SPLITS, stdlib_texts
 from llmqat.data.text_files import check_regular, read_text
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
+from llmqat.progress import log
 
 STREAMED_ROWS = 20_000
 
@@ -162,7 +162,7 @@ class _Reader:
         if corpus.is_chat:
             columns = ", ".join(self.layouts[0].columns)
             unused = ", ".join(f"{column} ({count})" for column, count in self.bad.unused.items())
-            say(
+            log(
                 f"{self.name}: {self.count} conversations ({columns}{unused and '; not used: '}{unused}); only "
                 "answers count in losses and perplexity (--rows text reads texts)"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from llmqat.data.sources import SUFFIXES
 from llmqat.data.text_files import check_regular
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
+from llmqat.progress import log
 
 # Files that tell of a dataset, a repository or a model: never data, whatever their suffixes. In lower case.
 METADATA = (
@@ -51,7 +51,7 @@ def data_files(folder: Path) -> list[Path]:
         )
     if len(known) < len(files):
         other = next(file for file in files if file not in known)
-        say(f"{folder}: {len(files) - len(known)} other files left out, such as {other.relative_to(folder)}")
+        log(f"{folder}: {len(files) - len(known)} other files left out, such as {other.relative_to(folder)}")
     return known
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
+from llmqat.progress import log
 
 # Where a row stands ("my.jsonl line 7"), and its columns; or why it has none.
 Row = tuple[str, dict[str, Any] | str]
@@ -40,7 +40,7 @@ class BadRows:
     def report(self, name: str, good: int) -> None:
         """One line about dataset `name`, of which `good` rows could be used; none if there is nothing to tell."""
         if self.count:
-            say(f"{name}: {self.count} of {self.count + good} rows left out; the first one, {self.first}")
+            log(f"{name}: {self.count} of {self.count + good} rows left out; the first one, {self.first}")
 
     def check(self, name: str, good: int) -> None:
         """Refuse a dataset of which most rows cannot be used.

@@ -8,7 +8,7 @@ from itertools import chain
 
 from llmqat.data.folders import split_named
 from llmqat.data.messages import Document, is_chat
-from llmqat.progress import say
+from llmqat.progress import log
 
 HELD_OUT = 0.05  # share of the documents cut off for validation, and again for test
 # Where a long text may be cut, best first.
@@ -40,7 +40,7 @@ def assembled(parts: Mapping[str, list[Document]], name: str) -> Corpus:
     if "train" in parts:
         left_out = [part for part, split in named.items() if part != "train" and split in (None, "train")]
         if left_out:
-            say(f"{name}: beside train, {', '.join(left_out)} left out")
+            log(f"{name}: beside train, {', '.join(left_out)} left out")
         named = {part: split for part, split in named.items() if part not in left_out}
     elif "train" not in named.values():
         return hold_out(list(chain.from_iterable(parts.values())))

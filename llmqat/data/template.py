@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from llmqat.data.messages import Conversation
-from llmqat.progress import say
+from llmqat.progress import log
 
 # For tokenizers without a chat template. Written as text would be, since such a model has no special tokens for turns.
 PLAIN_TEMPLATE = (
@@ -26,7 +26,7 @@ def ensure_template(tokenizer: Any) -> None:
     """Give a tokenizer without a chat template the plain one, and say so. It is saved with the tokenizer."""
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        say("the tokenizer has no chat template: using a plain one (### User: ... ### Assistant: ...), saved with it")
+        log("the tokenizer has no chat template: using a plain one (### User: ... ### Assistant: ...), saved with it")
 
 
 def as_question(tokenizer: Any, prompt: str) -> str:

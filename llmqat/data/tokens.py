@@ -63,8 +63,8 @@ def _check_texts(documents: Sequence[Document]) -> None:
             ) from error
 
 
-def blocks(stream: Tensor, length: int, what: str = "training") -> Tensor:
-    """Cut a stream of ids into sequences of one length, dropping the tail.
+def split_stream(stream: Tensor, length: int, what: str = "training") -> Tensor:
+    """Cut one stream of ids, such as `llmqat.encode` gives, into sequences of one length; the tail is dropped.
 
     Args:
         stream: ids ``(tokens,)``.
@@ -112,7 +112,7 @@ def sequences(
     """
     if is_chat(documents):
         return chat_rows(tokenizer, documents, length, limit, what)
-    return blocks(encode(tokenizer, documents, limit), length, what)
+    return split_stream(encode(tokenizer, documents, limit), length, what)
 
 
 class EndlessSampler(Sampler[list[int]]):

@@ -12,7 +12,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.conv1d import to_conv1d_layout
 from llmqat.models.experts import file_name
-from llmqat.models.patcher import OnGrid, plain_model, quantized_layers
+from llmqat.models.patcher import OnGrid, quantized_layers, transformers_model
 from llmqat.models.ties import possible_ties, shared_ties
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.packed_linear import PackedLinear
@@ -55,7 +55,7 @@ def contents_of(model: nn.Module, prefix: str = "") -> Contents:
     """
     dtype = storage_dtype(model)
     check_ranges(model)
-    on_grid, root, lookups = quantized_layers(model), plain_model(model), tied_head(model)
+    on_grid, root, lookups = quantized_layers(model), transformers_model(model), tied_head(model)
     state = _float_parts(model, prefix, {*(own.name for own in on_grid), *lookups.values()}, dtype)
     layers: dict[str, PackedLinear] = {}
     hashes: fingerprint.Layers = {}
@@ -80,7 +80,7 @@ def storage_dtype(model: nn.Module) -> torch.dtype:
 
 def tied_head(model: nn.Module) -> dict[str, str]:
     """Name of the output head on the grid -> name of the embedding tied to it; empty if there is none."""
-    root = plain_model(model)
+    root = transformers_model(model)
     embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
     if not isinstance(embedding, FakeQuantEmbedding):
         return {}
@@ -91,7 +91,7 @@ def tied_head(model: nn.Module) -> dict[str, str]:
 def tied_tensors(model: nn.Module) -> set[str]:
     """Names of tensors that readers find under the name they are tied to: all that the family ties, if each of them is
     one tensor with that in this model, else none, and the config says so."""
-    root = plain_model(model)
+    root = transformers_model(model)
     shared = possible_ties(root) if tied_head(model) else shared_ties(root)
     return set(shared) if shared.keys() == possible_ties(root).keys() else set()
 
@@ -105,7 +105,7 @@ def is_inside(name: str, modules: Container[str]) -> bool:
 def _float_parts(model: nn.Module, prefix: str, on_grid: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors outside the modules `on_grid`, by their names in the model, floating ones in `dtype`."""
     state: dict[str, Tensor] = {}
-    elsewhere, root = tied_tensors(model), plain_model(model)
+    elsewhere, root = tied_tensors(model), transformers_model(model)
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     for name, tensor in root.state_dict().items():
         if tensor.is_meta or name in elsewhere or not name.startswith(prefix) or is_inside(name, on_grid):

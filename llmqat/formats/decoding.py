@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmqat.models.patcher import float_parameters, plain_model, quantized_layers
+from llmqat.models.patcher import float_parameters, quantized_layers, transformers_model
 from llmqat.serve.forward import through_transformers
 
 PROMPT, NEW_TOKENS, PROBES = 8, 24, 3
@@ -122,7 +122,7 @@ def nudge(plain: PreTrainedModel) -> None:
 def as_stored(model: nn.Module) -> Iterator[nn.Module]:
     """A trained model in evaluation mode, its float parts rounded to the dtype in which a file has them, and without
     the autocast that accelerate wraps around a forward, until the ``with`` ends."""
-    root, training = plain_model(model), {module: module.training for module in model.modules()}
+    root, training = transformers_model(model), {module: module.training for module in model.modules()}
     forwards = {name: value for name, value in vars(root).items() if name.endswith("forward")}
     dtype = quantized_layers(model)[0].layer.storage_dtype
     before = [(parameter, parameter.data) for parameter in float_parameters(model)]

@@ -18,7 +18,7 @@ from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
 from llmqat.formats.weights import read_tensors
 from llmqat.models.float_view import disable_quantizers
-from llmqat.models.patcher import plain_model
+from llmqat.models.patcher import transformers_model
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
@@ -147,7 +147,7 @@ def decode_error(
     """
     if kv_bits_of(model) or quantizes_inputs(model):
         nudge(plain)
-    if trained is None or plain_model(trained).dtype != torch.float32:
+    if trained is None or transformers_model(trained).dtype != torch.float32:
         return decoding(model, exact, (plain, exact))
     with as_stored(trained) as reference:
         return decoding(model, reference, (plain, exact))

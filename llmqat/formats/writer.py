@@ -19,7 +19,7 @@ from llmqat.formats.directory import SEAL, check_own, model_files, stale_files
 from llmqat.formats.readback import read_back
 from llmqat.formats.weights import INDEX
 from llmqat.models.experts import file_name, routers
-from llmqat.models.patcher import plain_model, quantized_layers
+from llmqat.models.patcher import quantized_layers, transformers_model
 from llmqat.models.ties import possible_ties, set_tied
 from llmqat.nn.kv_cache import kv_bits_of
 
@@ -28,7 +28,7 @@ MAX_SHARD_SIZE = "5GB"
 
 def packed_config(model: torch.nn.Module) -> Any:
     """The model's config with its architecture, dtype and `quantization_config`."""
-    root = plain_model(model)
+    root = transformers_model(model)
     layers, tied = {on_grid.name: on_grid.layer for on_grid in quantized_layers(model)}, tied_head(model)
     ignored = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear) and not is_inside(n, layers)]
     ignored += [file_name(root, name) for name in routers(root)]  # a Linear to other readers
@@ -113,7 +113,7 @@ def finish_model(
         LlmqatError: if the model could not be loaded again, or `directory` holds files of a model that is not llmqat's.
     """
     packed_config(model).save_pretrained(scratch)
-    generation_config = getattr(plain_model(model), "generation_config", None)
+    generation_config = getattr(transformers_model(model), "generation_config", None)
     if generation_config is not None:
         generation_config.save_pretrained(scratch)
     if tokenizer is not None:

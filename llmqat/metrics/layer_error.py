@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llmqat.models.patcher import plain_model
+from llmqat.models.patcher import transformers_model
 
 # Every 127th token is compared: a prime, so that samples wander through windows of any usual length.
 STRIDE = 127
@@ -38,7 +38,7 @@ class LayerErrors:
 
             return module.register_forward_hook(hook)
 
-        modules = dict(plain_model(model).named_modules()) if self.names else {}
+        modules = dict(transformers_model(model).named_modules()) if self.names else {}
         handles = [keep(name, modules[name]) for name in self.names if name in modules]
         try:
             yield found

@@ -153,7 +153,7 @@ def throughput(
     paths = path_counts(model) - before
     if paths.native and paths.reference_calls:
         raise LlmqatError(
-            f"throughput was measured on the wrong path ({paths.describe()}); take away what keeps the model from its "
+            f"throughput was measured on the wrong path ({paths.summary()}); take away what keeps the model from its "
             "native path, or load it with native=False to time the code of transformers"
         )
     prefill, decode = tuple(prompt / p for p, _ in seconds), tuple(new_tokens / d for _, d in seconds)

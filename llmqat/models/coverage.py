@@ -8,7 +8,8 @@ from statistics import fmean
 
 from torch import nn
 
-from llmqat.algorithms.blocks import LEAST_TOKENS
+from llmqat.algorithms.activation_ranges import shortened_list
+from llmqat.algorithms.blocks import LEAST_TOKENS_PER_INPUT
 from llmqat.errors import LlmqatError
 from llmqat.scheme import QuantScheme
 
@@ -90,10 +91,10 @@ class CoverageReport:
                 f"less in {better} of {len(ratios)} layers"
             )
         if self.kept:
-            named = ", ".join(self.kept[:3]) + (", ..." if len(self.kept) > 3 else "")
             lines.append(
-                f"GPTQ: {len(self.kept)} layers of experts saw fewer than {LEAST_TOKENS} calibration tokens for each "
-                f"of their inputs and keep round-to-nearest: {named}; give more with --calibration-samples"
+                f"GPTQ: {len(self.kept)} layers of experts saw fewer than {LEAST_TOKENS_PER_INPUT} calibration tokens "
+                f"for each of their inputs and keep round-to-nearest: {shortened_list(self.kept)}; give more with "
+                "--calibration-samples"
             )
         return "\n".join(lines)
 

@@ -15,14 +15,14 @@ from llmqat.scheme import QuantScheme
 Shape = tuple[int, int]
 
 
-def row_of(model: PreTrainedModel) -> Architecture | None:
+def known_architecture(model: PreTrainedModel) -> Architecture | None:
     """The architecture of `model`; None if llmqat has no row for it."""
     return ARCHITECTURES.get(model.config.model_type)
 
 
 def can_split_experts(model: PreTrainedModel) -> bool:
     """Whether the family's experts can be split: its row knows the layout, and the router."""
-    row = row_of(model)
+    row = known_architecture(model)
     return row is not None and row.router is not None
 
 
@@ -81,9 +81,9 @@ def split_experts(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def experts_apart(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the ``with``, each expert is made of Linears of its own, on views of the fused Parameters: changing them
-    in place changes the fused ones."""
+def experts_as_linears(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the ``with``, each expert is made of Linears on views of the fused Parameters: changing those in place
+    changes the fused ones."""
     fused = fused_experts(model)
     try:
         for name, module in fused.items():
@@ -96,7 +96,7 @@ def experts_apart(model: PreTrainedModel) -> Iterator[None]:
 
 def routers(model: PreTrainedModel) -> list[str]:
     """Names of the model's routers."""
-    row = row_of(model)
+    row = known_architecture(model)
     if row is None or row.router is None:
         return []
     modules = dict(model.named_modules())
@@ -106,7 +106,7 @@ def routers(model: PreTrainedModel) -> list[str]:
 
 def file_name(model: PreTrainedModel, name: str) -> str:
     """The name of a tensor or module of `model` in files: as transformers saves it, and vLLM reads it."""
-    row = row_of(model)
+    row = known_architecture(model)
     for module, file in row.file_names if row else ():
         name = _renamed(name, module, file)
     return name
@@ -114,7 +114,7 @@ def file_name(model: PreTrainedModel, name: str) -> str:
 
 def module_name(model: PreTrainedModel, name: str) -> str:
     """Inverse of `file_name`."""
-    row = row_of(model)
+    row = known_architecture(model)
     for module, file in row.file_names if row else ():
         name = _renamed(name, file, module)
     return name

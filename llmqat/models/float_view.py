@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.models.patcher import float_parameters
-from llmqat.nn.dtensor import local, split_like
+from llmqat.nn.dtensor import local_shard, sharded_like
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -73,13 +73,13 @@ class FloatView:
         try:
             for name, original in self.originals.items():
                 parameter = self.model.get_parameter(name)
-                current[name] = local(parameter).clone()
-                local(parameter).copy_(local(split_like(original, parameter)))
+                current[name] = local_shard(parameter).clone()
+                local_shard(parameter).copy_(local_shard(sharded_like(original, parameter)))
             with disable_quantizers(self.model), torch.no_grad():
                 yield self.model
         finally:
             for name, value in current.items():
-                local(self.model.get_parameter(name)).copy_(value)
+                local_shard(self.model.get_parameter(name)).copy_(value)
             self.model.train(training)
 
 

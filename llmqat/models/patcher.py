@@ -13,10 +13,11 @@ from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.blocks import check_batches
 from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_head, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
+from llmqat.config import INITS
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
-from llmqat.models.experts import experts_apart, split_experts
+from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.loading import storage_dtype_of
 from llmqat.models.planning import Overrides, checked_plan, scheme_of
 from llmqat.models.prepare_options import PrepareOptions
@@ -31,7 +32,6 @@ from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 from llmqat.serve.int8_cache import serve_int8_kv
 
-INITS = ("gptq", "rtn")
 # GPTQ leaves output heads of this many bits and more to round-to-nearest.
 HEAD_RTN_BITS = 8
 GPTQ_REMEDY = "use --init rtn, or add a row to models/architectures.py"
@@ -85,7 +85,7 @@ def smooth(
     architecture = smoothable(model)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
     path = blocks_path(model, architecture)
-    with experts_apart(model):
+    with experts_as_linears(model):
         folds = [
             fold
             for index, block in enumerate(blocks_of(model, architecture))
@@ -185,8 +185,8 @@ def run_gptq(
     return {error.layer: (error.rtn, error.gptq) for error in errors}
 
 
-def plain_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, out of its `PeftModel` if it is in one."""
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers, taken out of its `PeftModel` if it is in one."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(root, PreTrainedModel)
     return root
@@ -196,7 +196,7 @@ class OnGrid(NamedTuple):
     """A layer on its grid, with all that its forward takes beside the input.
 
     Attributes:
-        name: in the plain model, without peft's wrappers.
+        name: in the model of transformers, without peft's wrappers.
         layer: the layer itself.
         adapters: those inside its quantizer that are active now, or None.
     """
@@ -240,7 +240,7 @@ class OnGrid(NamedTuple):
 def quantized_layers(model: nn.Module) -> list[OnGrid]:
     """Every layer on a grid, in the order of the model."""
     found = []
-    for name, module in plain_model(model).named_modules():
+    for name, module in transformers_model(model).named_modules():
         if isinstance(module, LoraFakeQuantLinear):
             found.append(OnGrid(name, module.base_layer, module.adapters()))
         elif isinstance(module, FakeQuantLinear) and not name.endswith(".base_layer"):
@@ -263,7 +263,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
     layers = quantized_layers(model)
     if not layers:
         raise LlmqatError("nothing to convert: no layer of this model is quantized; call llmqat.prepare first")
-    root = plain_model(model)
+    root = transformers_model(model)
     for on_grid in layers:  # all of them before the first one is replaced
         on_grid.check_storable()
     for on_grid in layers:
@@ -281,7 +281,7 @@ def float_parameters(model: nn.Module) -> list[nn.Parameter]:
     layers = [on_grid.layer for on_grid in quantized_layers(model)]
     trained = {id(p) for layer in layers for p in (layer.weight, layer.scale, layer.zero_point)}
     trained |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
-    return [p for p in plain_model(model).parameters() if id(p) not in trained]
+    return [p for p in transformers_model(model).parameters() if id(p) not in trained]
 
 
 @torch.no_grad()

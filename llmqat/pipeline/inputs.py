@@ -15,12 +15,12 @@ from llmqat.config import DataConfig, EvalConfig, Resolved
 from llmqat.data.corpus import Corpus, load_corpus
 from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
-from llmqat.data.tokens import blocks, encode, sequences
+from llmqat.data.tokens import encode, sequences, split_stream
 from llmqat.metrics.perplexity import Windows, windows
 from llmqat.metrics.published import scored_windows
 from llmqat.models.coverage import CoverageReport
 from llmqat.processes import process_count
-from llmqat.progress import say
+from llmqat.progress import log
 
 CALIBRATION_BATCH = 8
 # Calibration sequences are drawn from so many tokens of the training text, whatever else the run does.
@@ -115,7 +115,7 @@ def calibration(recipe: Resolved, tokenizer: Any, documents: Sequence[Document] 
     source = recipe.data.calibration
     if source is not None or documents is None:
         documents = read(recipe.data, source or recipe.data.dataset).train
-    found = blocks(encode(tokenizer, documents, CALIBRATION_TOKENS), recipe.data.length, "calibration")
+    found = split_stream(encode(tokenizer, documents, CALIBRATION_TOKENS), recipe.data.length, "calibration")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.init.samples]
     size = min(CALIBRATION_BATCH, len(order))
     return list(found[order[: len(order) // size * size]].split(size))
@@ -168,7 +168,7 @@ def eval_windows(
         return scored_windows(data.dataset, tokenizer, *limits, bos or EvalConfig.bos, documents)
     check_options(data.dataset, data.streaming, data.rows)
     if window is None and context is not None and context < PUBLISHED_WINDOW:
-        say(f"the model's context is {context} tokens: windows are cut to it; papers take {PUBLISHED_WINDOW}")
+        log(f"the model's context is {context} tokens: windows are cut to it; papers take {PUBLISHED_WINDOW}")
     window = window or min(PUBLISHED_WINDOW, context or PUBLISHED_WINDOW)
     return scored_windows(data.dataset, tokenizer, window, max_tokens, bos or "tokenizer")
 
@@ -178,7 +178,7 @@ def fit_context(recipe: Resolved, context: int | None) -> Resolved:
     if context is None:
         return recipe
     if recipe.data.length > context or recipe.eval.window > context:
-        say(f"the model's context is {context} tokens: sequences and windows are cut to it")
+        log(f"the model's context is {context} tokens: sequences and windows are cut to it")
     prompt, new_tokens = speed_lengths(recipe.eval.prompt, recipe.eval.new_tokens, context)
     return replace(
         recipe,

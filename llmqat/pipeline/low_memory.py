@@ -29,7 +29,7 @@ from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.pipeline.inputs import calibrates, calibration, fit_context
 from llmqat.pipeline.output import RECIPE, REPORT_FILES, claimed, forget_earlier
 from llmqat.processes import process_count
-from llmqat.progress import say, track
+from llmqat.progress import log, track
 
 
 def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport:
@@ -77,9 +77,9 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
         stale += finish_model(source.model, scratch, directory, tokenizer, hashes)
         (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
     forget_earlier(directory)
-    say(report.summary())
+    log(report.summary())
     if report.errors:
-        say(report.error_summary())
+        log(report.error_summary())
     return report
 
 

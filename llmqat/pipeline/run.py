@@ -11,7 +11,7 @@ import torch
 from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
 from llmqat.algorithms.gptq_model import GptqSettings
-from llmqat.algorithms.smoothquant import describe
+from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
@@ -58,7 +58,7 @@ from llmqat.pipeline.saved import (
     write_measurements,
 )
 from llmqat.processes import is_first
-from llmqat.progress import say
+from llmqat.progress import log
 from llmqat.report import details
 from llmqat.report.measured import Measured, write_json
 from llmqat.report.names import public_name
@@ -128,9 +128,9 @@ class Run:
     def open_inputs(self) -> None:
         """Read the dataset, load the model, and choose what the recipe left open."""
         asked = self.asked
-        say(f"reading {asked.data.dataset}")
+        log(f"reading {asked.data.dataset}")
         self.corpus = read(asked.data, asked.data.dataset)
-        say(f"loading {asked.model}")
+        log(f"loading {asked.model}")
         self.model = load_float(asked.model, torch.float32)
         self.tokenizer = load_tokenizer(asked.model)
         resolved = resolve_for(self.model, asked)
@@ -175,7 +175,7 @@ class Run:
             if begun:  # refused before anything is touched
                 self.load_state()
             elif self.resume:
-                say("nothing to resume: starting from the beginning")
+                log("nothing to resume: starting from the beginning")
             with replacing(self.directory) as scratch:  # first: what is left of another run is not resumed with it
                 (scratch / RECIPE).write_text(config_module.to_yaml(self.recipe))
             if not begun:
@@ -188,7 +188,7 @@ class Run:
         self.load_state()
         check_agreement((self.record.key, self.steps_done), self.checkpoint)
         if self.steps_done is not None:
-            say(f"resuming after step {self.steps_done}")
+            log(f"resuming after step {self.steps_done}")
 
     def load_state(self) -> None:
         """Read measurements and training state of this run.
@@ -229,7 +229,7 @@ class Run:
                 overrides=recipe.quant.overrides,
                 storage_dtype=storage_dtype_of(self.model),
             )
-            say(describe(done))
+            log(smoothing_summary(done))
 
     def prepare_model(self) -> None:
         """Measure the float model, put it on its grid by rounding to nearest, and measure that."""
@@ -249,7 +249,7 @@ class Run:
         )
         observed = self.calibration if static_layers(self.model) and self.state is None else []
         observe_activations(self.model, observed, recipe.quant.observer)
-        say(self.coverage.summary())
+        log(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores)
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
@@ -261,11 +261,11 @@ class Run:
         recipe = self.recipe
         if recipe.init.method == "gptq":
             if self.state is None:
-                saved = SavedBlocks(self.checkpoints.below(GPTQ))
+                saved = SavedBlocks(self.checkpoints.subdirectory(GPTQ))
                 settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
                 self.layer_errors = run_gptq(self.model, self.calibration, settings, saved)
             self.coverage.errors.update(self.layer_errors)
-            say(self.coverage.error_summary())
+            log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
         self.reference = self.float_copy or FloatView(self.model)
@@ -303,10 +303,10 @@ class Run:
 
     def train_control(self, train: Callable[..., Any]) -> Perplexity:
         """The same training with quantizers off: what the text alone gives."""
-        say("training the float control")
-        control, below = copy.deepcopy(self.model), self.checkpoints.below(CONTROL)
+        log("training the float control")
+        control, saved = copy.deepcopy(self.model), self.checkpoints.subdirectory(CONTROL)
         with disable_quantizers(control, disable_adapters=False):
-            train(control, checkpoints=Checkpoints(below.directory, below.run, below.load()))
+            train(control, checkpoints=Checkpoints(saved.directory, saved.run, saved.load()))
             return evaluate(control, self.inputs.test, self.reference, "perplexity, control")
 
     def round_and_measure_trained(self) -> None:
@@ -326,7 +326,7 @@ class Run:
 
     def pack_model(self) -> None:
         """Write the packed model, and count its bytes; reports of another model go before."""
-        say(f"packing to {self.directory}")
+        log(f"packing to {self.directory}")
         for name in REPORT_FILES:
             (self.directory / name).unlink(missing_ok=True)
         self.contents = contents_of(self.model)
@@ -361,7 +361,7 @@ class Run:
             (scratch / "README.md").write_text(model_card(self.measured))
         page = write_page(self.directory)
         print_scoreboard(self.measured)
-        say(f"look at it in a browser: {page}")
+        log(f"look at it in a browser: {page}")
         check = self.measured.verification
         if check is not None and not check.ok:
             raise LlmqatError(

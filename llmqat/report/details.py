@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.metrics.perplexity import bootstrap_difference
-from llmqat.models.patcher import plain_model
+from llmqat.models.patcher import transformers_model
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 from llmqat.report.measured import Measured
@@ -83,7 +83,7 @@ def layers(measured: Measured, packed: Mapping[str, PackedLinear], float_model: 
         packed: the layers as they are in the file, by name.
         float_model: the float model, or the model on its grid again where its masters are the float weights.
     """
-    originals = dict(plain_model(float_model).named_modules())
+    originals = dict(transformers_model(float_model).named_modules())
     changed = measured.training.layers_changed if measured.training else {}
     rows = {row: result.layer_errors for row, result in measured.perplexity.items() if result.layer_errors}
     found = []

@@ -123,7 +123,7 @@ class Measured:
         return {
             **self._speed("packed"),
             "weight_gb_s": speed.weight_gb_s if speed else None,
-            "path": speed.paths.describe() if speed and speed.paths else None,
+            "path": speed.paths.summary() if speed and speed.paths else None,
         }
 
 

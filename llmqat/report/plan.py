@@ -40,7 +40,26 @@ class Inspection:
     tied: bool
 
     def __str__(self) -> str:
-        return describe(self)
+        """The plan as a table in plain text."""
+        layers = [
+            f"  {name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
+            for name, layer in by_expert(self.coverage.layers)
+        ]
+        known = f"known: GPTQ {'and SmoothQuant apply' if self.smoothed else 'applies, and no --smooth'}"
+        return "\n".join(
+            [
+                f"{self.recipe.model}: {self.coverage.total_parameters / 1e6:.2f} M parameters",
+                *layers,
+                self.coverage.summary(),
+                f"output head tied to the embedding: {'yes' if self.tied else 'no'}",
+                f"key-value cache: {'int8, a scale per token and head' if self.recipe.quant.kv_bits else 'float'}",
+                f"packed as compressed-tensors: {readers(self.coverage)}",
+                f"model family {known if self.calibrated else 'unknown: only --init rtn, and no --smooth'}",
+                f"predicted file: {self.packed_bytes / 1e6:.2f} MB (float: {self.float_bytes / 1e6:.2f} MB)",
+                f"predicted memory for --train {self.recipe.train.mode}: {self.training_bytes / 1e9:.2f} GB, "
+                "activations not counted",
+            ]
+        )
 
 
 def inspect(recipe: Recipe) -> Inspection:
@@ -91,26 +110,3 @@ def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, 
         if layer.scheme
     )
     return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales
-
-
-def describe(plan: Inspection) -> str:
-    """The plan as a table in plain text."""
-    rows = [
-        f"  {name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
-        for name, layer in by_expert(plan.coverage.layers)
-    ]
-    known = f"known: GPTQ {'and SmoothQuant apply' if plan.smoothed else 'applies, and no --smooth'}"
-    return "\n".join(
-        [
-            f"{plan.recipe.model}: {plan.coverage.total_parameters / 1e6:.2f} M parameters",
-            *rows,
-            plan.coverage.summary(),
-            f"output head tied to the embedding: {'yes' if plan.tied else 'no'}",
-            f"key-value cache: {'int8, a scale per token and head' if plan.recipe.quant.kv_bits else 'float'}",
-            f"packed as compressed-tensors: {readers(plan.coverage)}",
-            f"model family {known if plan.calibrated else 'unknown: only --init rtn, and no --smooth'}",
-            f"predicted file: {plan.packed_bytes / 1e6:.2f} MB (float: {plan.float_bytes / 1e6:.2f} MB)",
-            f"predicted memory for --train {plan.recipe.train.mode}: {plan.training_bytes / 1e9:.2f} GB, activations "
-            "not counted",
-        ]
-    )

@@ -47,7 +47,7 @@ def _speed_lines(measured: Measured) -> list[str]:
     lines = []
     for row, speed in measured.throughput.items():
         kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
-        kernel += f"; {speed.paths.describe()}" if speed.paths else ""
+        kernel += f"; {speed.paths.summary()}" if speed.paths else ""
         lines.append(
             f"{LABELS[row]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
             f"{speed.spread(speed.decode)} tok/s of {speed.new_tokens}{kernel}"

@@ -11,7 +11,7 @@ from llmqat.kernels.pages import use_huge_pages
 from llmqat.nn.context import check_inputs, position_limit
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.progress import say
+from llmqat.progress import log
 from llmqat.serve.activations import serve_int8_activations
 from llmqat.serve.forward import accelerate_forward
 from llmqat.serve.generate import accelerate_generate
@@ -42,7 +42,7 @@ def attach(model: PreTrainedModel, activations: Literal["int8"] | None = None, n
     model.register_forward_pre_hook(partial(check_inputs, position_limit(model)), with_kwargs=True)
     unknown = unknown_transformers()
     if native and unknown:
-        say(f"packed models run through the code of transformers, not natively: {unknown}")
+        log(f"packed models run through the code of transformers, not natively: {unknown}")
     elif native and accelerate_forward(model):
         accelerate_generate(model)
     return model

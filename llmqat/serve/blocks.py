@@ -19,10 +19,10 @@ from llmqat.serve.families import (
     FAMILIES,
     HEAD_NORMS,
     Family,
-    cap_of,
     linears_of,
     rotary_kinds,
     rows_of,
+    soft_cap_of,
     splits,
     window_of,
 )
@@ -137,7 +137,7 @@ def _build(stack: Any) -> NativeDecoder:
         eps=config.rms_norm_eps,
         norm_offset=family.norm_offset,
         attention_scale=attention.scaling,
-        softcap=cap_of(config, family.attention_cap),
+        softcap=soft_cap_of(config, family.attention_cap),
         activation=ACTIVATIONS[getattr(config, family.activation)],
     )
     rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(config, family)

@@ -15,7 +15,7 @@ from llmqat.serve.int8_cache import Int8Cache, Int8Layer
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def starts_int8(stack: Any) -> bool:
+def uses_int8_cache(stack: Any) -> bool:
     """Whether a cache that `stack` starts holds int8 codes."""
     return quantizes_kv(stack.layers[-1].self_attn)
 
@@ -26,7 +26,7 @@ def why_cache_unfit(stack: Any, cache: Any) -> str:
         return ""
     if type(cache) not in (DynamicCache, Int8Cache) or getattr(cache, "offloading", False):
         return f"a {type(cache).__name__} is not stored natively"
-    if (type(cache) is Int8Cache) != starts_int8(stack):
+    if (type(cache) is Int8Cache) != uses_int8_cache(stack):
         return "keys and values are quantized, but stored as floats, or the other way round"
     if len(cache.layers) not in (0, len(stack.layers)):
         return f"the cache has {len(cache.layers)} layers for {len(stack.layers)} blocks"

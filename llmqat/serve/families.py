@@ -81,7 +81,7 @@ FAMILIES = {
 }
 
 
-def cap_of(config: Any, name: str) -> float:
+def soft_cap_of(config: Any, name: str) -> float:
     """A soft cap of the config; 0 for none."""
     return float(getattr(config, name) or 0.0) if name else 0.0
 

@@ -22,8 +22,8 @@ from llmqat.serve.cache_views import (
     is_synced,
     read_cache,
     reserve,
-    starts_int8,
     sync_cache_views,
+    uses_int8_cache,
     why_cache_unfit,
 )
 from llmqat.serve.int8_cache import Int8Cache
@@ -80,7 +80,7 @@ def _forward(
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None:
-            cache = (Int8Cache if starts_int8(self) else DynamicCache)(config=self.config)
+            cache = (Int8Cache if uses_int8_cache(self) else DynamicCache)(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + embeds.shape[1])[None] if position_ids is None else position_ids
         tables = rotary_tables(self, embeds, positions)
@@ -104,7 +104,7 @@ def _forward(
 def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[Tensor, Tensor]], cache: Any) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
     tokens, past = embeds.shape[1], 0 if cache is None else cache.get_seq_length()
-    buffers = buffers_of(cache, decoder, starts_int8(stack))
+    buffers = buffers_of(cache, decoder, uses_int8_cache(stack))
     synced = cache is None or is_synced(buffers, cache, past)
     reserve(buffers, decoder, past + tokens)
     if not synced and past:

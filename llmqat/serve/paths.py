@@ -47,8 +47,8 @@ class PathCounts:
         """Whether everything that was counted ran natively."""
         return self.native and not self.reference_calls and not self.reasons
 
-    def describe(self) -> str:
-        """One line for people."""
+    def summary(self) -> str:
+        """The counts in one line."""
         if not self.native:
             return f"reference path: {self.why_not}"
         counted = f"native loop {self.loop_tokens} tokens, native blocks {self.native_calls} calls"

@@ -14,7 +14,7 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
 from llmqat.serve.cache_views import reserve
-from llmqat.serve.families import FAMILIES, cap_of
+from llmqat.serve.families import FAMILIES, soft_cap_of
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -75,7 +75,7 @@ class Step:
         assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
         self.decoder, self.buffers = decoder, cache.llmqat_buffers
         config = self.stack.config
-        self.cap = cap_of(config, FAMILIES[config.model_type].logits_cap)
+        self.cap = soft_cap_of(config, FAMILIES[config.model_type].logits_cap)
         types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
         self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
         self.tables: list[tuple[Tensor, Tensor]] = []

@@ -69,8 +69,8 @@ class Checkpoints:
             raise LlmqatError(f"{path} is damaged, or of another run or version of llmqat; {REMEDY}")
         return state
 
-    def below(self, name: str) -> "Checkpoints":
-        """States of a part of the run, in a directory below."""
+    def subdirectory(self, name: str) -> "Checkpoints":
+        """Where a part of the run keeps its states: a directory inside this one."""
         return Checkpoints(self.directory / name, self.run)
 
     def _seal(self, file: BinaryIO) -> None:

@@ -18,12 +18,12 @@ from llmqat.data.chat import positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.nn.dtensor import whole
+from llmqat.nn.dtensor import gathered
 from llmqat.progress import Meter
 from llmqat.train.checkpoint import Checkpoints
 from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
-from llmqat.train.sharding import load_whole_state, prepare_model, whole_state
+from llmqat.train.sharding import gathered_state, load_gathered_state, prepare_model
 from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
 from llmqat.train.tracking import check_tracker
 
@@ -102,7 +102,7 @@ class Trainer:
         self.held_out = data.held_out.split(config.batch_size)
         self.result = TrainResult()
         self.best: dict[str, Tensor] = {}
-        self.plain_model = model
+        self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
         if state is None:
             self.first_codes, _ = code_statistics(model)
@@ -148,8 +148,8 @@ class Trainer:
 
     def trainable(self) -> dict[str, Tensor]:
         """The tensors that training moves, by name: parameters, and the scales of static activations."""
-        moved = {name: p.detach() for name, p in self.plain_model.named_parameters() if p.requires_grad}
-        return moved | {name: b for name, b in self.plain_model.named_buffers() if name.endswith(".act_scale")}
+        moved = {name: p.detach() for name, p in self.unwrapped_model.named_parameters() if p.requires_grad}
+        return moved | {name: b for name, b in self.unwrapped_model.named_buffers() if name.endswith(".act_scale")}
 
     def evaluate(self) -> None:
         """Held-out loss of the current state; keep the state if it is the best so far."""
@@ -159,7 +159,7 @@ class Trainer:
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
-            self.best = {name: whole(value).to("cpu", copy=True) for name, value in self.trainable().items()}
+            self.best = {name: gathered(value).to("cpu", copy=True) for name, value in self.trainable().items()}
         counted = {}
         if not self.sharded:
             self.count_codes()
@@ -168,9 +168,9 @@ class Trainer:
         self.accelerator.log({"held_out_loss": loss, **counted}, step=result.steps)
 
     def count_codes(self) -> None:
-        """How far codes are from the first ones, and how many weights from the grid; of a model that is not split."""
-        codes, self.result.clip_rate = code_statistics(self.plain_model)
-        counted = share_changed(self.first_codes, codes, self.plain_model)
+        """How far codes are from the first ones, and how many weights from the grid; of a model that is not sharded."""
+        codes, self.result.clip_rate = code_statistics(self.unwrapped_model)
+        counted = share_changed(self.first_codes, codes, self.unwrapped_model)
         self.result.codes_changed, self.result.layers_changed = counted
 
     def check_finite(self, loss: float, kind: str, step: int) -> None:
@@ -186,7 +186,7 @@ class Trainer:
         total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
         average = mean(self.accelerator, float(sum(map(positions, parts)))) / len(parts)
         following = self.result.steps < self.config.freeze_observers
-        follow_activations(self.plain_model, following)
+        follow_activations(self.unwrapped_model, following)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(batch) * (positions(batch) / average)
@@ -199,7 +199,7 @@ class Trainer:
                 self.optimizer.zero_grad()
         self.scheduler.step()
         if following:
-            same_ranges(self.accelerator, self.plain_model)
+            same_ranges(self.accelerator, self.unwrapped_model)
         count = self.accelerator.num_processes
         self.result.steps += 1
         self.result.sequences += count * sum(map(len, parts))
@@ -211,8 +211,8 @@ class Trainer:
         if self.checkpoints is None:
             return
         state = {
-            "model": {name: whole(value) for name, value in self.plain_model.state_dict().items()},
-            "optimizer": whole_state(self.optimizer),
+            "model": {name: gathered(value) for name, value in self.unwrapped_model.state_dict().items()},
+            "optimizer": gathered_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "best": self.best,
             "first_codes": self.first_codes,
@@ -224,7 +224,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, whose model is in place already."""
-        load_whole_state(self.optimizer, state["optimizer"])
+        load_gathered_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.best, self.first_codes = state["best"], state["first_codes"]
         self.result = TrainResult(**state["result"])
@@ -235,7 +235,7 @@ class Trainer:
         """Put the best state back, take accelerate's autocast off the model, and count what changed."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         for sharded in self.sharded:
-            sharded.gather(self.best if sharded.model is self.plain_model else None)
+            sharded.gather(self.best if sharded.model is self.unwrapped_model else None)
         for name, tensor in self.trainable().items():
             tensor.copy_(self.best[name])
         self.count_codes()

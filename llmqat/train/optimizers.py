@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llmqat.errors import LlmqatError
-from llmqat.progress import say
+from llmqat.progress import log
 
 BETAS = (0.9, 0.95)
 # Name on the command line -> class of bitsandbytes.optim.
@@ -29,7 +29,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optim
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
     kind = getattr(_bitsandbytes(name).optim, EIGHT_BIT[name])
     if name.startswith("paged") and not groups[0]["params"][0].is_cuda:
-        say("paged_adamw8bit pages between CUDA devices and the CPU; without a CUDA device it is adamw8bit")
+        log("paged_adamw8bit pages between CUDA devices and the CPU; without a CUDA device it is adamw8bit")
         kind = _bitsandbytes(name).optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(groups, betas=BETAS, weight_decay=0.0)
     return optimizer

@@ -27,7 +27,8 @@ def main() -> None:
 
     model = llmqat.load_float(args.model, torch.float32)
     tokenizer, corpus = llmqat.load_tokenizer(args.model), llmqat.load_corpus(args.dataset, rows="chat")
-    calibration = llmqat.blocks(llmqat.encode(tokenizer, corpus.train, 64 * args.length), args.length, "calibration")
+    stream = llmqat.encode(tokenizer, corpus.train, 64 * args.length)
+    calibration = llmqat.split_stream(stream, args.length, "calibration")
     batches = list(calibration[: len(calibration) // 4 * 4 or None].split(4))
     llmqat.prepare(model, QuantScheme(4, 32), init="gptq", calibration=batches)
     model = llmqat.add_lora(model, r=32)

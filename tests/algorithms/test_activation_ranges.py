@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from llmqat.algorithms.activation_ranges import follow_activations, observe_activations, static_layers
-from llmqat.algorithms.smoothquant import observe
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
@@ -18,7 +17,7 @@ def logits(model, tokens):
 def test_ranges_are_those_of_the_float_model(tiny_llama, tokens):
     plain, model = tiny_llama(), tiny_llama().train()
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    expected = observe(plain, [plain.get_submodule(name) for name in names], tokens, 0)
+    expected = observe_readers(plain, [plain.get_submodule(name) for name in names], tokens, 0)
     prepare(model, STATIC)
     observe_activations(model, tokens, "minmax")
     assert model.training

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from llmqat.algorithms.blocks import BlockInputs, calling_instead, hessians_of, layers_of, passes_of, stages_of
+from llmqat.algorithms.blocks import BlockInputs, hessians_of, layers_of, passes_of, replaced_forward, stages_of
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
@@ -47,11 +47,11 @@ def test_each_block_keeps_its_own_arguments():
 def test_a_forward_that_stood_on_a_block_comes_back():
     """Libraries wrap a module by an attribute of that name; a failure on the way leaves it there too."""
     block, wrapper = nn.Linear(2, 2), lambda x: "wrapped"
-    with pytest.raises(ZeroDivisionError), calling_instead(block, lambda x: 1 / x):
+    with pytest.raises(ZeroDivisionError), replaced_forward(block, lambda x: 1 / x):
         block(0)
     assert "forward" not in vars(block)
     block.forward = wrapper
-    with calling_instead(block, lambda x: "ours"):
+    with replaced_forward(block, lambda x: "ours"):
         assert block(1) == "ours"
     assert block.forward is wrapper
 

@@ -3,14 +3,14 @@ import torch
 
 from llmqat.algorithms.smoothquant import (
     ALPHAS,
-    LEAST_TOKENS,
+    LEAST_EXPERT_TOKENS,
     Smoothed,
-    describe,
-    observe,
-    output_error,
-    search,
+    observe_readers,
+    readers_error,
+    search_alpha,
     smooth_model,
     smoothing_scale,
+    smoothing_summary,
 )
 from llmqat.errors import LlmqatError
 from llmqat.models.smooth_sites import LLAMA, folds_of
@@ -49,7 +49,7 @@ def logits(model, tokens):
 
 def absmax(model, tokens):
     norms = [fold for fold in folds(model) if "norm" in fold.name]
-    return [inputs.absmax for inputs in observe(model, [fold.observed for fold in norms], tokens, 0)]
+    return [inputs.absmax for inputs in observe_readers(model, [fold.observed for fold in norms], tokens, 0)]
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5, 0.85, 1.0])
@@ -73,13 +73,13 @@ def test_observes_all_batches_and_draws_some_tokens(outliers, tokens):
     for batch in tokens:
         logits(model, [batch])
     handle.remove()
-    (found,) = observe(model, [layer], tokens, 10)
+    (found,) = observe_readers(model, [layer], tokens, 10)
     everything = torch.cat(seen).flatten(0, -2)
     assert torch.equal(found.absmax, everything.abs().amax(0))
     assert found.sample.shape == (12, 64), "10 tokens, in equal parts from 4 batches"
     assert all((everything == row).all(1).any() for row in found.sample)
     assert len(found.sample.unique(dim=0)) == 12
-    assert torch.equal(observe(model, [layer], tokens, 10)[0].sample, found.sample), "the same draw every time"
+    assert torch.equal(observe_readers(model, [layer], tokens, 10)[0].sample, found.sample), "the same draw every time"
     assert not layer._forward_pre_hooks
 
 
@@ -107,7 +107,7 @@ def test_output_error_is_that_of_the_quantized_layers(outliers, tokens):
     layers = [getattr(model.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
     with torch.no_grad():
         plain = [layer(x) for layer in layers]
-    expected = output_error(fold, x, s, torch.float32)
+    expected = readers_error(fold, x, s, torch.float32)
     fold.apply(s)
     error = total = 0.0
     for layer, y in zip(layers, plain, strict=True):
@@ -120,20 +120,22 @@ def test_output_error_is_that_of_the_quantized_layers(outliers, tokens):
 
 def test_without_act_bits_the_input_stays_float(outliers):
     fold, x = folds(outliers(), W4)[0], torch.randn(30, 64)
-    assert output_error(fold, x, torch.ones(64), torch.float32) == output_error(fold, x, torch.ones(64), torch.float32)
-    error = output_error(fold, x, torch.ones(64), torch.float32)
-    quantized = output_error(fold, fake_quantize_activation(x), torch.ones(64), torch.float32)
+    assert readers_error(fold, x, torch.ones(64), torch.float32) == readers_error(
+        fold, x, torch.ones(64), torch.float32
+    )
+    error = readers_error(fold, x, torch.ones(64), torch.float32)
+    quantized = readers_error(fold, fake_quantize_activation(x), torch.ones(64), torch.float32)
     assert error != quantized
 
 
 def test_search_takes_the_least_error_and_off_where_nothing_helps(outliers, tokens):
     model = outliers()
     names = [fold.name for fold in folds(model)]
-    observed = observe(model, [fold.observed for fold in folds(model)], tokens, 64)
+    observed = observe_readers(model, [fold.observed for fold in folds(model)], tokens, 64)
     for fold, inputs in zip(folds(model), observed, strict=True):
-        alpha, s, (off, least) = search(fold, inputs, torch.float32)
+        alpha, s, (off, least) = search_alpha(fold, inputs, torch.float32)
         errors = {
-            a: output_error(
+            a: readers_error(
                 fold,
                 inputs.sample,
                 smoothing_scale(fold.largest(inputs.absmax), fold.weight_absmax(), a),
@@ -141,25 +143,27 @@ def test_search_takes_the_least_error_and_off_where_nothing_helps(outliers, toke
             )
             for a in ALPHAS
         }
-        assert off == output_error(fold, inputs.sample, torch.ones_like(s), torch.float32)
-        assert least == min(off, *errors.values()) == output_error(fold, inputs.sample, s, torch.float32)
+        assert off == readers_error(fold, inputs.sample, torch.ones_like(s), torch.float32)
+        assert least == min(off, *errors.values()) == readers_error(fold, inputs.sample, s, torch.float32)
         assert alpha is None or errors[alpha] == least
         if "norm" in fold.name:
             assert alpha is not None
             assert least < off / 4, "outliers are worth smoothing"
     assert len(names) == 8
     float_layers = folds(model, None)[0]
-    assert search(float_layers, observed[0], torch.float32) == (None, pytest.approx(torch.ones(64)), (0.0, 0.0))
+    assert search_alpha(float_layers, observed[0], torch.float32) == (None, pytest.approx(torch.ones(64)), (0.0, 0.0))
 
 
 def test_auto_folds_what_it_chose_and_says_so(outliers, tokens):
     model = outliers()
     plain = logits(model, tokens)
-    chosen = [search(f, i, torch.float32)[0] for f, i in zip(folds(model), observed_of(model, tokens), strict=True)]
+    chosen = [
+        search_alpha(f, i, torch.float32)[0] for f, i in zip(folds(model), observed_of(model, tokens), strict=True)
+    ]
     done = smooth_model(model, folds(model), tokens, "auto", torch.float32)
     assert next(iter(done.values())).alpha == chosen[0]
     torch.testing.assert_close(logits(model, tokens), plain, rtol=0, atol=1e-6 * plain.abs().max().item())
-    text = describe(done)
+    text = smoothing_summary(done)
     smoothed = sum(site.alpha is not None for site in done.values())
     assert f"smoothed {smoothed} of 8 sites; float logits changed by at most" in text
     for kind in ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"):
@@ -167,7 +171,7 @@ def test_auto_folds_what_it_chose_and_says_so(outliers, tokens):
 
 
 def observed_of(model, tokens):
-    return observe(model, [fold.observed for fold in folds(model)], tokens, 512)
+    return observe_readers(model, [fold.observed for fold in folds(model)], tokens, 512)
 
 
 def test_describe():
@@ -175,22 +179,24 @@ def test_describe():
         "model.decoder.layers.0.fc1": Smoothed(0.5, 1e-7, (0.5, 0.25)),
         "model.decoder.layers.1.fc1": Smoothed(None, 0.0, (0.1, 0.1)),
     }
-    assert describe(done) == (
+    assert smoothing_summary(done) == (
         "smoothed 1 of 2 sites; float logits changed by at most 1.0e-07 of the largest\n"
         "  fc1: output error 3.00e-01 -> 1.75e-01 on average; alpha by block: 0.5 off"
     )
     experts = {f"model.layers.0.mlp.experts.{i}.up_proj": Smoothed(0.5, 0.0, (0.4, 0.2)) for i in range(2)}
     experts |= {f"model.layers.1.mlp.experts.{i}.up_proj": Smoothed(None, 0.0, (0.1, 0.1)) for i in range(2)}
     experts |= {f"model.layers.1.mlp.experts.{i}.up_proj": Smoothed(None) for i in range(2, 9)}
-    assert describe(experts) == (
+    assert smoothing_summary(experts) == (
         "smoothed 2 of 11 sites; float logits changed by at most 0.0e+00 of the largest\n"
         "  mlp.experts.*.up_proj: output error 2.50e-01 -> 1.50e-01 on average; experts by alpha: 0.5: 2, off: 2\n"
-        f"  left as they are, for fewer than {LEAST_TOKENS} calibration tokens: model.layers.1.mlp.experts.2.up_proj, "
+        f"  left as they are, for fewer than {LEAST_EXPERT_TOKENS} calibration tokens: "
+        "model.layers.1.mlp.experts.2.up_proj, "
         + "".join(f"model.layers.1.mlp.experts.{i}.up_proj, " for i in range(3, 6))
         + "model.layers.1.mlp.experts.6.up_proj and 2 more"
     )
     assert (
-        describe({"a": Smoothed(0.5, 0.0)}) == "smoothed 1 of 1 sites; float logits changed by at most 0.0e+00 of "
+        smoothing_summary({"a": Smoothed(0.5, 0.0)})
+        == "smoothed 1 of 1 sites; float logits changed by at most 0.0e+00 of "
         "the largest"
     )
 

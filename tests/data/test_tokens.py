@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from llmqat.data.tokens import EndlessSampler, blocks, encode
+from llmqat.data.tokens import EndlessSampler, encode, split_stream
 from llmqat.errors import LlmqatError
 
 
@@ -16,21 +16,21 @@ def test_encode_joins_and_limits(tokenizer):
 
 
 def test_blocks():
-    assert blocks(torch.arange(11), 4, "training").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert split_stream(torch.arange(11), 4, "training").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     message = (
         "the training text has 3 tokens, fewer than one sequence of 4; give more text or a shorter --length or --window"
     )
     with pytest.raises(LlmqatError, match=message):
-        blocks(torch.arange(3), 4)
+        split_stream(torch.arange(3), 4)
     with pytest.raises(LlmqatError, match="the test text has 3 tokens"):
-        blocks(torch.arange(3), 4, what="test")
+        split_stream(torch.arange(3), 4, what="test")
 
 
 @pytest.mark.parametrize(("stream", "length"), [(torch.arange(8), 0), (torch.arange(8), -2), (torch.zeros(2, 4), 2)])
 def test_what_is_no_stream_or_length(stream, length):
     message = r"a stream of ids \(tokens,\) is cut into sequences of 1 token or more; got shape \(.*\) and length"
     with pytest.raises(LlmqatError, match=message):
-        blocks(stream, length)
+        split_stream(stream, length)
 
 
 def test_documents_that_cannot_be_tokenized(tokenizer):

@@ -14,7 +14,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import writer
 from llmqat.formats.reader import is_packed, load_packed, local_directory, read_config
 from llmqat.formats.writer import save_packed
-from llmqat.models.patcher import plain_model, prepare, quantized_layers
+from llmqat.models.patcher import prepare, quantized_layers, transformers_model
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
@@ -89,7 +89,7 @@ def test_transformers_reads_it(trained, small_llama, tmp_path, scheme, options, 
             assert torch.equal(linear.bias, packed.bias)
             expected = (packed(torch.eye(layer.in_features).double()) - packed.bias).T.to(dtype)
         assert torch.equal(linear.weight, expected), name
-    root = plain_model(model)
+    root = transformers_model(model)
     assert torch.equal(theirs.model.embed_tokens.weight, root.model.embed_tokens.weight.to(dtype))
     assert torch.equal(theirs.lm_head.weight, root.lm_head.weight.to(dtype))
     tied = getattr(model.config, "tie_word_embeddings", False)

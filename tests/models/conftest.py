@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import dense_copy, verify
 from llmqat.formats.writer import save_packed
-from llmqat.models.patcher import plain_model, prepare, quantized_layers
+from llmqat.models.patcher import prepare, quantized_layers, transformers_model
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
@@ -76,7 +76,7 @@ def transformers_agrees(model: nn.Module, directory: Path, head: Any) -> bool:
         linear = theirs.get_submodule(name)
         weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
         same.append(torch.equal(weight, dequantize(*layer.unpack(), layer.scheme)))
-    for name, parameter in plain_model(model).named_parameters():
+    for name, parameter in transformers_model(model).named_parameters():
         own, _, leaf = name.rpartition(".")
         if own not in layers or leaf == "bias":
             adapter = own.startswith(tuple(layers)) and own not in layers

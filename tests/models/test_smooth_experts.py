@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmqat.algorithms.fold import TOLERANCE
-from llmqat.algorithms.smoothquant import LEAST_TOKENS, describe, smoothing_scale
+from llmqat.algorithms.smoothquant import LEAST_EXPERT_TOKENS, smoothing_scale, smoothing_summary
 from llmqat.errors import LlmqatError
 from llmqat.models import smooth_sites
 from llmqat.models.architectures import ARCHITECTURES, Architecture
-from llmqat.models.experts import experts_apart, split_experts
+from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.patcher import prepare, smooth
 from llmqat.models.smooth_sites import EXPERT_UP, EXPERTS, Site, folds_of
 from llmqat.nn.experts import is_fused
@@ -103,7 +103,7 @@ def test_every_expert_is_scaled_by_its_own_tokens_and_by_powers_of_two(family, d
     logits(before, tokens)
     half = fused.down_proj.shape[-1]
     for e, (expert, x) in enumerate(zip(split, seen, strict=True)):
-        assert sum(len(part) for part in x) >= LEAST_TOKENS
+        assert sum(len(part) for part in x) >= LEAST_EXPERT_TOKENS
         s = smoothing_scale(torch.cat(x).abs().amax(0), expert.down_proj.weight.abs().amax(0), 0.5).to(dtype)
         assert (torch.frexp(s).mantissa == 0.5).all()
         assert torch.equal(fused.gate_up_proj[e, :half], expert.gate_proj.weight), "never the gate"
@@ -118,7 +118,7 @@ def test_experts_that_tokens_hardly_reach_stay_as_they_are(family, alpha, tiny_m
     model = inject(tiny_moe(family))
     name, fused = fused_of(model)
     few = torch.zeros(tokens[0].numel(), dtype=torch.long)
-    few[: (LEAST_TOKENS - 1) // len(tokens)] = 1
+    few[: (LEAST_EXPERT_TOKENS - 1) // len(tokens)] = 1
 
     def route(_, args, out):
         index = torch.stack([torch.zeros_like(few), 1 + few], 1)
@@ -132,8 +132,9 @@ def test_experts_that_tokens_hardly_reach_stay_as_they_are(family, alpha, tiny_m
         assert torch.equal(fused.gate_up_proj[e], before.gate_up_proj[e]) == untouched
         assert torch.equal(fused.down_proj[e], before.down_proj[e]) == untouched
         assert (done[f"{name}.{e}.up_proj"].alpha is None) == untouched
-    bare = f"left as they are, for fewer than {LEAST_TOKENS} calibration tokens: {name}.2.up_proj, {name}.3.up_proj, "
-    assert bare in describe(done)
+    few = f"fewer than {LEAST_EXPERT_TOKENS} calibration tokens"
+    bare = f"left as they are, for {few}: {name}.2.up_proj, {name}.3.up_proj, "
+    assert bare in smoothing_summary(done)
 
 
 def test_experts_that_stay_float_are_off(family, tiny_moe, tokens, only_experts):
@@ -163,7 +164,7 @@ def test_what_all_experts_read_is_observed_at_the_router(family, tiny_moe, token
     """Which sees every token."""
     name, fused = fused_of(model := tiny_moe(family))
     block = model.get_submodule(name.removesuffix(".mlp.experts"))
-    with experts_apart(model):
+    with experts_as_linears(model):
         (fold,) = folds_of(block, "", (EXPERTS,), model.config, lambda _: W8A8)
     assert fold.observed is block.mlp.gate
     assert len(fold.read) == 2 * len(fused.down_proj) + 1

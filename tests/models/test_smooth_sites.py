@@ -8,7 +8,7 @@ from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
 from llmqat.models import smooth_sites
 from llmqat.models.architectures import ARCHITECTURES
-from llmqat.models.experts import experts_apart
+from llmqat.models.experts import experts_as_linears
 from llmqat.models.patcher import prepare, smooth
 from llmqat.models.smooth_sites import Site, folds_of
 from llmqat.scheme import QuantScheme
@@ -64,7 +64,7 @@ def folds(model, sites=None):
     row = ARCHITECTURES[model.config.model_type]
     blocks = model.get_submodule(row.blocks)
     scheme = lambda _: QuantScheme()  # noqa: E731
-    with experts_apart(model):
+    with experts_as_linears(model):
         return [
             fold
             for i, block in enumerate(blocks)

@@ -127,7 +127,7 @@ def test_numbers(full):
     assert report["throughput"] == {
         "kernel": "reference",
         "float": {"prefill_tok_s": 200.0, "decode_tok_s": 20.0},
-        "packed": {"prefill_tok_s": 400.0, "decode_tok_s": 50.0, "weight_gb_s": 100.0, "path": PATHS.describe()},
+        "packed": {"prefill_tok_s": 400.0, "decode_tok_s": 50.0, "weight_gb_s": 100.0, "path": PATHS.summary()},
     }
     assert report["training"] == {
         "steps": 300,
@@ -241,7 +241,7 @@ def test_facts(full):
         rf"ids {full.data.sha256[:12]}",
         r"4\.50 bits per weight; 25\.0% of all parameters",
         r"float: prefill 200 \[100, 300\] tok/s of 8, decode 20 \[10, 30\] tok/s of 4$",
-        rf"decode 50 \[50, 50\] tok/s of 4, 100\.00 GB/s of weights, kernel reference; {re.escape(PATHS.describe())}$",
+        rf"decode 50 \[50, 50\] tok/s of 4, 100\.00 GB/s of weights, kernel reference; {re.escape(PATHS.summary())}$",
         r"300 steps, 1,000 tokens, 12 s, peak 0\.12 GB; best at step 250; 3\.1% of codes changed, 0\.20% of weights",
         r"codes and scales of 1 layers equal to the trained ones; logits within 1\.0e-06 of float64 \(bound 2\.0e-06\)",
     ):

@@ -22,14 +22,14 @@ def test_calls_are_counted():
     counts = path_counts(model)
     assert (counts.loop_tokens, counts.native_calls, counts.reference_calls) == (4, 2, 0)
     assert counts.all_native
-    assert counts.describe() == "native loop 4 tokens, native blocks 2 calls"
+    assert counts.summary() == "native loop 4 tokens, native blocks 2 calls"
     model(PROMPT.repeat(2, 1))
     generate(model, num_beams=2, max_new_tokens=3)
     later = path_counts(model) - counts
     assert later.loop_tokens == later.native_calls == 0
     assert later.reference_calls == 4
     assert dict(later.reasons)["generate: num_beams"] == 1
-    assert "a batch of 2 sequences" in later.describe()
+    assert "a batch of 2 sequences" in later.summary()
     assert not later.all_native
     assert path_counts(deepcopy(model)).native_calls == 0
 
@@ -37,7 +37,7 @@ def test_calls_are_counted():
 def test_a_model_without_a_native_path_says_why():
     model = attach(packed_model("gpt_neox", head_dim=None))
     counts = path_counts(model)
-    assert counts.describe() == "reference path: the family gpt_neox has no native blocks"
+    assert counts.summary() == "reference path: the family gpt_neox has no native blocks"
     assert not counts.all_native
     assert not path_counts(attach(packed_model("llama"), native=False)).native
 

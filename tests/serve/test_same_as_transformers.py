@@ -202,7 +202,7 @@ def test_blocks_that_no_longer_fit_are_left_to_transformers():
     dense.weight = torch.nn.Parameter(codes.float() * scale.float().repeat_interleave(32, 1))
     native.model.layers[0].mlp.up_proj = dense
     torch.testing.assert_close(native(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert "a layer of a block is not packed" in path_counts(native).describe()
+    assert "a layer of a block is not packed" in path_counts(native).summary()
     native.model.layers[0].mlp.up_proj = layer
     native.model.layers[1].input_layernorm.weight.data = torch.ones(3)
     with pytest.raises(RuntimeError, match="size of tensor"):

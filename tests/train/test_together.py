@@ -4,7 +4,7 @@ from torch import nn
 
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import local, split_like, whole
+from llmqat.nn.dtensor import gathered, local_shard, sharded_like
 from llmqat.train import together
 from llmqat.train.sharding import sharding_requested
 from llmqat.train.together import (
@@ -64,8 +64,8 @@ def test_fsdp_has_to_be_its_second_version(monkeypatch):
 
 def test_what_is_not_split_is_whole():
     tensor = nn.Parameter(torch.arange(3.0))
-    assert whole(tensor) is tensor
-    assert whole(7) == 7
-    assert split_like(tensor, tensor) is tensor
-    local(tensor).add_(1)
+    assert gathered(tensor) is tensor
+    assert gathered(7) == 7
+    assert sharded_like(tensor, tensor) is tensor
+    local_shard(tensor).add_(1)
     assert tensor.tolist() == [1, 2, 3]
