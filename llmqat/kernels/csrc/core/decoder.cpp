@@ -82,13 +82,13 @@ struct Pass {
             const int64_t group = d.heads / d.kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
             return parallel_for(d.kv_heads * parts, [&](int64_t i) {
                 int64_t head = i / parts * group + i % parts * ATTEND_HEADS, end = (i / parts + 1) * group;
-                steps.attend_one(a, head, std::min(ATTEND_HEADS, end - head));
+                steps.attend_decode(a, head, std::min(ATTEND_HEADS, end - head));
             });
         }
-        int64_t blocks = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
-        // The last blocks see the most keys: start with them, so that the threads end together.
-        parallel_for(blocks * d.kv_heads, [&](int64_t i) {
-            steps.attend_block(a, i % d.kv_heads, (blocks - 1 - i / d.kv_heads) * ATTEND_QUERIES);
+        const int64_t tiles = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
+        // The last queries see the most keys: start with them, so that the threads end together.
+        parallel_for(tiles * d.kv_heads, [&](int64_t i) {
+            steps.attend_prefill(a, i % d.kv_heads, (tiles - 1 - i / d.kv_heads) * ATTEND_QUERIES);
         });
     }
 
@@ -134,14 +134,14 @@ void embed(const llmqat_greedy& g, int64_t token) {
     std::memcpy(g.hidden, static_cast<const char*>(g.embedding_rows) + token * bytes, size_t(bytes));
 }
 
-// The tables from `position` on.
+// The rotary tables from `position` on.
 const llmqat_rotary* rotary_at(const llmqat_greedy& g, int64_t position) {
     thread_local Scratch scratch;
     llmqat_rotary* tables = scratch.get<llmqat_rotary>(size_t(g.rotary_tables));
     for (int64_t i = 0; i < g.rotary_tables; ++i) {
-        const llmqat_rotary& whole = g.rotary[i];
-        const int64_t bytes = position * whole.dim * width(g.decoder->dtype);
-        tables[i] = {static_cast<const char*>(whole.cosine) + bytes, static_cast<const char*>(whole.sine) + bytes, whole.dim};
+        const llmqat_rotary& all = g.rotary[i];
+        const int64_t bytes = position * all.dim * width(g.decoder->dtype);
+        tables[i] = {static_cast<const char*>(all.cosine) + bytes, static_cast<const char*>(all.sine) + bytes, all.dim};
     }
     return tables;
 }

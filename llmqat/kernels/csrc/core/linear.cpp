@@ -106,7 +106,7 @@ private:
 };
 
 // How the rows of layers that share an input become tasks: as many equal shares as threads, each of the same rows of every
-// layer. A share is cut into blocks, and these into slices of their runs: a thread reads on where its last slice ended, and
+// layer. A share is cut into panels, and these into slices of their runs: a thread reads on where its last slice ended, and
 // the last slices are small enough for the threads to end together.
 class Tasks {
 public:
@@ -114,10 +114,10 @@ public:
         constexpr int64_t BYTES = 512 << 10;
         int64_t total = 0;
         for (int j = 0; j < count; ++j) total += jobs[j].w->out;
-        if (in.tiled) block_ = in.m >= 128 && total >= 128 * 4 * threads() ? 128 : 32;
-        else block_ = round_up(std::max<int64_t>(BYTES / std::max<int64_t>(jobs[0].w->row_bytes, 1), 1), RUNS * SLICES);
+        if (in.tiled) panel_ = in.m >= 128 && total >= 128 * 4 * threads() ? 128 : 32;
+        else panel_ = round_up(std::max<int64_t>(BYTES / std::max<int64_t>(jobs[0].w->row_bytes, 1), 1), RUNS * SLICES);
         slices_ = in.tiled ? 1 : SLICES;
-        for (int j = 0; j < count; ++j) first_[j + 1] = first_[j] + (share_rows(j) + block_ - 1) / block_ * slices_;
+        for (int j = 0; j < count; ++j) first_[j + 1] = first_[j] + (share_rows(j) + panel_ - 1) / panel_ * slices_;
     }
 
     int64_t count() const { return shares_ * first_[count_]; }
@@ -127,9 +127,9 @@ public:
         const int64_t share = task / first_[count_], i = task % first_[count_];
         int j = 0;
         while (i >= first_[j + 1]) ++j;
-        const int64_t block = (i - first_[j]) / slices_, slice = (i - first_[j]) % slices_, rows = share_rows(j);
-        const int64_t out = std::min((share + 1) * rows, jobs_[j].w->out), begin = share * rows + block * block_;
-        const int64_t end = std::min(begin + block_, out), length = Runs::length(end - begin);
+        const int64_t panel = (i - first_[j]) / slices_, slice = (i - first_[j]) % slices_, rows = share_rows(j);
+        const int64_t out = std::min((share + 1) * rows, jobs_[j].w->out), begin = share * rows + panel * panel_;
+        const int64_t end = std::min(begin + panel_, out), length = Runs::length(end - begin);
         if (begin < end) use(jobs_[j], Runs{begin, end, length * slice / slices_, length * (slice + 1) / slices_});
     }
 
@@ -137,7 +137,7 @@ private:
     static constexpr int MAX_JOBS = 8, SLICES = 2;
     const Job* jobs_;
     int count_;
-    int64_t shares_, block_, slices_, first_[MAX_JOBS + 1] = {};
+    int64_t shares_, panel_, slices_, first_[MAX_JOBS + 1] = {};
 
     int64_t share_rows(int job) const { return (jobs_[job].w->out + shares_ - 1) / shares_; }
 };

@@ -11,7 +11,7 @@ struct Job {
 };
 
 // Several layers that read one input (q, k, v; gate, up): activations are prepared once, and one parallel region runs
-// all rows; layers of another scheme get a turn of their own. x is (m, in), contiguous in dtype.
+// all rows; a layer of another scheme gets a region of its own. x is (m, in), contiguous in dtype.
 void linear(const Job* jobs, int count, const void* x, int64_t m, int32_t dtype);
 
 }  // namespace llmqat

@@ -52,7 +52,7 @@ private:
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 constexpr int64_t K_PAD = 128;     // inputs are zero beyond `in`, up to a multiple of this
-constexpr int64_t TILE_ROWS = 16;  // inputs of the tiled kernels come in blocks of this many tokens
+constexpr int64_t TILE_ROWS = 16;  // tokens of a tile: inputs of the tiled kernels are padded to a multiple
 
 // Activations in float32, (m, k_pad): for Path::FLOAT, and for Path::BFLOAT without tiles. The order within 128 is the
 // variant's, as in all forms without tiles.
@@ -168,7 +168,7 @@ inline void by_tokens(int64_t first, int64_t count, Use&& use) {
     if (first < count) use(std::integral_constant<int, 1>(), first);
 }
 
-// Units are what the kernels step over scales by: a group where its size suits, else 16 weights.
+// The scales of a row as the kernels read them, an entry for each unit: a group where its size suits, else 16 weights.
 struct RowScales {
     int64_t unit;    // weights per entry
     int64_t stride;  // from an entry to the next

@@ -58,8 +58,8 @@ struct Steps {
     void (*rope)(const Rope&);
     // Put the vector of one head and token, `count` values, at `row` of all.
     void (*cache)(const void* from, int64_t start, int64_t count, int32_t dtype, const Cached&, int64_t row);
-    void (*attend_one)(const Attention&, int64_t head, int64_t count);  // heads of one group, m == 1
-    void (*attend_block)(const Attention&, int64_t kv_head, int64_t first);
+    void (*attend_decode)(const Attention&, int64_t head, int64_t count);  // heads of one group, m == 1
+    void (*attend_prefill)(const Attention&, int64_t kv_head, int64_t first);  // ATTEND_QUERIES tokens from `first` on
     // The largest of `count` values; NaN if one of them is.
     float (*largest)(const void* x, int64_t start, int64_t count, int32_t dtype);
 };

@@ -61,7 +61,7 @@ void tile_lines(const TileJob& b, int64_t deep, uint8_t* tiles) {
                   [&](int r, __m512i row) { _mm512_store_si512(tiles + 64 * r, row); });
 }
 
-// What meets at a time: tokens [m0, m1), columns [k0, k1) and rows [n, n + 32).
+// What is multiplied at a time: tokens [m0, m1) by rows [n, n + 32), over columns [k0, k1).
 struct Part {
     int64_t m0, m1, k0, k1, n;
     const uint8_t* weights;  // the tiles of 16 rows, `deep` of them, then those of the others
@@ -71,7 +71,7 @@ struct Part {
     int64_t quarter(int64_t size) const { return n / 32 % 4 * size / 4; }
 };
 
-// Both paths walk the same way: decode K_DEPTH columns, then every `tokens` tokens meet every pair of row tiles.
+// The loops of both paths: decode K_DEPTH columns, then multiply every `tokens` tokens by every pair of row tiles.
 template <class Decode, class Multiply>
 void walk(const TileJob& b, int width, int64_t tokens, Decode&& decode, Multiply&& multiply) {
     const int64_t m_pad = b.in.m_pad, k_pad = b.in.k_pad;
@@ -137,7 +137,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs)
 const Variant* amx_variant() {
     static const Steps STEPS = [] {
         Steps steps = *avx512_variant()->steps;
-        steps.attend_block = attend_tiles;
+        steps.attend_prefill = attend_tiles;
         return steps;
     }();
     static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .bfloat = true,

@@ -126,7 +126,7 @@ inline __m512i weights_int8(__m256i codes, float scale_a, float shift_a, float s
                                         half(_mm256_castsi256_si128(codes), scale_a, shift_a));
 }
 
-// The step of `RowScales` that the bfloat16 kernels need: whole groups if 32 divides them, else 16 weights.
+// The unit of `RowScales` that the bfloat16 kernels need: whole groups if 32 divides them, else 16 weights.
 inline int64_t bfloat_unit(const Matrix& w) {
     int64_t group = group_size(w);
     return w.groups == 1 || group % 32 == 0 ? group : 16;
