@@ -214,7 +214,7 @@ def smooth_model(
 
 
 def smoothing_summary(results: Mapping[str, Smoothed]) -> str:
-    """What smoothing did, in a few lines: alpha by kind of site, blocks in order, and the output errors."""
+    """The result of smoothing in a few lines: alpha by kind of site, blocks in order, and output errors."""
     change = max((done.change for done in results.values()), default=0.0)
     smoothed = sum(done.alpha is not None for done in results.values())
     lines = [

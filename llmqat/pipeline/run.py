@@ -207,8 +207,9 @@ class Run:
                 "--output"
             )
         check_same_step(self.state["result"], self.recipe)
-        rows = ["float", "rtn"] + (["gptq"] if self.recipe.init.method == "gptq" else [])
-        check_measured(self.scores, rows + (["float_finetuned"] if self.recipe.eval.control else []), self.checkpoint)
+        variants = ["float", "rtn"] + (["gptq"] if self.recipe.init.method == "gptq" else [])
+        variants += ["float_finetuned"] if self.recipe.eval.control else []
+        check_measured(self.scores, variants, self.checkpoint)
 
     @property
     def steps_done(self) -> int | None:
@@ -346,11 +347,11 @@ class Run:
         del packed
         config = self.recipe.eval
         if config.repeats:
-            for row, load in (
+            for variant, load in (
                 ("float", partial(load_float, self.recipe.model)),
                 ("packed", partial(load_packed, self.directory)),
             ):
-                self.measured.throughput[row] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
+                self.measured.throughput[variant] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
 
     def write_report(self) -> None:
         """Report and model card."""
@@ -370,10 +371,10 @@ class Run:
 
     # -- measurements ---------------------------------------------------------------------------------------------
 
-    def measure(self, row: str, evaluation: Callable[[], Perplexity]) -> None:
-        """Fill in a row of the scoreboard, unless the interrupted run has it."""
-        if row not in self.scores:
-            self.scores[row] = evaluation()
+    def measure(self, variant: str, evaluation: Callable[[], Perplexity]) -> None:
+        """Score a variant of the model, unless the interrupted run did."""
+        if variant not in self.scores:
+            self.scores[variant] = evaluation()
             if is_first():
                 write_measurements(self.checkpoint, self.record.key, self.scores, self.layer_errors)
 

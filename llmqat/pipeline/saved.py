@@ -134,7 +134,7 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_measurements(checkpoint: Path, run: str) -> tuple[dict[str, Perplexity], dict[str, Any]]:
-    """Scores by row of the scoreboard and GPTQ's layer errors, as `write_measurements` left them; empty if it did not.
+    """Scores by variant of the model and GPTQ's layer errors, as `write_measurements` left them; empty if it did not.
 
     Raises:
         LlmqatError: if they are damaged, or of another run than that with key `run`.
@@ -146,26 +146,26 @@ def read_measurements(checkpoint: Path, run: str) -> tuple[dict[str, Perplexity]
     if saved.get("run") != run:
         raise LlmqatError(f"{path} holds measurements of other inputs than those of this run; {REMEDY}")
     scores = {}
-    for row, values in saved["perplexity"].items():
+    for variant, values in saved["perplexity"].items():
         targets = values.pop("targets")
-        scores[row] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
+        scores[variant] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
     return scores, {layer: tuple(errors) for layer, errors in saved["errors"].items()}
 
 
 def write_measurements(checkpoint: Path, run: str, scores: dict[str, Perplexity], errors: dict[str, Any]) -> None:
     """Remember what was measured, to the bit, for a resume of the run with key `run`."""
-    perplexity = {row: {**asdict(p), "losses": p.losses.tolist()} for row, p in scores.items()}
+    perplexity = {variant: {**asdict(p), "losses": p.losses.tolist()} for variant, p in scores.items()}
     with replacing(checkpoint) as scratch:
         (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": perplexity, "errors": errors}))
 
 
-def check_measured(scores: dict[str, Perplexity], rows: list[str], checkpoint: Path) -> None:
-    """A trained state tells nothing of the model before training: its `rows` must have been measured.
+def check_measured(scores: dict[str, Perplexity], variants: list[str], checkpoint: Path) -> None:
+    """A trained state tells nothing of the model before training: its `variants` must have been measured.
 
     Raises:
         LlmqatError: if one is missing.
     """
-    missing = [row for row in rows if row not in scores]
+    missing = [variant for variant in variants if variant not in scores]
     if missing:
         raise LlmqatError(
             f"{checkpoint / MEASURED} lacks the row {missing[0]}, which cannot be measured after training; {REMEDY}"

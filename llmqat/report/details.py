@@ -75,7 +75,7 @@ def layer_histograms(weight: Tensor | None, codes: Tensor, w_hat: Tensor, scheme
 
 @torch.no_grad()
 def layers(measured: Measured, packed: Mapping[str, PackedLinear], float_model: nn.Module) -> list[dict[str, Any]]:
-    """Every quantized layer in model order: output errors by row of the scoreboard, share of codes that training
+    """Every quantized layer in model order: output errors by variant of the model, share of codes that training
     changed, and of at most `HISTOGRAMS` of them, evenly picked, the histograms.
 
     Args:
@@ -85,14 +85,14 @@ def layers(measured: Measured, packed: Mapping[str, PackedLinear], float_model: 
     """
     originals = dict(transformers_model(float_model).named_modules())
     changed = measured.training.layers_changed if measured.training else {}
-    rows = {row: result.layer_errors for row, result in measured.perplexity.items() if result.layer_errors}
+    layer_errors = {name: result.layer_errors for name, result in measured.perplexity.items() if result.layer_errors}
     found = []
     for index, (name, layer) in enumerate(packed.items()):
         details = {
             "name": name,
             "shape": [layer.out_features, layer.in_features],
             "scheme": str(layer.scheme),
-            "errors": {row: errors[name] for row, errors in rows.items() if name in errors},
+            "errors": {variant: errors[name] for variant, errors in layer_errors.items() if name in errors},
             "codes_changed": changed.get(name),
         }
         if index % -(-len(packed) // HISTOGRAMS) == 0:

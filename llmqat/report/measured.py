@@ -12,7 +12,7 @@ from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.report.names import public_name, public_recipe
-from llmqat.report.scoreboard import SCORED
+from llmqat.report.scoreboard import VARIANTS
 from llmqat.train.loop import TrainResult
 from llmqat.version import __version__
 
@@ -22,7 +22,7 @@ class Measured:
     """Everything a run measured; what it did not stays None.
 
     Attributes:
-        perplexity: result by row of the scoreboard.
+        perplexity: result by variant of the model, see `llmqat.report.scoreboard`.
         tokens: training, calibration and evaluation tokens used.
         size: bytes of the quantized layers, float (in the storage dtype) and packed, and bits per weight of them.
         kernel: implementation that ran the packed layers.
@@ -40,14 +40,14 @@ class Measured:
     peak_memory_bytes: int | None = None
     verification: Verification | None = None
 
-    def ppl(self, row: str) -> float | None:
-        """Perplexity of a row, or None."""
-        return self.perplexity[row].perplexity if row in self.perplexity else None
+    def ppl(self, variant: str) -> float | None:
+        """Perplexity of a variant of the model; None if it was not measured."""
+        return self.perplexity[variant].perplexity if variant in self.perplexity else None
 
     def best_ptq(self) -> str | None:
-        """The better of round-to-nearest and GPTQ."""
-        rows = [row for row in ("rtn", "gptq") if row in self.perplexity]
-        return min(rows, key=lambda row: self.perplexity[row].perplexity) if rows else None
+        """The better of round-to-nearest and GPTQ; None if neither was measured."""
+        variants = [variant for variant in ("rtn", "gptq") if variant in self.perplexity]
+        return min(variants, key=lambda variant: self.perplexity[variant].perplexity) if variants else None
 
     def gap(self) -> float | None:
         """Perplexity that the best PTQ costs, relative to float."""
@@ -78,10 +78,10 @@ class Measured:
                 "eval": self.data.tokens,
                 "eval_sha256": self.data.sha256,
             },
-            "perplexity": {row: self.ppl(row) for row in SCORED},
+            "perplexity": {variant: self.ppl(variant) for variant in VARIANTS},
             "gap_recovered": self.gap_recovered(),
-            "kl_to_float": {row: self._of(row, "kl_to_float") for row in SCORED[1:]},
-            "top1_agreement": {row: self._of(row, "top1_agreement") for row in SCORED[1:]},
+            "kl_to_float": {variant: self._of(variant, "kl_to_float") for variant in VARIANTS[1:]},
+            "top1_agreement": {variant: self._of(variant, "top1_agreement") for variant in VARIANTS[1:]},
             "coverage": {
                 "parameters_quantized": self.coverage.parameters_quantized,
                 "skipped": [{"layer": layer.name, "reason": layer.reason} for layer in self.coverage.skipped],
@@ -108,11 +108,11 @@ class Measured:
             },
         }
 
-    def _of(self, row: str, name: str) -> float | None:
-        return getattr(self.perplexity[row], name) if row in self.perplexity else None
+    def _of(self, variant: str, name: str) -> float | None:
+        return getattr(self.perplexity[variant], name) if variant in self.perplexity else None
 
-    def _speed(self, row: str) -> dict[str, float | None]:
-        speed = self.throughput.get(row)
+    def _speed(self, variant: str) -> dict[str, float | None]:
+        speed = self.throughput.get(variant)
         return {
             "prefill_tok_s": speed.prefill_tok_s if speed else None,
             "decode_tok_s": speed.decode_tok_s if speed else None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmqat.config import LOSSES, MODES
 from llmqat.errors import LlmqatError
-from llmqat.report.scoreboard import LABELS, SCORED
+from llmqat.report.scoreboard import LABELS, VARIANTS
 
 # Raises a LlmqatError that opens with the second argument, the place of the value, if the first is wrong.
 Check = Callable[[Any, str], None]
@@ -174,10 +174,10 @@ REPORT = record(
         "tokens": record(
             {"train": optional(count), "calibration": optional(count), "eval": count, "eval_sha256": text}
         ),
-        "perplexity": record(dict.fromkeys(SCORED, optional(positive))),
+        "perplexity": record(dict.fromkeys(VARIANTS, optional(positive))),
         "gap_recovered": optional(number),
-        "kl_to_float": shares(SCORED[1:]),
-        "top1_agreement": shares(SCORED[1:]),
+        "kl_to_float": shares(VARIANTS[1:]),
+        "top1_agreement": shares(VARIANTS[1:]),
         "coverage": record({"parameters_quantized": number, "skipped": many(record({"layer": text, "reason": text}))}),
         "size": record({key: optional(number) for key in ("float_bytes", "packed_bytes", "bits_per_weight")}),
         "throughput": record(

@@ -8,6 +8,7 @@ from llmqat.metrics.perplexity import Perplexity
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Variants of the model, in the order of the scoreboard -> how it calls them.
 LABELS = {
     "float": "float",
     "float_finetuned": "float, fine-tuned",
@@ -16,22 +17,23 @@ LABELS = {
     "qat": "trained (fake-quant)",
     "packed": "packed file, kernel op",
 }
-SCORED = tuple(LABELS)
+VARIANTS = tuple(LABELS)
 
 
 def score_rows(results: Mapping[str, Perplexity]) -> list[tuple[str, str, str, str, str]]:
     """Rows of the scoreboard: name, perplexity, change against float, KL to float, top-1 agreement.
 
     Args:
-        results: by row. Those of `SCORED` come first, in that order; others follow under their own names.
+        results: by variant of the model. `VARIANTS` come first, in that order; others follow under their own names.
     """
     base, rows = results.get("float"), []
-    for row in [*(row for row in SCORED if row in results), *(row for row in results if row not in SCORED)]:
-        result = results[row]
-        change = "" if base is None or row == "float" else f"{result.perplexity / base.perplexity - 1:+.2%}"
+    others = [variant for variant in results if variant not in VARIANTS]
+    for variant in [*(variant for variant in VARIANTS if variant in results), *others]:
+        result = results[variant]
+        change = "" if base is None or variant == "float" else f"{result.perplexity / base.perplexity - 1:+.2%}"
         kl = "" if result.kl_to_float is None else f"{result.kl_to_float:.5f}"
         top1 = "" if result.top1_agreement is None else f"{result.top1_agreement:.2%}"
-        rows.append((LABELS.get(row, row), f"{result.perplexity:.4f}", change, kl, top1))
+        rows.append((LABELS.get(variant, variant), f"{result.perplexity:.4f}", change, kl, top1))
     return rows
 
 
@@ -39,7 +41,7 @@ def scoreboard(results: Mapping[str, Perplexity], title: str | None = None) -> "
     """The scoreboard as a rich table: a notebook shows it as it is, a terminal by ``rich.print``.
 
     Args:
-        results: what `llmqat.evaluate` gave, by row: float, rtn, gptq, qat, packed, or names of your own.
+        results: what `llmqat.evaluate` gave, by variant of the model: float, rtn, gptq, qat, packed, or other names.
         title: above the table.
 
     Returns:

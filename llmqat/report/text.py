@@ -45,11 +45,11 @@ def _size_lines(measured: Measured) -> list[str]:
 
 def _speed_lines(measured: Measured) -> list[str]:
     lines = []
-    for row, speed in measured.throughput.items():
-        kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if row == "packed" else ""
+    for variant, speed in measured.throughput.items():
+        kernel = f", {speed.weight_gb_s:.2f} GB/s of weights, kernel {measured.kernel}" if variant == "packed" else ""
         kernel += f"; {speed.paths.summary()}" if speed.paths else ""
         lines.append(
-            f"{LABELS[row]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
+            f"{LABELS[variant]}: prefill {speed.spread(speed.prefill)} tok/s of {speed.prompt}, decode "
             f"{speed.spread(speed.decode)} tok/s of {speed.new_tokens}{kernel}"
         )
     return lines

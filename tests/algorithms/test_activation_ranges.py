@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from llmqat.algorithms.activation_ranges import follow_activations, observe_activations, static_layers
+from llmqat.algorithms.smoothquant import observe_readers
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme

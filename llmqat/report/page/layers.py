@@ -6,7 +6,7 @@ from statistics import fmean
 from llmqat.report.page.charts import HEIGHT, WIDTH, Series, legend, line_chart, percent
 from llmqat.report.page.markup import Html, Values, element, formatted, section, table, table_row
 
-# Rows of the scoreboard with an error per layer, and what they are called where room is short.
+# Variants of the model with an error per layer -> what they are called where room is short.
 COMPARED = {"rtn": "round to nearest", "gptq": "GPTQ", "qat": "trained"}
 
 
@@ -20,19 +20,19 @@ def kind_and_depth(name: str) -> tuple[str, int]:
     return ".".join(below) or parts[0], int(parts[numbers[0]])
 
 
-def by_block(members: Sequence[Values], row: str) -> list[tuple[float, float]]:
-    """Error of a kind of layer under `row` by block; the mean where a block has several."""
+def by_block(members: Sequence[Values], variant: str) -> list[tuple[float, float]]:
+    """Errors of a kind of layer in one variant of the model, by block; the mean where a block has several."""
     found: dict[int, list[float]] = {}
     for member in members:
-        if row in member["errors"]:
-            found.setdefault(kind_and_depth(member["name"])[1], []).append(member["errors"][row])
+        if variant in member["errors"]:
+            found.setdefault(kind_and_depth(member["name"])[1], []).append(member["errors"][variant])
     return [(block, fmean(errors)) for block, errors in sorted(found.items())]
 
 
 def layer_errors(report: Values, details: Values) -> Html:
     """Error of each layer's output before and after training, a small chart for each kind of layer."""
     layers = [layer for layer in details.get("layers", []) if layer["errors"]]
-    rows = [row for row in COMPARED if any(row in layer["errors"] for layer in layers)]
+    variants = [variant for variant in COMPARED if any(variant in layer["errors"] for layer in layers)]
     if not layers:
         return Html()
     kinds: dict[str, list[Values]] = {}
@@ -40,7 +40,7 @@ def layer_errors(report: Values, details: Values) -> Html:
         kinds.setdefault(kind_and_depth(layer["name"])[0], []).append(layer)
     figures = []
     for kind, members in kinds.items():
-        series = [Series(COMPARED[row], row, by_block(members, row)) for row in rows]
+        series = [Series(COMPARED[variant], variant, by_block(members, variant)) for variant in variants]
         chart = line_chart(series, f"Output error of {kind} by block", "block", percent, from_zero=True)
         figures.append(element("figure", element("h3", kind), chart))
     note = (
@@ -49,23 +49,23 @@ def layer_errors(report: Values, details: Values) -> Html:
     )
     body = element(
         "div",
-        legend([(COMPARED[row], row) for row in rows]),
+        legend([(COMPARED[variant], variant) for variant in variants]),
         element("div", *figures, class_="charts"),
-        _error_table(layers, rows),
+        _error_table(layers, variants),
     )
     return section("Error by layer", note, body)
 
 
-def _error_table(layers: Sequence[Values], rows: Sequence[str]) -> Html:
+def _error_table(layers: Sequence[Values], variants: Sequence[str]) -> Html:
     lines = [
         table_row(
             layer["name"],
-            *(formatted(layer["errors"].get(row), "{:.3%}") for row in rows),
+            *(formatted(layer["errors"].get(variant), "{:.3%}") for variant in variants),
             formatted(layer["codes_changed"], "{:.2%}"),
         )
         for layer in layers
     ]
-    head = ("layer", *(COMPARED[row] for row in rows), "codes changed")
+    head = ("layer", *(COMPARED[variant] for variant in variants), "codes changed")
     return element("details", element("summary", f"All {len(layers)} layers as a table"), table(head, lines))
 
 

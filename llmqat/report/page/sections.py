@@ -16,7 +16,7 @@ from llmqat.report.page.markup import (
     table,
     table_row,
 )
-from llmqat.report.scoreboard import LABELS, SCORED
+from llmqat.report.scoreboard import LABELS, VARIANTS
 
 TRAINED = {"full": "all weights", "lora": "LoRA inside the quantizer", "scales": "scales and norms"}
 MACHINE = {"cpu": "processor", "gpu": "GPU", "cores": "cores", "threads": "threads", "python": "Python"}
@@ -59,21 +59,21 @@ def score_table(report: Values, details: Values) -> Html:
     """Float, the baselines, what was trained and what ships, on the same tokens."""
     perplexity, kl, top1 = report["perplexity"], report["kl_to_float"], report["top1_agreement"]
     base = perplexity["float"]
-    scored = [row for row in SCORED if perplexity.get(row) is not None]
-    worst = max((kl[row] for row in scored if kl.get(row) is not None), default=0.0)
+    scored = [variant for variant in VARIANTS if perplexity.get(variant) is not None]
+    worst = max((kl[variant] for variant in scored if kl.get(variant) is not None), default=0.0)
     lines = []
-    for row in scored:
-        divergence = kl.get(row)
-        bar = meter(divergence / worst, row) if divergence is not None and worst > 0 else None
+    for variant in scored:
+        divergence = kl.get(variant)
+        bar = meter(divergence / worst, variant) if divergence is not None and worst > 0 else None
         lines.append(
             table_row(
-                LABELS[row],
-                f"{perplexity[row]:.4f}",
-                None if base is None or row == "float" else f"{perplexity[row] / base - 1:+.2%}",
+                LABELS[variant],
+                f"{perplexity[variant]:.4f}",
+                None if base is None or variant == "float" else f"{perplexity[variant] / base - 1:+.2%}",
                 formatted(divergence, "{:.5f}"),
                 element("td", bar, class_="bar"),
-                formatted(top1.get(row), "{:.2%}"),
-                class_=row,
+                formatted(top1.get(variant), "{:.2%}"),
+                class_=variant,
             )
         )
     measured_on = details.get("measured_on", f"{report['tokens']['eval']:,} test tokens")
