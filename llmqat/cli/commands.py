@@ -196,7 +196,8 @@ def run_generate(args: argparse.Namespace) -> None:
     from llmqat.nn.context import check_sequence
 
     check_sampling(args)
-    model, tokenizer = load_any(args.model, None, args.activations)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    model, tokenizer = load_any(args.model, dtype, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
     encoded = tokenizer(text, add_special_tokens=not args.chat)
     ids = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)

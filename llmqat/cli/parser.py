@@ -60,6 +60,8 @@ Continue a text with a float or packed model.
 
   llmqat generate runs/llmqat --prompt 'def read_lines(path):'
   llmqat generate runs/chat --chat --prompt 'How do I make crepes?'
+  llmqat generate runs/llmqat --prompt 'import os' --dtype float32
+      logits that are rounded to bfloat16 are often equal, and the kernels then decide; in float32 they do not
 """
 INSPECT = """\
 The dry run: every linear layer, quantized or not and why, predicted size and memory. Takes the options of finetune.
@@ -77,6 +79,8 @@ List the bundled recipes, or print one: YAML for --recipe, or a script to save a
   llmqat recipes bert_classification > bert_classification.py
 """
 
+# What a model computes in: auto is the dtype of its file.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EVAL_DATA_FIELDS = ("dataset", "text_field", "rows", "streaming", "max_rows")
 # What `llmqat eval` leaves to the dataset -> the choice.
 EVAL_OPEN = {
@@ -146,6 +150,7 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
+    sub.add_argument("--dtype", choices=DTYPES, default="auto", help="to compute in; auto: as stored (default)")
     add_activations_flag(sub)
 
     sub = command("recipes", RECIPES)

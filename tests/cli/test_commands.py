@@ -5,13 +5,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from llmqat import __version__
 from llmqat.cli import commands
 from llmqat.cli.commands import COMMANDS
 from llmqat.cli.recipes import bundled_recipes, bundled_scripts, find_recipe
 from llmqat.config import Recipe
-from llmqat.kernels.native import kernel_name
+from llmqat.kernels import native
 from llmqat.report.plan import inspect
 
 
@@ -142,6 +143,31 @@ def test_generate(finished, model_dir, capsys, call):
     assert len(outputs) > 1
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_generate_computes_in_the_dtype_asked_for(dtype, finished, model_dir, call, monkeypatch):
+    seen, plain = [], LlamaForCausalLM.generate
+
+    def generate(self, *args, **options):
+        seen.append(self.dtype)
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    for model in (finished, model_dir):
+        assert call(["generate", model, "--prompt", "def x", "--max-new-tokens", "2", "--dtype", dtype]) == 0
+    assert seen == [torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)] * 2
+
+
+def test_generate_in_float32_is_that_of_the_reference(finished, call, capsys, monkeypatch):
+    texts = []
+    for kernels in ("", "reference"):
+        monkeypatch.setenv("LLMQAT_KERNELS", kernels)
+        native.library.cache_clear()
+        assert call(["generate", finished, "--prompt", "def x", "--max-new-tokens", "50", "--dtype", "float32"]) == 0
+        texts.append(capsys.readouterr().out)
+    native.library.cache_clear()
+    assert texts[0] == texts[1]
+
+
 def test_inspect(model_dir, finished, capsys, call):
     assert call(["inspect", "--model", model_dir, "--override", "down_proj$:float", "--train", "lora"]) == 0
     text = capsys.readouterr().out
@@ -198,5 +224,5 @@ def test_every_command_has_a_function():
 def test_inspect_machine(capsys, call):
     assert call(["inspect", "--machine"]) == 0
     lines = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["kernels"].startswith(kernel_name())
+    assert lines["kernels"].startswith(native.kernel_name())
     assert lines["torch"] == torch.__version__
