@@ -15,12 +15,11 @@ from llmqat.errors import LlmqatError
 
 def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
     """`llmqat finetune`."""
-    from llmqat.pipeline.run import RECIPE, run
+    from llmqat.pipeline.output import saved_recipe
+    from llmqat.pipeline.run import run
 
-    saved = Path(args.parsed_recipe.output) / RECIPE
-    if args.resume and not args.recipe and saved.exists():
-        args.recipe = str(saved)
-        args.parsed_recipe = recipe_from(args)
+    if args.resume and not args.recipe:
+        args.parsed_recipe = recipe_from(args, saved_recipe(Path(args.parsed_recipe.output)))
     run(args.parsed_recipe, train=train, resume=args.resume, overwrite=args.overwrite)
 
 

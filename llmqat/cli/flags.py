@@ -144,13 +144,13 @@ def check_fields(cls: type, values: Mapping[str, Any]) -> None:
             check_value(hints[f.name], values[f.name], f.metadata["flag"], f.metadata)
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe of the file, if one was named, with the flags over it.
+def recipe_from(args: argparse.Namespace, saved: Recipe | None = None) -> Recipe:
+    """The recipe of the file, if one was named, else that of a run that goes on, with the flags over it.
 
     Raises:
         LlmqatError: if the file or a value is wrong.
     """
-    recipe = from_yaml(find_recipe(args.recipe)) if args.recipe else Recipe()
+    recipe = from_yaml(find_recipe(args.recipe)) if args.recipe else saved or Recipe()
     known = [f"{section}." for section in SECTIONS]
     names = {f.name for f in fields(Recipe)}
     values = {k: v for k, v in vars(args).items() if k in names or any(k.startswith(s) for s in known)}

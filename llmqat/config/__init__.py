@@ -1,6 +1,7 @@
 """Recipes: every choice of a run, as dataclasses read from YAML, from flags, or from Python.
 
-A recipe file holds differences from the defaults; the resolved recipe is written beside the weights.
+A recipe file holds differences from the defaults; the resolved recipe is written beside the weights, without the
+folders of the machine.
 """
 
 from llmqat.config.files import from_yaml, to_yaml

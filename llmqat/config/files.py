@@ -4,7 +4,6 @@ What YAML offers beyond plain keys and values is refused, or reads as text: date
 stand for what they name, as long as the recipe written out stays small.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +143,3 @@ def _count(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tu
     if count > MOST_VALUES or height > MOST_DEPTH + 1:
         raise yaml.YAMLError(f"aliases make it larger than {MOST_VALUES} values, {node.start_mark}")
     return count, height
-
-
-def is_resolved(path: Path) -> bool:
-    """Whether a file is a recipe that a run wrote: complete, not a file of differences."""
-    try:
-        from_yaml(path)
-        values = _plain_values(_read(path))
-    except LlmqatError:
-        return False
-    return isinstance(values, dict) and {field.name for field in fields(Recipe)} <= set(values)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from llmqat import config as config_module
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_block
-from llmqat.config import Recipe
+from llmqat.config import Recipe, to_yaml
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
@@ -30,6 +29,7 @@ from llmqat.pipeline.inputs import calibrates, calibration, fit_context
 from llmqat.pipeline.output import RECIPE, REPORT_FILES, claimed, forget_earlier
 from llmqat.processes import process_count
 from llmqat.progress import log, track
+from llmqat.report.names import public_recipe
 
 
 def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport:
@@ -75,8 +75,8 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
         hashes = Streaming(source, report, GptqSettings(recipe.init.damp), scratch).run(batches)
         stale += finish_model(source.model, scratch, directory, tokenizer, hashes)
-        (scratch / RECIPE).write_text(config_module.to_yaml(recipe))
-    forget_earlier(directory)
+        (scratch / RECIPE).write_text(to_yaml(public_recipe(recipe)))
+        forget_earlier(directory)
     log(report.summary())
     if report.errors:
         log(report.error_summary())

@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmqat.config.files import is_resolved
+from llmqat.config import Recipe, from_yaml
 from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, make_directory, replacing
 from llmqat.models.loading import resolve_name
+from llmqat.pipeline.saved import flattened, read_record
 from llmqat.processes import is_first
 from llmqat.train import checkpoint
+from llmqat.train.checkpoint import REMEDY
 
 RECIPE, REPORT, CHECKPOINT, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "adapter"
 GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
 # What a report of a run consists of: stale as soon as another model is in the directory.
-REPORT_FILES = (REPORT, "report.html", "details.json", "README.md")
+REPORT_FILES = (RECIPE, REPORT, "report.html", "details.json", "README.md")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 # Where a run writes, and so where a killed one may leave unfinished files.
 FOLDERS = ("", CHECKPOINT, f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", ADAPTER)
@@ -32,20 +34,42 @@ def check_output(directory: Path, resume: bool, overwrite: bool) -> None:
     except OSError as error:
         raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
     try:
-        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        begun = directory.is_dir() and holds_files(directory)
     except OSError as error:
         raise LlmqatError(f"cannot read {directory}: {error.strerror}; choose another --output") from error
-    if overwrite or all(name.startswith(PARTIAL) for name in names):
+    if overwrite or not begun:
         return
     if not resume:
         raise LlmqatError(
             f"output {directory} is not empty; choose another --output, go on with --resume, or add --overwrite"
         )
-    if not is_resolved(directory / RECIPE):
+    if read_record(directory / CHECKPOINT) is None:
         raise LlmqatError(
-            f"--resume: {directory} holds other files, and no run of llmqat (no {RECIPE} that a run wrote); choose "
-            "another --output, or start there with --overwrite"
+            f"--resume: {directory} holds other files, and nothing in {CHECKPOINT}/ to go on from; choose another "
+            f"--output, or {REMEDY}"
         )
+
+
+def holds_files(directory: Path) -> bool:
+    """Whether a directory holds more than what a process left that was killed before it had finished a file."""
+    names = [path.name for path in directory.iterdir() if not path.name.startswith(PARTIAL)]
+    below = directory / CHECKPOINT
+    return names != [] and not (names == [CHECKPOINT] and below.is_dir() and not holds_files(below))
+
+
+def saved_recipe(directory: Path) -> Recipe | None:
+    """The recipe of the run that was begun in an output directory, wherever that lies now; None where none was.
+
+    Raises:
+        LlmqatError: if it is damaged.
+    """
+    record = read_record(directory / CHECKPOINT)
+    if record is None:
+        return None
+    values = record["recipe"]
+    if "output" not in values:  # the version before kept all of it beside the model
+        values = flattened(from_yaml(directory / RECIPE).to_dict())
+    return Recipe().with_values({**values, "output": str(directory)})
 
 
 def check_apart(directory: Path, model: str) -> None:

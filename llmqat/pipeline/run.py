@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from llmqat import config as config_module
 from llmqat.algorithms.activation_ranges import observe_activations, static_layers
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
-from llmqat.config import Recipe, Resolved
+from llmqat.config import Recipe, Resolved, to_yaml
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats.contents import contents_of
@@ -52,7 +51,6 @@ from llmqat.pipeline.output import (
 from llmqat.pipeline.saved import (
     Record,
     check_measured,
-    check_same_recipe,
     check_same_step,
     read_measurements,
     write_measurements,
@@ -61,7 +59,7 @@ from llmqat.processes import is_first
 from llmqat.progress import log
 from llmqat.report import details
 from llmqat.report.measured import Measured, write_json
-from llmqat.report.names import public_name
+from llmqat.report.names import public_name, public_recipe
 from llmqat.report.page.render import write_page
 from llmqat.report.text import model_card, print_scoreboard
 from llmqat.train import checkpoint
@@ -168,17 +166,12 @@ class Run:
     def claim_directory(self) -> None:
         """Make the directory this run's: go on with what it has of this run, or forget what an earlier one left."""
         if is_first():
-            recipe_file = self.directory / RECIPE
-            if self.resume and recipe_file.exists():
-                check_same_recipe(recipe_file, self.recipe)
             begun = self.resume and self.record.check(self.checkpoint)
             if begun:  # refused before anything is touched
                 self.load_state()
-            elif self.resume:
-                log("nothing to resume: starting from the beginning")
-            with replacing(self.directory) as scratch:  # first: what is left of another run is not resumed with it
-                (scratch / RECIPE).write_text(config_module.to_yaml(self.recipe))
-            if not begun:
+            else:
+                if self.resume:
+                    log("nothing to resume: starting from the beginning")
                 forget_earlier(self.directory)
             self.record.write(self.checkpoint)
         wait_for_all_processes()
@@ -354,12 +347,13 @@ class Run:
                 self.measured.throughput[variant] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
 
     def write_report(self) -> None:
-        """Report and model card."""
+        """Report, model card, and the recipe to publish."""
         with replacing(self.directory) as scratch:
             write_json(self.measured, scratch / REPORT)
             found = details.collect(self.measured, self.contents.layers, self.reference.model)
             details.write(found, scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
+            (scratch / RECIPE).write_text(to_yaml(public_recipe(self.recipe)))
         page = write_page(self.directory)
         print_scoreboard(self.measured)
         log(f"look at it in a browser: {page}")

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from llmqat import config as config_module
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import read_sealed_json, replacing, sealed_json
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.processes import process_count
-from llmqat.train.checkpoint import OWN_FILES, REMEDY
+from llmqat.train.checkpoint import REMEDY
 
 FORMAT = 1
 INPUTS, MEASURED = "inputs.json", "measured.json"
@@ -32,15 +31,14 @@ class Record:
     """The inputs of a run: recipe, and hashes by name."""
 
     def __init__(self, recipe: Recipe, hashes: dict[str, str]) -> None:
-        values = flattened(recipe.to_dict())
-        self.recipe = {key: value for key, value in values.items() if key not in MAY_DIFFER}
-        self.hashes = hashes
+        self.recipe, self.hashes = flattened(recipe.to_dict()), hashes
 
     @property
     def key(self) -> str:
         """Names the run: equal for runs whose measurements are equal."""
+        recipe = {key: value for key, value in self.recipe.items() if key not in MAY_DIFFER}
         hashes = {name: value for name, value in self.hashes.items() if name not in TRAINING_ONLY}
-        return hashlib.sha256(json.dumps([self.recipe, hashes], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([recipe, hashes], sort_keys=True).encode()).hexdigest()
 
     def write(self, checkpoint: Path) -> None:
         """Keep the record for a resume."""
@@ -54,20 +52,9 @@ class Record:
         Raises:
             LlmqatError: naming the first difference; or if the record is damaged.
         """
-        saved = read_sealed_json(checkpoint / INPUTS, REMEDY)
+        saved = read_record(checkpoint)
         if saved is None:
-            left = [path.name for name in OWN_FILES for path in checkpoint.glob(name)]
-            if left:
-                raise LlmqatError(
-                    f"{checkpoint} holds {left[0]} and no {INPUTS}: it is incomplete, or of another version of llmqat; "
-                    f"{REMEDY}"
-                )
             return False
-        if saved.get("format") != FORMAT:
-            raise LlmqatError(
-                f"{checkpoint / INPUTS} has format {saved.get('format')}, and this llmqat reads {FORMAT}; go on with "
-                f"the version that wrote it, or {REMEDY}"
-            )
         check_same_values(saved["recipe"], self.recipe, checkpoint / INPUTS)
         for name, value in self.hashes.items():
             if saved["hashes"].get(name, value if name in TRAINING_ONLY else None) != value:
@@ -79,17 +66,24 @@ class Record:
         return True
 
 
-def check_same_recipe(path: Path, recipe: Recipe) -> None:
-    """A run is resumed with the recipe it was started with, but in any directory and any number of processes.
+def read_record(checkpoint: Path) -> dict[str, Any] | None:
+    """The recipe by dotted key, and the hashes, that `Record.write` kept; None where no run was begun.
 
     Raises:
-        LlmqatError: naming the first difference.
+        LlmqatError: if it is damaged, or of another version.
     """
-    check_same_values(flattened(config_module.from_yaml(path).to_dict()), flattened(recipe.to_dict()), path)
+    path = checkpoint / INPUTS
+    saved = read_sealed_json(path, REMEDY)
+    if saved is not None and saved.get("format") != FORMAT:
+        raise LlmqatError(
+            f"{path} has format {saved.get('format')}, and this llmqat reads {FORMAT}; go on with the version that "
+            f"wrote it, or {REMEDY}"
+        )
+    return saved
 
 
 def check_same_values(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
-    """Values of a recipe by dotted key must be those saved in `path`.
+    """Values of a recipe by dotted key must be those saved in `path`, but for `MAY_DIFFER`.
 
     Raises:
         LlmqatError: naming the first difference.

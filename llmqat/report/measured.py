@@ -70,7 +70,7 @@ class Measured:
             "format": 1,
             "llmqat": __version__,
             "model": public_name(self.recipe.model),
-            "recipe": public_recipe(self.recipe),
+            "recipe": public_recipe(self.recipe).to_dict(),
             "environment": environment(),
             "tokens": {
                 "train": self.tokens.get("train"),

@@ -1,8 +1,8 @@
 """Names as a report may publish them, and as Markdown shows them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from llmqat.config import Recipe
 
@@ -26,14 +26,11 @@ def public_name(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 
-def public_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe without the folders of the machine that ran it."""
-    values = recipe.to_dict()
-    for section, key in ((values, "model"), (values, "output"), (values["data"], "dataset")):
-        section[key] = public_name(section[key])
-    if recipe.data.calibration is not None:
-        values["data"]["calibration"] = public_name(recipe.data.calibration)
-    return values
+def public_recipe(recipe: Recipe) -> Recipe:
+    """A recipe without the folders of the machine that ran it."""
+    calibration = None if recipe.data.calibration is None else public_name(recipe.data.calibration)
+    data = replace(recipe.data, dataset=public_name(recipe.data.dataset), calibration=calibration)
+    return replace(recipe, model=public_name(recipe.model), output=public_name(recipe.output), data=data)
 
 
 def one_line(text: str) -> str:

@@ -144,7 +144,7 @@ Quantized by llmqat {__version__} from {name}; codes and scales in this director
 
 {lines}
 
-Machine: {machine}. All numbers, and the recipe, are in `report.json`.
+Machine: {machine}. All numbers are in `report.json`, the recipe is `recipe.yaml`.
 
 ```python
 import llmqat

@@ -17,8 +17,8 @@ from llmqat.files import replacing
 from llmqat.processes import is_first
 
 NAME = "checkpoint.pt"
-# What a run leaves in its checkpoint directory, curves of TensorBoard included.
-OWN_FILES = (NAME, "block-*.pt", "*.json", "llmqat/events.out.tfevents.*", "llmqat/hparams.yml")
+# What a run leaves in its checkpoint directory, curves of TensorBoard included; what says that it was begun goes first.
+OWN_FILES = ("*.json", NAME, "block-*.pt", "llmqat/events.out.tfevents.*", "llmqat/hparams.yml")
 MARK = b"llmqat sha256 "
 SEAL_LENGTH = len(MARK) + 64
 REMEDY = "start again with --overwrite"

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from llmqat.config import Recipe, from_yaml, to_yaml
-from llmqat.config.files import MOST_BYTES, is_resolved
+from llmqat.config import Recipe, from_yaml
+from llmqat.config.files import MOST_BYTES
 from llmqat.errors import LlmqatError
 
 BOMB = b"&a0 [x,x,x,x,x,x,x,x,x,x], " + b", ".join(
@@ -103,12 +103,3 @@ def test_the_old_name_of_the_length_is_accepted_for_a_version(tmp_path):
     assert (recipe.data.length, recipe.train.lr) == (64, 0.1)
     with pytest.warns(DeprecationWarning, match=r"train\.length is now data\.length"):
         assert Recipe().with_values({"train.length": 32}).data.length == 32
-
-
-def test_a_recipe_that_a_run_wrote(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    assert not is_resolved(path)
-    path.write_text("seed: 3\n")
-    assert not is_resolved(path)
-    path.write_text(to_yaml(Recipe()))
-    assert is_resolved(path)

@@ -176,5 +176,5 @@ def test_resume_before_anything_was_saved_starts(killer, undisturbed):
     run = killer("full")
     code, _ = run.run("--resume", die_at=2)
     assert code == -signal.SIGKILL
-    assert not (run.directory / "recipe.yaml").exists()
+    assert not (run.directory / "checkpoint" / "inputs.json").exists()
     assert run.finish() == undisturbed("full")[0]

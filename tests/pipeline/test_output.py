@@ -1,35 +1,63 @@
 """Whose an output directory is: a run that is refused touches nothing, and nothing foreign is ever deleted."""
 
 import os
-import re
 import shutil
 
 import pytest
 
 from llmqat.config import Recipe, to_yaml
 from llmqat.errors import LlmqatError
-from llmqat.pipeline.output import check_apart, check_output, claimed, forget_earlier
+from llmqat.files import sealed_json
+from llmqat.pipeline.output import check_apart, check_output, claimed, forget_earlier, saved_recipe
+from llmqat.pipeline.saved import INPUTS, MAY_DIFFER, Record
 
 
 def listing(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_only_a_run_is_resumed(tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "recipe.yaml", "checkpoint/checkpoint.pt", "checkpoint/mine"])
+def test_only_a_run_is_resumed(tmp_path, file):
+    """A recipe alone is what every finished run publishes."""
     check_output(tmp_path / "new", True, False)
+    (tmp_path / "checkpoint" / ".partial-x").mkdir(parents=True)
+    (tmp_path / "checkpoint" / ".partial-x" / "half").write_text("of a run that was killed before its first file")
     check_output(tmp_path, True, False)
-    (tmp_path / "model.safetensors").write_text("precious")
-    message = re.escape("holds other files, and no run of llmqat (no recipe.yaml that a run wrote); choose another")
-    for text in (None, "- 200 g flour", "quant: {bits: 3}\n", "", "model: [", "a: b"):
-        if text is not None:
-            (tmp_path / "recipe.yaml").write_text(text)
-        with pytest.raises(LlmqatError, match=message):
-            check_output(tmp_path, True, False)
-        check_output(tmp_path, True, True)
-    (tmp_path / "recipe.yaml").write_text(to_yaml(Recipe()))
+    check_output(tmp_path, False, False)
+    (tmp_path / file).write_text(to_yaml(Recipe()))
+    message = "holds other files, and nothing in checkpoint/ to go on from; choose another --output, or start again"
+    with pytest.raises(LlmqatError, match=message):
+        check_output(tmp_path, True, False)
+    check_output(tmp_path, True, True)
+    Record(Recipe(), {}).write(tmp_path / "checkpoint")
     check_output(tmp_path, True, False)
     with pytest.raises(LlmqatError, match="is not empty; choose another --output, go on with --resume, or add"):
         check_output(tmp_path, False, False)
+
+
+def test_a_run_goes_on_with_its_recipe_wherever_it_lies(tmp_path):
+    assert saved_recipe(tmp_path / "out") is None
+    overrides = {"o_proj$": {"bits": 8}, "down_proj$": "float"}
+    asked = Recipe().with_values({"model": "/my/model", "train.batch_size": 3, "quant.overrides": overrides})
+    Record(asked, {}).write(tmp_path / "out" / "checkpoint")
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert saved_recipe(tmp_path / "moved") == asked.with_values({"output": str(tmp_path / "moved")})
+
+
+def test_a_run_of_the_version_before_goes_on(tmp_path):
+    """Its record lacked what may differ, and its recipe lay beside the model."""
+    asked = Recipe().with_values({"model": "/my/model", "train.batch_size": 3, "output": str(tmp_path)})
+    record = Record(asked, {"test tokens": "a"})
+    before = {key: value for key, value in record.recipe.items() if key not in MAY_DIFFER}
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / INPUTS).write_text(
+        sealed_json({"format": 1, "recipe": before, "hashes": {"test tokens": "a"}})
+    )
+    with pytest.raises(LlmqatError, match=r"cannot read recipe .*recipe\.yaml: No such file"):
+        saved_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(asked))
+    assert saved_recipe(tmp_path) == asked
+    assert record.check(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(

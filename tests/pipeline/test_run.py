@@ -26,7 +26,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.pipeline import run as run_module
 from llmqat.pipeline.inputs import fit_context
-from llmqat.pipeline.output import check_output
+from llmqat.pipeline.output import check_output, saved_recipe
 from llmqat.pipeline.run import run
 from llmqat.report.names import public_recipe
 from llmqat.train.loop import Trainer
@@ -132,9 +132,12 @@ def test_finetune(go, model_dir, mode):
     ]
     assert min(speeds) > 0
     assert "native" in report["throughput"]["packed"]["path"]
-    saved = from_yaml(done.directory / "recipe.yaml")
-    assert public_recipe(saved) == report["recipe"]
-    assert (saved.quant.group_size, saved.train.mode) == (32, mode)
+    saved = saved_recipe(done.directory)
+    assert saved is not None
+    assert (saved.model, saved.quant.group_size, saved.train.mode) == (str(model_dir), 32, mode)
+    published = from_yaml(done.directory / "recipe.yaml")
+    assert published == public_recipe(saved)
+    assert published.to_dict() == report["recipe"]
     names = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "fingerprint.json", "checkpoint"}
     assert names <= {path.name for path in done.directory.iterdir()}
     assert (done.directory / "adapter" / "adapter_model.safetensors").exists() == (mode == "lora")
@@ -226,6 +229,15 @@ def test_resume_of_a_finished_run_repeats_its_numbers(go, finished, tmp_path):
     assert main(["finetune", "--output", str(directory), "--resume"]) == 0
     assert comparable(json.loads((directory / "report.json").read_text())) == comparable(report)
     assert (directory / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_published_run_is_not_resumed(finished, tmp_path, capsys):
+    """Its recipe names model and dataset by their last parts."""
+    directory = shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint"))
+    before = listing(directory)
+    assert main(["finetune", "--output", str(directory), "--resume"]) == 1
+    assert "nothing in checkpoint/ to go on from; choose another" in capsys.readouterr().err.splitlines()[-1]
+    assert listing(directory) == before
 
 
 def test_nothing_to_resume_starts_from_the_beginning(go, capsys):
@@ -442,6 +454,6 @@ def test_what_a_resume_reads_is_checked(finished, tmp_path, capsys, name):
         before = listing(directory)
         assert main(["finetune", "--output", str(directory), "--resume"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        assert "start again with --overwrite" in error
+        assert "start again with --overwrite" in error, error
         assert "unexpected" not in error
         assert listing(directory) == before

@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from llmqat.config import from_dict
+from llmqat.config import from_dict, from_yaml
 from llmqat.report.names import is_local, markdown, one_line, public_name, public_recipe
 from llmqat.report.scoreboard import scoreboard
 
@@ -37,11 +37,11 @@ def test_a_folder_that_exists_is_local(tmp_path, monkeypatch):
 
 def test_a_recipe_is_published_without_folders():
     data = {"dataset": "/home/ada/my.txt", "calibration": "/home/ada/other.txt"}
-    values = public_recipe(from_dict({"model": "/home/ada/m", "output": "/home/ada/out", "data": data}))
+    values = public_recipe(from_dict({"model": "/home/ada/m", "output": "/home/ada/out", "data": data})).to_dict()
     assert (values["model"], values["output"]) == ("m", "out")
     assert (values["data"]["dataset"], values["data"]["calibration"]) == ("my.txt", "other.txt")
     assert "home" not in str(values)
-    assert public_recipe(from_dict({}))["data"]["calibration"] is None
+    assert public_recipe(from_dict({})).data.calibration is None
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_rich_shows_marks_as_they_are():
 
 
 def test_what_a_run_publishes_names_no_folder(finished, model_dir, text_file):
-    """All that is shared of a run; `recipe.yaml` and `checkpoint/` are what `--resume` needs on this machine."""
-    shared = [path for path in finished.rglob("*") if path.is_file() and path.suffix in (".json", ".md", ".html")]
-    shared = [path for path in shared if "checkpoint" not in path.parts]
-    assert {"report.json", "report.html", "README.md", "adapter_config.json"} <= {path.name for path in shared}
+    """All but `checkpoint/`, which is what `--resume` needs on this machine."""
+    shared = [path for path in finished.rglob("*") if path.is_file() and "checkpoint" not in path.parts]
+    named = {"recipe.yaml", "report.json", "report.html", "README.md", "adapter_config.json", "model.safetensors"}
+    assert named <= {path.name for path in shared}
     for path in shared:
-        text = path.read_text(encoding="utf-8")
         for folder in (model_dir.parent, text_file.parent, finished.parent):
-            assert str(folder) not in text, path
+            assert str(folder).encode() not in path.read_bytes(), path
+    assert from_yaml(finished / "recipe.yaml").model == model_dir.name
