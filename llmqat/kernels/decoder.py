@@ -141,7 +141,7 @@ class NativeDecoder:
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
-        library.llmqat_set_threads(native.threads())
+        native.use_threads(library)
         library.llmqat_decode(
             ctypes.byref(self.struct),
             cache.pointers,

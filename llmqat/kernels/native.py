@@ -20,6 +20,7 @@ from torch import Tensor
 import llmqat.kernels
 from llmqat.errors import LlmqatError
 from llmqat.kernels.packed import Packed, check_input, check_packed
+from llmqat.progress import log
 
 LIBRARY = "_kernels.so"
 SOURCES = Path(__file__).with_name("csrc") / "core"  # of an editable install
@@ -115,6 +116,23 @@ _threads = threading.local()
 def threads() -> int:
     """Threads of the next kernel called from this thread: torch's number, unless `own_threads` keeps torch to one."""
     return getattr(_threads, "own", None) or torch.get_num_threads()
+
+
+def use_threads(kernels: Any) -> None:
+    """Give the next kernel its `threads`; where the system starts fewer, say so."""
+    wanted = threads()
+    count = kernels.llmqat_set_threads(wanted)
+    if count < wanted:
+        _say_fewer(count, wanted)
+
+
+@cache
+def _say_fewer(count: int, wanted: int) -> None:
+    """Say once that there are fewer threads than were asked for."""
+    log(
+        f"the compiled kernels run on {count} threads, not {wanted}: they use at most 256, and the system may start "
+        "fewer (limits of processes and memory); ask for no more, by OMP_NUM_THREADS"
+    )
 
 
 @contextmanager
@@ -225,7 +243,7 @@ class Layer:
         assert kernels is not None
         index, dtype = index.to(torch.int64).contiguous(), self._packed.scale.dtype
         y = torch.empty(index.numel(), self._packed.in_features, dtype=dtype)
-        kernels.llmqat_set_threads(threads())
+        use_threads(kernels)
         kernels.llmqat_rows(
             ctypes.addressof(self._matrix), index.data_ptr(), index.numel(), y.data_ptr(), DTYPES[dtype]
         )
@@ -247,7 +265,7 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     assert kernels is not None
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], matrix.out, dtype=x.dtype)
-    kernels.llmqat_set_threads(threads())
+    use_threads(kernels)
     tokens = x.numel() // x.shape[-1]
     kernels.llmqat_linear(ctypes.addressof(matrix), x.data_ptr(), y.data_ptr(), tokens, DTYPES[x.dtype])
     return y
@@ -257,7 +275,7 @@ def argmax(x: Tensor) -> int:
     """Where the largest value of `x` ``(n,)``, contiguous, is: of equal ones the first, and a NaN before all others."""
     kernels = library()
     assert kernels is not None
-    kernels.llmqat_set_threads(threads())
+    use_threads(kernels)
     return int(kernels.llmqat_argmax(x.data_ptr(), x.numel(), DTYPES[x.dtype]))
 
 
@@ -270,5 +288,5 @@ def read_bandwidth(data: Tensor) -> float:
     kernels = library()
     if kernels is None:
         raise LlmqatError(f"no compiled kernels: {explain()}")
-    kernels.llmqat_set_threads(threads())
+    use_threads(kernels)
     return float(kernels.llmqat_read_bandwidth(data.data_ptr(), data.numel() * data.element_size()))

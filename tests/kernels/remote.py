@@ -37,8 +37,8 @@ class RemoteKernels:
     def llmqat_use_isa(self, isa: int) -> int:
         return self._number(USE_ISA, isa)
 
-    def llmqat_set_threads(self, threads: int) -> None:
-        self._number(SET_THREADS, threads)
+    def llmqat_set_threads(self, threads: int) -> int:
+        return self._number(SET_THREADS, threads)
 
     def llmqat_linear(self, matrix: int, x: int, y: int, tokens: int, dtype: int) -> None:
         w = Matrix.from_address(matrix)

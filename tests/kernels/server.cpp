@@ -87,7 +87,7 @@ int32_t number(void* library, const Request& r) {
         case HAS_ISA: return KERNEL(llmqat_has_isa)(argument);
         case BEST_ISA: return KERNEL(llmqat_best_isa)();
         case USE_ISA: return KERNEL(llmqat_use_isa)(argument);
-        default: KERNEL(llmqat_set_threads)(argument); return 0;
+        default: return KERNEL(llmqat_set_threads)(argument);
     }
 }
 

@@ -38,8 +38,9 @@ int32_t llmqat_best_isa();
 int32_t llmqat_has_isa(int32_t isa);
 // Run this instruction set from now on; nonzero if it cannot run here.
 int32_t llmqat_use_isa(int32_t isa);
-// Number of threads of the next calls, the calling one included: at most 256, and no more than the system starts.
-void llmqat_set_threads(int32_t threads);
+// Number of threads of the next calls, the calling one included. Returns how many there will be: at most 256, and no more
+// than the system started when a call needed them.
+int32_t llmqat_set_threads(int32_t threads);
 // y (m, out) = x (m, in) @ W_hat.T + bias, x and y contiguous in `dtype`. Group size: a multiple of 16, or the whole row.
 int32_t llmqat_linear(const llmqat_matrix* matrix, const void* x, void* y, int64_t m, int32_t dtype);
 // llmqat_linear of `count` matrices one after another, each on this x and into this y: what a kernel costs without its

@@ -59,7 +59,8 @@ struct Pool {
     std::mutex owner;
     Task task = nullptr;
     void* context = nullptr;
-    int workers = 0, most_workers = MAX_THREADS - 1;
+    int workers = 0;
+    std::atomic<int> most_workers{MAX_THREADS - 1};
     std::atomic<bool> failed{false};
     std::exception_ptr failure;  // the first of a call: who sets `failed` writes it
 
@@ -108,7 +109,7 @@ struct Pool {
 
     // Where the system starts no more threads, the call runs on those there are, and more are not asked for again.
     void grow(int wanted) {
-        for (; workers < std::min(wanted, most_workers); ++workers) {
+        for (; workers < std::min(wanted, most_workers.load()); ++workers) {
             try {
                 std::thread([this, id = workers] { serve(id); }).detach();
             } catch (...) {
@@ -161,7 +162,11 @@ Pool& the_pool() {
 
 }  // namespace
 
-void set_threads(int64_t threads) { wanted_threads.store(int(std::clamp<int64_t>(threads, 1, MAX_THREADS))); }
+int set_threads(int64_t threads) {
+    const int wanted = int(std::clamp<int64_t>(threads, 1, MAX_THREADS));
+    wanted_threads.store(wanted);
+    return std::min(wanted, the_pool().most_workers.load() + 1);
+}
 int threads() { return wanted_threads.load(); }
 
 void parallel(int64_t chunks, Task task, void* context) {
@@ -179,4 +184,4 @@ void parallel(int64_t chunks, Task task, void* context) {
 
 }  // namespace llmqat
 
-void llmqat_set_threads(int32_t threads) { llmqat::set_threads(threads); }
+int32_t llmqat_set_threads(int32_t threads) { return llmqat::set_threads(threads); }

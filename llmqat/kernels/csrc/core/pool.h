@@ -12,9 +12,10 @@ namespace llmqat {
 
 using Task = void (*)(void* context, int64_t chunk);
 
-// Threads of the next calls, the calling one included; beyond MAX_THREADS more would only wait for memory.
+// Threads of the next calls, the calling one included; beyond MAX_THREADS more would only wait for memory. Returns how many
+// there will be: fewer, too, once the system has refused to start one.
 constexpr int MAX_THREADS = 256;
-void set_threads(int64_t threads);
+int set_threads(int64_t threads);
 int threads();
 
 // Run task(context, i) for i in [0, chunks), on the calling thread and the pool, or on as many threads as the system starts.
