@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import LoadStateDictConfig
 
+from llmqat.compat.transformers import load_tensors, names_in_model
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import generation_config, local_directory
 from llmqat.formats.weights import weight_files
@@ -49,15 +47,7 @@ class PartialModel:
             with ExitStack() as stack:
                 keys = _opened(path, stack).keys()
                 self.file_of |= dict.fromkeys(keys, path)
-        self.name_of = self._names()
-
-    def _names(self) -> dict[str, str]:
-        """Name in the file -> name in the model."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        state, prefix = self.model.state_dict(), self.model.base_model_prefix
-        return {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in self.file_of}
+        self.name_of = names_in_model(self.model, self.file_of)
 
     def read(self, prefix: str, outside: bool = False) -> None:
         """Read every tensor whose name in the model starts with `prefix`, or with `outside` every other, in float32.
@@ -66,12 +56,10 @@ class PartialModel:
             LlmqatError: if one is damaged or missing.
         """
         keys = [key for key, name in self.name_of.items() if name.startswith(prefix) != outside]
-        mapping: Any = get_model_conversion_mapping(self.model)
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
         with ExitStack() as stack:
             files = {path: _opened(path, stack) for path in {self.file_of[key] for key in keys}}
             state = {key: files[self.file_of[key]].get_slice(key) for key in keys}
-            self.model._load_pretrained_model(self.model, state, None, config)
+            load_tensors(self.model, state, torch.float32)
         self.model.tie_weights()
         wanted = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) != outside}
         lost = [name for name, parameter in wanted.items() if parameter.is_meta]

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from llmqat.compat.transformers import forget_ties, model_from_config
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import schemes_of
 from llmqat.formats.conv1d import stored_layout
@@ -99,7 +100,7 @@ def _empty(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -
     """A model of the config on the meta device, its experts apart."""
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+            model = model_from_config(model_class, config, dtype)
             split_experts(model)
         model.tie_weights()
     except Exception as error:  # whatever the code of a family does with values it does not expect
@@ -129,7 +130,7 @@ def tie_packed_head(
     assert name is not None
     scale = embed_scale_of(embedding)
     model.set_input_embeddings(PackedEmbedding(model.get_output_embeddings, model.dtype, embedding.padding_idx, scale))
-    model._tied_weights_keys = {}  # no weight is left for `tie_weights`, which other libraries call, to tie
+    forget_ties(model)  # the embedding has no weight of its own any more
     renamed = {own_name(key, name, target): header for key, header in names.items()}
     return renamed, {target if layer == name else layer: scheme for layer, scheme in schemes.items()}
 

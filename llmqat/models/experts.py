@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmqat.compat.transformers import save_as_it_is
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES, Architecture
 from llmqat.models.coverage import LayerCoverage
@@ -76,8 +77,7 @@ def split_experts(model: PreTrainedModel) -> None:
     """Replace fused experts by `SplitExperts`, in place, if the family has a row that says how."""
     for name, module in fused_experts(model).items():
         model.set_submodule(name, SplitExperts.from_fused(module))
-        # save_pretrained (a Trainer's checkpoints) would write other names than load_state_dict knows.
-        model._weight_conversions = []  # type: ignore[assignment]
+        save_as_it_is(model)  # a Trainer's checkpoints would have other names than load_state_dict knows
 
 
 @contextmanager

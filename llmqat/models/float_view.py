@@ -20,15 +20,13 @@ def disable_quantizers(model: nn.Module, disable_adapters: bool = True) -> Itera
     That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
     weights have not been trained.
     """
+    quantizers = FakeQuantLinear | KVQuantizer
+    kinds = quantizers | LoraFakeQuantLinear if disable_adapters else quantizers
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, FakeQuantLinear | KVQuantizer):
+            if isinstance(module, kinds):
                 stack.callback(setattr, module, "enabled", module.enabled)
                 module.enabled = False
-            elif disable_adapters and isinstance(module, LoraFakeQuantLinear):
-                # peft's own switch also flips requires_grad, which a view must not.
-                stack.callback(setattr, module, "_disable_adapters", module.disable_adapters)
-                module._disable_adapters = True
         yield
 
 

@@ -18,6 +18,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.compat.torch import hooks_of
+from llmqat.compat.transformers import makes_weights
 from llmqat.errors import LlmqatError
 from llmqat.nn.linear_like import LINEAR_LAYERS
 from llmqat.nn.lora import LoraFakeQuantLinear
@@ -62,11 +64,11 @@ def obstacles(model: PreTrainedModel) -> dict[str, str]:
 def _own_reason(module: nn.Module) -> str:
     """Why a layer is more than its weight and bias; empty if it is not."""
     kind = type(module)
-    if is_parametrized(module) or "weight" not in module._parameters:
+    if is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is computed from other parameters"
     if kind.forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in module.__dict__:
         return f"a {kind.__name__} with a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(hooks_of(module)):
         return "it has hooks, which would be lost"
     return ""
 
@@ -150,7 +152,7 @@ def _paths_read(kind: type) -> Iterator[str]:
         except (OSError, TypeError, SyntaxError):
             continue
         for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "_init_weights"):
+            if isinstance(method, ast.FunctionDef) and not makes_weights(method.name):
                 yield from (path for node in ast.walk(method) if (path := _path_of(node)))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.compat import CACHE_NAMES, cache_of
+from llmqat.compat.caches import CACHE_NAMES, cache_of
 from llmqat.errors import LlmqatError
 
 # Names of modules that look up learned positions: GPT-2 and its kin, OPT, BERT, XGLM, ...

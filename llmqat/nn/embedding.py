@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from llmqat.compat.torch import KeepsDtypes
 from llmqat.errors import LlmqatError
 from llmqat.nn.context import check_token_ids
-from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
@@ -60,7 +60,7 @@ def embed_scale_of(module: nn.Module) -> Tensor | None:
     )
 
 
-class FakeQuantEmbedding(_TiedEmbedding):
+class FakeQuantEmbedding(_TiedEmbedding, KeepsDtypes):
     """Looks up rows of ``W_hat`` of the tied `FakeQuantLinear`, through its adapters if it has some.
 
     Attributes:
@@ -102,11 +102,9 @@ class FakeQuantEmbedding(_TiedEmbedding):
         rows = embedding(ids, self.weight, self.padding_idx)
         return rows if adapters is None else rows + adapters.scaling * (adapters.b[ids] @ adapters.a)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def cast_rest(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Cast `compute` alone: the weight is the head's float32 master, and moves with it."""
-        super()._apply(keep_dtype(fn), recurse)
         self.compute = fn(self.compute)
-        return self
 
 
 class PackedEmbedding(_TiedEmbedding):

@@ -17,8 +17,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds the weights of many experts in 3-D Parameters of its own."""
-    down = module._parameters.get("down_proj")
-    return down is not None and down.ndim == 3
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.ndim == 3
 
 
 class Expert(nn.Module):

@@ -1,14 +1,13 @@
 """`FakeQuantLinear`: a linear layer on its integer grid, for training."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_activation, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
@@ -19,12 +18,7 @@ from llmqat.scheme import QuantScheme
 DEFAULT_OBSERVER = "mse"
 
 
-def _in_backward() -> bool:
-    """Whether this forward is gradient checkpointing's second one, which must see what the first one saw."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-class FakeQuantLinear(nn.Module):
+class FakeQuantLinear(KeepsDtypes):
     """Linear layer whose forward runs on the grid of `scheme` and whose weight stays a trainable float32 master.
 
     Not an `nn.Linear`, on purpose: libraries that treat one specially (a LoRA added beside the quantizer, a second
@@ -73,6 +67,7 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("code_scale", None)
         self.register_buffer("compensation", None)
         self.set_observer(DEFAULT_OBSERVER)
+        self.register_load_state_dict_pre_hook(_take_over_optional)
 
     def set_observer(self, kind: str) -> None:
         """Start to observe the range of static activations anew; see `llmqat.quant.observers`.
@@ -182,7 +177,7 @@ class FakeQuantLinear(nn.Module):
 
     def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """``(..., in)`` to ``(..., out)``; adapters, if given, lie inside the quantizer."""
-        if self.observing and self.training and not _in_backward():
+        if self.observing and self.training and not in_backward():
             self.observe(x)
         if not self.enabled:
             return self.float_forward(x, adapters)
@@ -200,16 +195,13 @@ class FakeQuantLinear(nn.Module):
         a, b, scaling = adapters
         return y + scaling * nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take over `code_scale` and `compensation` as they are in the state: there, or not."""
-        for name in ("code_scale", "compensation"):
-            value = state_dict.get(prefix + name)
-            setattr(self, name, None if value is None else value.to(self.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(keep_dtype(fn), recurse)
-
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+
+def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there."""
+    for name in ("code_scale", "compensation"):
+        value = state_dict.get(prefix + name)
+        setattr(layer, name, None if value is None else value.to(layer.weight.device))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.compat import cache_name, cache_of, give_cache
+from llmqat.compat.caches import cache_name, cache_of, give_cache
 from llmqat.errors import LlmqatError
 from llmqat.quant.fake_quant import fake_quant_activation
 

@@ -1,21 +1,20 @@
 """`PackedLinear`: the layer that ships. Its state dict is the file format (turned for `Conv1D`, formats/conv1d.py)."""
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from llmqat.compat.torch import KeepsDtypes, buffers_of
 from llmqat.kernels import native, ops
 from llmqat.kernels.packed import Packed, check_index
-from llmqat.nn.dtypes import keep_dtype
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
 from llmqat.quant.packing import pack_rows, packed_width, to_unsigned, unpack_at
 from llmqat.scheme import QuantScheme
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(KeepsDtypes):
     """Linear layer on packed codes, run by the operator ``llmqat::packed_linear``. Inference only.
 
     Attributes:
@@ -99,7 +98,7 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The layer as the operator takes it; static activations are quantized before, by `forward`."""
-        own, scheme = self._buffers, self.scheme  # attributes of a module are found by a slow search
+        own, scheme = buffers_of(self), self.scheme
         act_bits = scheme.act_bits if own["input_scale"] is None else None
         codes, scale = own["weight_packed"], own["weight_scale"]
         assert codes is not None
@@ -108,14 +107,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)`` in the dtype of `x`."""
-        input_scale = self._buffers["input_scale"]
+        input_scale = buffers_of(self)["input_scale"]
         if input_scale is not None:
             x = fake_quantize_static(x, input_scale)
         y: Tensor = ops.packed_linear(x, self.packed)
         return y
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(keep_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

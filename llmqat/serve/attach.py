@@ -5,7 +5,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from llmqat.compat import unknown_transformers
+from llmqat.compat.native import why_not_recognised
 from llmqat.errors import LlmqatError
 from llmqat.kernels.pages import use_huge_pages
 from llmqat.nn.context import check_inputs, position_limit
@@ -40,7 +40,7 @@ def attach(model: PreTrainedModel, activations: Literal["int8"] | None = None, n
     if activations is not None:
         serve_int8_activations(model)
     model.register_forward_pre_hook(partial(check_inputs, position_limit(model)), with_kwargs=True)
-    unknown = unknown_transformers()
+    unknown = why_not_recognised()
     if native and unknown:
         log(f"packed models run through the code of transformers, not natively: {unknown}")
     elif native and accelerate_forward(model):

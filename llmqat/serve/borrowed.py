@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llmqat.compat import captures_outputs
+from llmqat.compat.torch import hooks_of, members_of
+from llmqat.compat.transformers import captures_outputs
 from llmqat.nn.kv_cache import listens_for_kv
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -44,9 +45,9 @@ class Borrowed:
     def of(cls, stack: Any) -> "Borrowed":
         """The tensors that the decoder of `stack` would borrow now."""
         inside = [*stack.layers.modules(), *stack.norm.modules()]
-        hooks = [hooked for module in inside for hooked in (module._forward_hooks, module._forward_pre_hooks)]
-        inner = (own for module in inside for own in (module._modules, module._parameters, module._buffers))
-        members = [held for held in (stack._modules, *inner, *hooks) if held]
+        hooks = [hooked for module in inside for hooked in hooks_of(module)]
+        own = [member for module in (stack, *inside) for member in members_of(module)]
+        members = [held for held in [*own, *hooks] if held]
         held = list(_values(members))
         tensors = [value for value in held if isinstance(value, Tensor)]
         linears = [module for module in inside if isinstance(module, PackedLinear)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llmqat.compat import cache_name, cache_of, output_with_cache, refuse_unknown_caches
+from llmqat.compat.caches import cache_name, cache_of, output_with_cache, refuse_unknown_caches
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.serve.blocks import decoder_of, rotary_fits, rotary_tables, why_not_covered
 from llmqat.serve.cache_views import (

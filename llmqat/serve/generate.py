@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from llmqat.compat import cache_of, generate_cache_name
+from llmqat.compat.caches import cache_of, generate_cache_name
 from llmqat.kernels import native
 from llmqat.serve.cache_views import sync_cache_views
 from llmqat.serve.forward import can_run_natively

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from llmqat.compat import cache_of, generate_cache_name, give_cache, max_length_of
+from llmqat.compat.caches import cache_of, generate_cache_name, give_cache, max_length_of
 from llmqat.errors import LlmqatError
 from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.quant.affine import dequantize_activation, quantize_activation

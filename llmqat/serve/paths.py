@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from llmqat.compat import unknown_transformers
+from llmqat.compat.native import why_not_recognised
 from llmqat.kernels import native
 from llmqat.serve.families import FAMILIES
 
@@ -96,7 +96,7 @@ def path_counts(model: nn.Module) -> PathCounts:
 
 def native_path() -> str:
     """One line: what packed models run on here, and why not natively if so."""
-    why_not = unknown_transformers() or ("" if native.library() else native.explain())
+    why_not = why_not_recognised() or ("" if native.library() else native.explain())
     families = ", ".join(sorted(FAMILIES))
     return (
         f"reference ({why_not})" if why_not else f"native blocks and sampling for {families}; transformers for others"

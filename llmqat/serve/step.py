@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmqat.compat.torch import hooks_of
 from llmqat.kernels import native
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.kernels.greedy import GreedyDecoder
@@ -50,7 +51,7 @@ def _rows(module: Any, dtype: torch.dtype) -> Packed | Tensor | None:
 
 
 def _hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return any(hooks_of(module))
 
 
 def _head(module: Any) -> Callable[[Tensor], Tensor]:

@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmqat.compat.peft import register_layers, targets_by_module
 from llmqat.config import ResolvedTrain
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.nn.lora import LoraFakeQuantLinear, targets_by_module
+from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.quant.packing import unpack_rows
 
 
@@ -57,7 +58,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=names, task_type=task)  # type: ignore[arg-type]
     else:
         config = LoraConfig.from_pretrained(adapter)
-    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    register_layers(config, {FakeQuantLinear: LoraFakeQuantLinear})
     with warnings.catch_warnings(), targets_by_module():
         # peft would leave the embedding behind; ours looks up rows of the adapted head.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")

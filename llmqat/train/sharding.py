@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.models.patcher import transformers_model
 from llmqat.nn.dtensor import gathered, sharded_like
 from llmqat.processes import process_count
 from llmqat.train.optimizers import make_optimizer
@@ -48,9 +48,8 @@ class ShardedModel:
         memo |= {id(buffer): buffer for buffer in model.buffers()}
         self.unsharded = copy.deepcopy(model, memo)
         mesh = init_device_mesh(device.type, (process_count(),))
-        names = set(transformers_model(model)._no_split_modules or ())
         for module in model.modules():
-            if type(module).__name__ in names:
+            if isinstance(module, GradientCheckpointingLayer):  # a block of transformers
                 fully_shard(module, mesh=mesh)
         # Sharded again after each forward: a teacher that swaps parameters before its own must not leave them behind.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -67,8 +66,8 @@ class ShardedModel:
             value = gathered(current[name].detach())
             filled[id(empty)] = nn.Parameter((values or {}).get(name, value), empty.requires_grad)
         for module in self.unsharded.modules():
-            for name, parameter in module._parameters.items():
-                module._parameters[name] = filled.get(id(parameter), parameter)
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                setattr(module, name, filled.get(id(parameter), parameter))
         self.unsharded.cpu()
         self.model.__class__, self.model.__dict__ = self.unsharded.__class__, self.unsharded.__dict__
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_object
 from torch import nn
 
 from llmqat.algorithms.activation_ranges import static_layers
+from llmqat.compat.accelerate import forget_precision
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.processes import process_count
@@ -24,7 +25,7 @@ def wait_for_all_processes() -> None:
 
 def close_process_group() -> None:
     """Close the connection between the processes, if there is one; the last thing a process does."""
-    if PartialState._shared_state:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         PartialState().destroy_process_group()
 
 
@@ -57,8 +58,8 @@ def accelerator_for(config: TrainConfig, directory: Path | None) -> Accelerator:
             "the prepared model by transformers.Trainer (docs/distributed.md)"
         )
     precision = "bf16" if config.precision == "bf16" else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # an earlier run of this process computed in another precision
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        forget_precision()
     return Accelerator(
         mixed_precision=precision,
         cpu=not torch.accelerator.is_available(),

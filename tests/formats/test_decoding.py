@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from llmqat.compat import cache_name
+from llmqat.compat.caches import cache_name
 from llmqat.formats import decoding as decoding_module
 from llmqat.formats import verify as verify_module
 from llmqat.formats.decoding import as_stored

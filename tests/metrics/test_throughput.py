@@ -3,7 +3,7 @@ import inspect
 import pytest
 import torch
 
-from llmqat.compat import cache_of
+from llmqat.compat.caches import cache_of
 from llmqat.config import EvalConfig
 from llmqat.errors import LlmqatError
 from llmqat.metrics import throughput as module

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmqat
+from llmqat.compat.peft import register_layers
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
@@ -272,7 +273,7 @@ def test_convert_takes_adapters_along(reference_op, tiny_llama, tokens):
     model = tiny_llama()
     prepare(model, SCHEME, storage_dtype=torch.bfloat16)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=NAMES[:5], init_lora_weights=False)
-    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    register_layers(config, {FakeQuantLinear: LoraFakeQuantLinear})
     plain = logits(model, tokens)
     adapted = get_peft_model(model, config)
     layers = list(quantized_layers(adapted))

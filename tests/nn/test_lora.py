@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from llmqat.compat.peft import register_layers
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -14,7 +15,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def lora_config(**options):
     config = LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS, **options)
-    config._register_custom_module({FakeQuantLinear: LoraFakeQuantLinear})
+    register_layers(config, {FakeQuantLinear: LoraFakeQuantLinear})
     return config
 
 

@@ -28,7 +28,7 @@ def test_activations_of_another_name():
 
 
 def test_a_transformers_that_is_not_recognised_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(module, "unknown_transformers", lambda: "transformers 9.0 is strange")
+    monkeypatch.setattr(module, "why_not_recognised", lambda: "transformers 9.0 is strange")
     model = attach(packed_model("llama"))
     assert "forward" not in vars(model.model)
     assert "not natively: transformers 9.0 is strange" in capsys.readouterr().err

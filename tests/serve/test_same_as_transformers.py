@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from llmqat.compat import cache_of, generate_cache_name
+from llmqat.compat.caches import cache_of, generate_cache_name
 from llmqat.errors import LlmqatError
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.attach import attach

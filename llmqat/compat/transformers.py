@@ -1,0 +1,81 @@
+"""Private names of transformers: how a model is made, read in parts, tied and saved, and the hooks it gets."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmqat.compat.register import leans_on
+
+
+@leans_on("transformers.PreTrainedModel._from_config", test="tests/formats/test_skeleton.py")
+def model_from_config(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a class and a config, in a dtype; on the meta device under `init_empty_weights`."""
+    model: PreTrainedModel = kind._from_config(config, dtype=dtype)
+    return model
+
+
+@leans_on("transformers.PreTrainedModel._tied_weights_keys", test="tests/formats/test_lm_head.py")
+def forget_ties(model: PreTrainedModel) -> None:
+    """Leave `tie_weights`, which other libraries call too, nothing to tie."""
+    model._tied_weights_keys = {}
+
+
+@leans_on("transformers.core_model_loading._weight_conversions", test="tests/models/test_experts.py")
+def save_as_it_is(model: PreTrainedModel) -> None:
+    """Let `save_pretrained` of a model write its own names and layouts, not those of the files that it was loaded from.
+
+    Its argument ``save_original_format=False`` says the same, but others (a Trainer) call it without.
+    """
+    model._weight_conversions = []  # type: ignore[assignment]
+
+
+@leans_on(
+    "transformers.conversion_mapping.get_model_conversion_mapping",
+    "transformers.core_model_loading.WeightConverter",
+    "transformers.core_model_loading.WeightRenaming",
+    "transformers.core_model_loading.rename_source_key",
+    test="tests/pipeline/test_low_memory.py",
+)
+def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in a file -> its name in a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    return {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in keys}
+
+
+@leans_on(
+    "transformers.PreTrainedModel._load_pretrained_model",
+    "transformers.conversion_mapping.get_model_conversion_mapping",
+    "transformers.modeling_utils.LoadStateDictConfig",
+    test="tests/pipeline/test_low_memory.py",
+)
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Read tensors, slices of files by their names there, into a model: converted as `from_pretrained` does."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping: Any = get_model_conversion_mapping(model)
+    config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
+    model._load_pretrained_model(model, dict(tensors), None, config)
+
+
+@leans_on("transformers.PreTrainedModel._init_weights", test="tests/models/test_replaceable.py")
+def makes_weights(method: str) -> bool:
+    """Whether a method of this name makes and fills weights, so that reading them is no use of them."""
+    return method in ("__init__", "_init_weights")
+
+
+@leans_on("transformers.utils.output_capturing", test="tests/serve/test_forward.py", native=True)
+def captures_outputs(hook: Any) -> bool:
+    """Whether a forward hook is one that transformers leaves in a model once hidden states were asked for.
+
+    It does nothing until a call asks for them again, and such a call runs through transformers.
+    """
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -1,0 +1,31 @@
+"""Libraries in which a name has moved."""
+
+import importlib
+import inspect
+import pkgutil
+import sys
+
+import llmqat.compat
+from llmqat.compat.caches import cache_name
+from llmqat.compat.register import REGISTER, find
+
+for module in pkgutil.iter_modules(llmqat.compat.__path__):
+    importlib.import_module(f"llmqat.compat.{module.name}")
+
+
+def move(monkeypatch, name: str) -> None:
+    """Let a name be gone, as in a version of its library that has moved it."""
+    owner, _, last = name.rpartition(".")
+    thing = find(owner)
+    if last in getattr(thing, "__annotations__", {}):
+        monkeypatch.delitem(thing.__annotations__, last)
+    elif not hasattr(thing, last):
+        source = inspect.getsource(thing)
+        monkeypatch.setattr(inspect, "getsource", lambda _: source.replace(f'"{last}"', ""))
+    if hasattr(thing, last):
+        monkeypatch.delattr(thing, last)
+    if inspect.ismodule(thing):
+        monkeypatch.setitem(sys.modules, name, None)
+    for reliance in REGISTER:
+        monkeypatch.setattr(reliance, "found", False)
+    cache_name.cache_clear()
