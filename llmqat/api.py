@@ -102,7 +102,7 @@ def finetune(
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options by name, those of the mapping that the version before took included."""
+    """The options by name; a mapping of them, as the version before took it, is accepted with a warning."""
     if "options" not in options:
         return options
     warnings.warn(

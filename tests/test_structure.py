@@ -58,7 +58,7 @@ PRIVATE_IMPORTS_ALLOWED = {
 }
 
 # A docstring opens with a verb of the domain, or names its subject.
-VAGUE = re.compile(r"(Likewise|What|Those|See|It|As)\b")
+VAGUE = re.compile(r"(Likewise|What|Those|See|It|As|Of|The same|The others?)\b")
 
 # In pieces, so that this file does not hold what it looks for.
 MACHINE_PATH = re.compile(r"(?<![\w.)}-])/(?:" + "|".join(["work", "root"]) + r")/")
@@ -384,9 +384,9 @@ def test_docstrings_are_understood_alone():
 
 
 def test_a_vague_docstring_is_found(tmp_path):
-    source = '"""Shapes of things."""\n\ndef f():\n    """Likewise of `g`."""\n\nclass C:\n    """Assemble."""\n'
+    source = '"""Shapes of things."""\n\ndef f():\n    """Of the kind of `g`."""\n\nclass C:\n    """Assemble."""\n'
     root = write(tmp_path, {"llmqat/a.py": source, "llmqat/b.py": '"""What it does."""\n'})
-    assert vague_openings(root) == ["llmqat/a.py:3: Likewise of `g`.", "llmqat/b.py:1: What it does."]
+    assert vague_openings(root) == ["llmqat/a.py:3: Of the kind of `g`.", "llmqat/b.py:1: What it does."]
 
 
 def test_import_llmqat_is_light():

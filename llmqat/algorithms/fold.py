@@ -50,7 +50,7 @@ class Fold:
         return s.unflatten(0, (-1, self.head_dim)).repeat_interleave(self.queries, 0).flatten()
 
     def largest(self, x: Tensor) -> Tensor:
-        """The inverse, ``(inputs,)`` to ``(channels,)``: the largest value among the query heads."""
+        """A value per input ``(inputs,)`` to a value per channel ``(channels,)``: the largest among the query heads."""
         return x.unflatten(0, (-1, self.queries, self.head_dim)).amax(1).flatten()
 
     def weight_absmax(self) -> Tensor:
@@ -86,7 +86,7 @@ class Fold:
             weight.mul_(columns.to(weight.dtype))
 
     def check_dtype(self) -> None:
-        """Refuse what would round.
+        """Refuse a fold that would round weights.
 
         Raises:
             LlmqatError: if the norm has an offset and a weight has less precision than float32.

@@ -74,7 +74,7 @@ def search_scale(
 
 
 def check_hessian(hessian: Tensor, layer: str) -> None:
-    """Refuse what calibration inputs that are not finite have summed up to.
+    """Refuse the Hessian of calibration inputs that were not finite.
 
     Raises:
         LlmqatError: if the Hessian holds NaN or infinity.

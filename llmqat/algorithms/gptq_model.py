@@ -49,7 +49,7 @@ class Saved(Protocol):
 
 
 class _Forward(nn.Module):
-    """A model as one block: token ids in."""
+    """Wraps a model so that it runs like a block, on token ids."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ def relative_output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
     return float(((difference @ H) * difference).sum() / ((weight @ H) * weight).sum().clamp(min=1e-30))
 
 
-def _quantize_layer(layer: FakeQuantLinear, seen: Statistics, settings: GptqSettings, name: str) -> LayerError:
-    """Put GPTQ's grid and latents in place, if `seen` is enough; report the error against round-to-nearest."""
-    weight, scheme, H = layer.weight.detach(), layer.scheme, seen.H
+def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: GptqSettings, name: str) -> LayerError:
+    """Put GPTQ's grid and latents in place if the `statistics` are enough; return the errors of both ways."""
+    weight, scheme, H = layer.weight.detach(), layer.scheme, statistics.H
     check_hessian(H, name)
     s, z = choose_scale(weight, scheme, layer.storage_dtype)
     rtn = relative_output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
-    if not seen.enough:
+    if not statistics.enough:
         return LayerError(name, rtn, None)
     result = gptq(weight, H, scheme, layer.storage_dtype, settings.damp, name)
     w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
@@ -119,9 +119,9 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
     layers = layers_of(block)
     for stages in passes_of(block, inputs, layers) if layers else []:
         # One Hessian serves all layers of a stage: they read the same tensor.
-        seen = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
+        statistics = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
         for first, layer in ((names[0], layer) for names in stages for layer in names):
-            errors.append(_quantize_layer(layers[layer], seen[first], settings, f"{name} {layer}"))
+            errors.append(_quantize_layer(layers[layer], statistics[first], settings, f"{name} {layer}"))
     inputs.advance(block)
     return errors
 
@@ -130,8 +130,8 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
 def gptq_head(model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], settings: GptqSettings) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with eval_mode(model):
-        seen = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
-        return _quantize_layer(head, seen, settings, "output head")
+        statistics = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
+        return _quantize_layer(head, statistics, settings, "output head")
 
 
 def gptq_model(

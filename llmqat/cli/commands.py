@@ -14,7 +14,7 @@ from llmqat.errors import LlmqatError
 
 
 def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
-    """`llmqat finetune`."""
+    """Run `llmqat finetune`."""
     from llmqat.pipeline.output import saved_recipe
     from llmqat.pipeline.run import run
 
@@ -24,7 +24,7 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
 
 
 def run_quantize(args: argparse.Namespace) -> None:
-    """`llmqat quantize`."""
+    """Run `llmqat quantize`."""
     from llmqat.pipeline.low_memory import quantize_by_block
     from llmqat.progress import log
 
@@ -39,7 +39,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """`llmqat inspect`."""
+    """Run `llmqat inspect`."""
     from llmqat.report.plan import inspect
 
     if args.machine:
@@ -80,7 +80,7 @@ def context_of(model: Any) -> int | None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """`llmqat eval`."""
+    """Run `llmqat eval`."""
     import torch
 
     from llmqat.machine import environment
@@ -159,7 +159,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    """`llmqat verify`."""
+    """Run `llmqat verify`."""
     from llmqat.formats.verify import verify
 
     check = verify(args.model, logits=not args.no_logits)
@@ -181,14 +181,14 @@ def run_verify(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """`llmqat report`."""
+    """Run `llmqat report`."""
     from llmqat.report.page.render import write_page
 
     print(write_page(args.model))
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """`llmqat generate`."""
+    """Run `llmqat generate`."""
     import torch
 
     from llmqat.data.template import as_question
@@ -220,7 +220,7 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 
 def run_recipes(args: argparse.Namespace) -> None:
-    """`llmqat recipes`."""
+    """Run `llmqat recipes`."""
     scripts = bundled_scripts()
     if args.name:
         print((scripts.get(args.name) or find_recipe(args.name)).read_text("utf-8"), end="")

@@ -19,7 +19,7 @@ DONE, FAILED, WRONG_ARGUMENTS = 0, 1, 2
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of libraries drown our own."""
+    """Silence the progress bars and advice of libraries, which would drown our own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|torch)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports
@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def plain_deprecations() -> Iterator[None]:
-    """Old spellings are told in one line each, without the place in the code."""
+    """Print each deprecated spelling used inside the ``with`` in one line, without the place in the code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", LlmqatDeprecationWarning)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failed(error: Exception, args: argparse.Namespace) -> int:
-    """Say in one line what went wrong, or with ``--debug`` where; the exit code."""
+    """Print in one line what went wrong, or raise it with ``--debug``; returns the exit code."""
     if args.debug:
         raise error
     speaker = "" if is_first() else f"process {process_index()}: "

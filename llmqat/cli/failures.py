@@ -1,4 +1,4 @@
-"""The words of the command line for a failure: one line, with a remedy wherever the kind of failure is known."""
+"""One line for each failure of a command: what is wrong, with a remedy wherever the kind of failure is known."""
 
 import errno
 import json

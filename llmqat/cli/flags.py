@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Examples stay as they are written; wide enough for a flag and its help on one line."""
+    """Help whose examples stay as they are written, wide enough for a flag and its text on one line."""
 
     def __init__(self, prog: str) -> None:
         columns = os.environ.get("COLUMNS", "")
@@ -163,7 +163,7 @@ def recipe_from(args: argparse.Namespace, saved: Recipe | None = None) -> Recipe
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``'down_proj$:bits=8,group_size=-1'`` or ``'o_proj$:float'`` to pattern and change.
+    """Pattern and change of an override such as ``'down_proj$:bits=8,group_size=-1'`` or ``'o_proj$:float'``.
 
     Raises:
         LlmqatError: if it is neither.

@@ -159,7 +159,7 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
 
 
 def add_activations_flag(parser: argparse.ArgumentParser) -> None:
-    """`--activations int8`."""
+    """Add the flag `--activations int8`."""
     parser.add_argument(
         "--activations",
         choices=("int8",),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmqat.data.messages import Conversation, checked, messages_of
 from llmqat.data.rows import BadRow, BadRows
-from llmqat.data.template import answer_spans, ensure_template, renderer, unread
+from llmqat.data.template import answer_spans, ensure_template, renderer, unused_names
 from llmqat.errors import LlmqatError
 from llmqat.progress import log
 
@@ -80,7 +80,7 @@ def _text_and_spans(tokenizer: Any, conversation: Conversation, unused: Unused) 
         text = renderer(tokenizer, conversation)(conversation)
     except Exception as error:  # templates raise errors of their own: roles must alternate, no system role, ...
         raise BadRow(f"the chat template refuses it ({' '.join(str(error).split())})") from error
-    names = unread(tokenizer, conversation, text)
+    names = unused_names(tokenizer, conversation, text)
     if "tool_calls" in names:
         raise BadRow("the chat template has no use for its tool_calls, which are an answer")
     spans = answer_spans(tokenizer, conversation, text)

@@ -149,7 +149,7 @@ class _Reader:
         self.layouts.append(layout)
 
     def report(self, corpus: Corpus) -> None:
-        """Say what was read, and what was left out.
+        """Log what was read, and what was left out.
 
         Raises:
             LlmqatError: if there is nothing to train on.

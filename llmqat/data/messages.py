@@ -1,4 +1,4 @@
-"""Messages of conversations: whose they are, what they say, and whether a model learns to say it.
+"""Messages of conversations: their role, their content, and whether a model learns them.
 
 A message becomes ``{"role", "content"}`` as chat templates take it, with what else stands in it (tool calls, reasoning)
 and without the empty keys that Arrow fills in. A ``"weight": 0`` says that an answer is shown but not learned.

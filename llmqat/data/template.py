@@ -52,7 +52,7 @@ def answer_spans(tokenizer: Any, conversation: Conversation, text: str) -> list[
     """Where the answers stand in `text`, the rendered conversation: characters ``[start, end)``.
 
     An answer is what the template adds to the messages before it and the opening of the turn. Where a template rewrites
-    earlier turns (drops their reasoning, say), those that stand otherwise in the whole are left out; so are answers of
+    earlier turns (drops their reasoning, say), answers that differ in the complete text are left out; so are those of
     weight 0.
     """
     render = renderer(tokenizer, conversation)
@@ -116,8 +116,8 @@ def _start_by_opening(render: Render, message: dict[str, Any], text: str, reache
     return at if at >= 0 else None
 
 
-def unread(tokenizer: Any, conversation: Conversation, text: str) -> set[str]:
-    """Names of what stands beside roles and contents that the template has no use for: the text is the same without."""
+def unused_names(tokenizer: Any, conversation: Conversation, text: str) -> set[str]:
+    """Names of keys and arguments that the template does not use: the text is the same without them."""
     source = _source(tokenizer, conversation)
     arguments = getattr(conversation, "template_arguments", {})
     names = {key for message in conversation for key in message} - {"role", "content", "weight"}

@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory: which they are, and what they hold. Nothing in them is believed."""
+"""The safetensors files of a model directory: which they are, and what they hold. Everything they say is checked."""
 
 import json
 from collections.abc import Iterator

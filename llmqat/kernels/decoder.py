@@ -12,7 +12,7 @@ from llmqat.kernels import native
 from llmqat.kernels.packed import Packed
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-CAPACITY_STEP = 256  # tokens a cache buffer grows by, at least
+CAPACITY_GROWTH = 256  # tokens a cache buffer grows by, at least
 NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k_norm")
 UNLIMITED = 1 << 62  # a window that sees every token
 
@@ -48,7 +48,7 @@ Rotary = Sequence[tuple[Tensor, Tensor]]
 
 
 def rotary_structs(tables: Rotary) -> Any:
-    """The structs that the library gets of contiguous tables ``(m, dim)``: keep them alive while it is used."""
+    """Ctypes structs of contiguous rotary tables ``(m, dim)``; keep them alive while the library uses them."""
     return (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
 
 
@@ -58,8 +58,8 @@ class Shape:
 
     Attributes:
         norm_offset: norms multiply by this plus their weight; where it is not 0, only the product is rounded.
-        attention_scale: of the scores.
-        softcap: of the scaled scores; 0 for none.
+        attention_scale: factor of the attention scores.
+        softcap: soft cap of the scaled scores; 0 for none.
         activation: `Activation` of csrc/core/steps.h.
     """
 
@@ -77,13 +77,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Block:
-    """One block.
+    """A transformer block as the library takes it.
 
     Attributes:
-        linears: seven packed layers, those of `LINEARS`.
+        linears: seven packed layers, in the order of `LINEARS`.
         norms: weights by their name in `NORMS`.
         window: how many tokens a query sees, itself included.
-        rotary: which of the rotary tables turns its queries and keys.
+        rotary: index of the rotary tables for its queries and keys.
     """
 
     linears: Sequence[Packed]
@@ -110,7 +110,10 @@ def split_rows(packed: Packed, rows: Sequence[int]) -> Iterator[Packed]:
 
 
 class NativeDecoder:
-    """Runs `blocks` and the last norm. It borrows the tensors of the model: drop it when they are replaced."""
+    """Runs transformer blocks and the last norm in the library.
+
+    It borrows the tensors of the model: drop it when they are replaced.
+    """
 
     def __init__(self, blocks: Sequence[Block], norm: Tensor, shape: Shape) -> None:
         self.shape, self.dtype, self._kept = shape, norm.dtype, (blocks, norm)
@@ -132,10 +135,10 @@ class NativeDecoder:
 
         Args:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
-            cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are written behind.
+            cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are appended.
             past: tokens in the cache.
-            rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in that dtype, for the first features
-                of a head.
+            rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in the dtype of the norms, for
+                the first features of a head.
         """
         library = native.library()
         assert library is not None
@@ -178,21 +181,21 @@ class CacheBuffers:
 
     @property
     def pointers(self) -> Any:
-        """The structs that the library gets, one for each block."""
+        """Ctypes structs of the cache, one for each block."""
         if self._pointers is None:
             addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
             self._pointers = (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
         return self._pointers
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has tensors of its own, and ctypes copies no pointers."""
+        """The state without ctypes pointers: a copy has tensors of its own, and pickles no pointers."""
         return {**self.__dict__, "_pointers": None}
 
     def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
-        """Have room for `needed` tokens; what is filled moves along."""
+        """Make room for `needed` tokens; those that are filled are copied."""
         if self.capacity >= needed:
             return
-        capacity, old = max(needed + CAPACITY_STEP, 2 * self.capacity), self.blocks
+        capacity, old = max(needed + CAPACITY_GROWTH, 2 * self.capacity), self.blocks
         pairs = [(head_dim, torch.int8), (1, torch.float32)] if self.int8 else [(head_dim, dtype)]
 
         def empty(width: int, kind: torch.dtype) -> Tensor:

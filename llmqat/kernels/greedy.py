@@ -24,11 +24,11 @@ class _Greedy(ctypes.Structure):
 class GreedyDecoder:
     """Embedding, blocks, last norm, head and the choice of the largest logit, of one token a call.
 
-    It borrows the tensors of the model and of the cache: `use` a cache again when its buffers have grown.
+    It borrows the tensors of the model and of the cache: call `set_cache` again when its buffers have grown.
     """
 
     def __init__(self, decoder: NativeDecoder, embedding: Packed | Tensor, head: Packed) -> None:
-        """Borrow all three.
+        """Make the struct of the call, which borrows the tensors of all three.
 
         Args:
             decoder: the blocks and the last norm.
@@ -56,8 +56,8 @@ class GreedyDecoder:
         self._kept = decoder, embedding, packed, head, hidden, logits
         self._used: tuple[Any, ...] = ()
 
-    def use(self, cache: CacheBuffers, rotary: Rotary) -> None:
-        """Continue in `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype."""
+    def set_cache(self, cache: CacheBuffers, rotary: Rotary) -> None:
+        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype."""
         tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
         pointers = rotary_structs(tables)
         self._used = tables, pointers, cache.pointers, cache.blocks
@@ -65,6 +65,6 @@ class GreedyDecoder:
         self._struct.rotary, self._struct.rotary_tables = ctypes.addressof(pointers), len(tables)
 
     def __call__(self, token: int, past: int) -> int:
-        """The token after `token`, which goes behind the `past` tokens in the cache: there has to be room."""
+        """The token that follows `token`, which is added to the `past` tokens in the cache: there has to be room."""
         following: int = self._next(self._address, token, past)
         return following

@@ -99,7 +99,7 @@ def _checked(result: float, function: Any, _: Any) -> float:
 
 
 def _fits(loaded: ctypes.CDLL, sources: Path) -> bool:
-    """Whether `loaded` has the interface of `sources`, if there are any: not after an update without an install."""
+    """Whether the library has the interface of the headers in `sources`; not so after an update without an install."""
     headers = [sources / name for name in ("llmqat.h", "decoder.h")]
     if not all(header.exists() for header in headers):
         return True
@@ -168,7 +168,7 @@ def kernel_name() -> str:
 
 
 def explain() -> str:
-    """One line: what runs, what else could, and why not more."""
+    """One line: the kernels that run here, those that could, and why there are no others."""
     if library_path() is None:
         return f"{REFERENCE}: llmqat was installed without a C++ compiler; install one and install llmqat again"
     forced = ", forced by LLMQAT_KERNELS" if os.environ.get("LLMQAT_KERNELS") else ""

@@ -1,4 +1,4 @@
-"""`Packed`: the weights of a layer as the operator, the kernels and the file hold them; and what is a valid one."""
+"""`Packed`: the weights of a layer as the operator, the kernels and the file hold them; and its checks."""
 
 from typing import NamedTuple
 

@@ -25,7 +25,7 @@ def use_huge_pages(layers: Sequence[Any]) -> None:
 
 
 def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values side by side on pages of 2 MiB, where Linux gives such pages.
+    """Copies of tensors side by side on pages of 2 MiB; the tensors themselves where Linux gives no such pages.
 
     `tensors` are not to be used afterwards: their pages are given back, so that a model is not in memory twice.
     """

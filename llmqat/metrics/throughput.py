@@ -39,12 +39,12 @@ class Throughput:
 
     @property
     def prefill_tok_s(self) -> float:
-        """Median."""
+        """Median of `prefill`."""
         return statistics.median(self.prefill)
 
     @property
     def decode_tok_s(self) -> float:
-        """Median."""
+        """Median of `decode`."""
         return statistics.median(self.decode)
 
     @property
@@ -90,12 +90,12 @@ class _Clock:
         self.times: list[float] = []
 
     def put(self, _: Tensor) -> None:
-        """The prompt first, then token by token."""
+        """Note the time; `generate` puts the prompt first, then token by token."""
         self.synchronize()
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing follows."""
+        """Nothing to do after the last token."""
 
 
 @torch.inference_mode()

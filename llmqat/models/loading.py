@@ -81,9 +81,9 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         LlmqatError: see `load_config` and `stored_dtype`; or if its weights are damaged.
     """
     config, path = load_config(name), resolve_name(name)
-    said = getattr(config, "dtype", None)
-    stored = stored_dtype(Path(path), said) if Path(path).is_dir() else None
-    options = {"dtype": dtype or stored or said or "auto", "output_loading_info": True, "weights_only": True}
+    declared = getattr(config, "dtype", None)
+    stored = stored_dtype(Path(path), declared) if Path(path).is_dir() else None
+    options = {"dtype": dtype or stored or declared or "auto", "output_loading_info": True, "weights_only": True}
     try:
         loaded: Any = from_pretrained(AutoModelForCausalLM, path, **options)
     except ForeignError as error:
@@ -94,7 +94,7 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise LlmqatError(f"cannot load the weights of {name}: they lack {lost}; copy or download the model again")
     if stored is None:
         directory = cached_directory(path)
-        stored = stored_dtype(directory, said) if directory else model.dtype
+        stored = stored_dtype(directory, declared) if directory else model.dtype
         model = model if dtype else model.to(stored)
     correct_flag(model)
     setattr(model, REMEMBERED, stored)
@@ -121,12 +121,12 @@ def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
         LlmqatError: see `load_config` and `stored_dtype`.
     """
     config, path = load_config(name), Path(resolve_name(name))
-    said = getattr(config, "dtype", None)
+    declared = getattr(config, "dtype", None)
     directory = path if path.is_dir() else cached_directory(str(path))
     model = _empty(config)
     if directory is None:
-        return model, said or torch.float32
-    stored = stored_dtype(directory, said)
+        return model, declared or torch.float32
+    stored = stored_dtype(directory, declared)
     if getattr(config, "tie_word_embeddings", False) and any(separate_heads(directory, possible_ties(model))):
         set_tied(config, False)
         model = _empty(config)

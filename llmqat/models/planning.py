@@ -66,7 +66,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 def plan(
     model: PreTrainedModel, scheme: QuantScheme, overrides: Overrides | None = None, lm_head_bits: int | None = None
 ) -> CoverageReport:
-    """Which linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta devices welcome.
+    """Which linear layers `prepare` would quantize, how, and why not the rest. Changes nothing; meta tensors will do.
 
     Raises:
         LlmqatError: if adapters are not merged, an override is malformed, matches no layer, or gives experts or

@@ -94,16 +94,16 @@ def _read_in_a_forward(model: PreTrainedModel, linear: dict[str, nn.Module]) -> 
 
 
 @contextmanager
-def watched(modules: list[nn.Module], tell: Any) -> Iterator[None]:
-    """Inside the ``with``, ``tell(module)`` is called when a weight or bias of one of `modules` is read from outside of
-    its own forward."""
+def watched(modules: list[nn.Module], on_read: Any) -> Iterator[None]:
+    """Call ``on_read(module)`` when a weight or bias of one of `modules` is read from outside of its own forward, until
+    the ``with`` ends."""
     kinds = {id(module): type(module) for module in modules}
     made: dict[type, type] = {}
     running: set[int] = set()
     try:
         for module in modules:
             kind = type(module)
-            made[kind] = made.get(kind) or _watching(kind, running, tell)
+            made[kind] = made.get(kind) or _watching(kind, running, on_read)
             module.__class__ = made[kind]
         yield
     finally:
@@ -111,10 +111,10 @@ def watched(modules: list[nn.Module], tell: Any) -> Iterator[None]:
             module.__class__ = kinds[id(module)]
 
 
-def _watching(kind: type, running: set[int], tell: Any) -> type:
+def _watching(kind: type, running: set[int], on_read: Any) -> type:
     def read(self: nn.Module, name: str) -> Any:
         if name in PARTS and id(self) not in running:
-            tell(self)
+            on_read(self)
         return kind.__getattr__(self, name)  # type: ignore[attr-defined]
 
     def forward(self: nn.Module, *args: Any, **options: Any) -> Any:

@@ -44,7 +44,7 @@ class SplitExperts(nn.ModuleList):
     @classmethod
     @torch.no_grad()
     def from_fused(cls, fused: nn.Module, copy: bool = True) -> Self:
-        """Split the weights of a fused module; the new Parameters are copies or views of them. Meta devices welcome."""
+        """Split the weights of a fused module; the new Parameters are copies or views of them. Meta tensors will do."""
         gate_up, down = fused.gate_up_proj, fused.down_proj
         act_fn: Any = fused.act_fn
         assert isinstance(gate_up, nn.Parameter)
@@ -74,8 +74,8 @@ class SplitExperts(nn.ModuleList):
         if not (self.training and torch.is_grad_enabled()):
             return y
         idle = (p for e, count in enumerate(counts) if not count for p in self[e].parameters() if p.requires_grad)
-        touched: Tensor = _Touch.apply(y, *idle)
-        return touched
+        with_gradients: Tensor = _WithZeroGradients.apply(y, *idle)
+        return with_gradients
 
 
 Routes = list[tuple[Tensor, Tensor]]
@@ -106,10 +106,10 @@ def follow_routes(model: nn.Module, routes: Routes) -> Iterator[None]:
 
 
 @contextmanager
-def _before_experts(model: nn.Module, see: Callable[[tuple[Tensor, ...]], Any]) -> Iterator[None]:
-    """Call ``see(arguments)`` before each run of a `SplitExperts`; what it returns, if anything, takes their place."""
+def _before_experts(model: nn.Module, hook: Callable[[tuple[Tensor, ...]], Any]) -> Iterator[None]:
+    """Call ``hook(arguments)`` before each run of a `SplitExperts`; what it returns, if anything, takes their place."""
     experts = [module for module in model.modules() if isinstance(module, SplitExperts)]
-    handles = [module.register_forward_pre_hook(lambda _, args: see(args)) for module in experts]
+    handles = [module.register_forward_pre_hook(lambda _, args: hook(args)) for module in experts]
     try:
         yield
     finally:
@@ -117,9 +117,11 @@ def _before_experts(model: nn.Module, see: Callable[[tuple[Tensor, ...]], Any]) 
             handle.remove()
 
 
-class _Touch(torch.autograd.Function):
-    """`y` as it is, and zero gradients for `parameters`: those of experts without a token, as the fused module gives
-    them. Distributed training waits for a gradient of every parameter."""
+class _WithZeroGradients(torch.autograd.Function):
+    """Passes `y` through, and gives gradients of zero to `parameters`, those of experts without a token.
+
+    The fused module gives them, too; distributed training waits for a gradient of every parameter.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class FakeQuantLinear(KeepsDtypes):
 
     Attributes:
         weight: ``(out, in)`` float32 master; the Parameter object of the layer it replaces.
-        bias: ``(out,)`` or None; likewise.
+        bias: ``(out,)`` or None; that of the layer it replaces, too.
         scale: ``(out, groups)`` float32, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).

@@ -1,4 +1,4 @@
-"""`PackedLinear`: the layer that ships. Its state dict is the file format (turned for `Conv1D`, formats/conv1d.py)."""
+"""`PackedLinear`: the layer that ships. Its state dict is the file format, but for `Conv1D` (formats/conv1d.py)."""
 
 from typing import Self
 

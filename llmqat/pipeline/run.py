@@ -296,7 +296,7 @@ class Run:
         self.measured.tokens["train"] = self.measured.training.tokens
 
     def train_control(self, train: Callable[..., Any]) -> Perplexity:
-        """The same training with quantizers off: what the text alone gives."""
+        """Train the float model on the same text: what training gives without a grid."""
         log("training the float control")
         control, saved = copy.deepcopy(self.model), self.checkpoints.subdirectory(CONTROL)
         with disable_quantizers(control, disable_adapters=False):

@@ -29,7 +29,7 @@ def serve_int8_activations(model: nn.Module) -> None:
 
 
 class AsTrained:
-    """The model as it was trained, for a moment: what `evaluate` compares `serve_int8_activations` with."""
+    """Gives the model as it was trained: the reference with which `evaluate` compares `serve_int8_activations`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""The one seam between a filled packed model and how it runs."""
+"""`attach`: the one place that patches a loaded packed model, so that it runs as fast as the machine can."""
 
 from functools import partial
 from typing import Literal

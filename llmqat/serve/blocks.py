@@ -116,7 +116,7 @@ _built: WeakKeyDictionary[nn.Module, Built] = WeakKeyDictionary()
 def decoder_of(stack: Any) -> NativeDecoder | str:
     """The native decoder of `stack`, built when it first runs and when a tensor was replaced; or why there is none.
 
-    It is gone for as long as a block does not fit (a layer unpacked, moved or cast), or somebody listens inside one.
+    There is none while a block does not fit (a layer unpacked, moved or cast), or a hook listens inside one.
     """
     known = _built.get(stack)
     if known is None or not known.borrowed.is_unchanged():
@@ -155,7 +155,7 @@ def rotary_tables(stack: Any, embeds: Tensor, position_ids: Tensor) -> list[tupl
 
 
 def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
-    """Whether the tables have a row for each token, and turn pairs of features of a head, no more than it has."""
+    """Whether the tables have a row for each token, and rotate pairs of features, no more than a head has."""
     head_dim, dtype = stack.layers[0].self_attn.head_dim, stack.norm.weight.dtype
     return all(
         table.ndim == 2

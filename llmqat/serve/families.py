@@ -46,7 +46,7 @@ class Family:
         window: path, from a block, of how many tokens a query sees; empty for a family that always sees all.
         activation: name in the config of the activation of the gate.
         attention_cap: name in the config of the soft cap of attention's scores; empty for none.
-        logits_cap: likewise, of the logits.
+        logits_cap: name in the config of the soft cap of the logits; empty for none.
         rotary_by_layer_type: whether layers of each type in the config's `layer_types` have rotary tables of their own.
     """
 

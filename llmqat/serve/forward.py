@@ -87,7 +87,7 @@ def _forward(
         if rotary_fits(self, tables, embeds.shape[1]):
             counts_of(self).native_calls += 1
             return output_with_cache(_run(self, decoder, embeds, tables, cache), cache)
-        decoder = "rotary embeddings turn more features than a head has"
+        decoder = "rotary embeddings rotate more features than a head has"
     counts_of(self).left_to_transformers(str(decoder))
     return type(self).forward(
         self,
@@ -117,8 +117,8 @@ def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[
     return hidden[None]
 
 
-def can_run_natively(stack: Any, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache: Any) -> str:
-    """Why this call cannot run natively: it takes one unpadded sequence, no gradients, hidden states only."""
+def why_not_native(stack: Any, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache: Any) -> str:
+    """Why this call cannot run natively; empty for one unpadded sequence without gradients, hidden states only."""
     why_not = "" if "forward" in vars(stack) else "the blocks are left to transformers"
     why_not = why_not or why_call_unfit(stack, ids, cache, {}) or _why_past_unfit(ids, mask, positions, cache)
     decoder = why_not or decoder_of(stack)

@@ -1,8 +1,8 @@
-"""Token by token without the detours of `generate`: greedy search and sampling on the native decoder.
+"""Native greedy search and sampling: token by token on the native decoder, without the overhead of transformers' loop.
 
 transformers' own loop takes some milliseconds a token, and its operators wake torch's threads, which then spin on the
-cores that the kernels need. This one calls the same logits processors and stopping criteria, on one thread. It enters
-by the door that transformers has for it, ``generate(custom_generate=...)``.
+cores that the kernels need. This one calls the same logits processors and stopping criteria, on one thread. It is
+plugged in where transformers takes a loop of one's own, ``generate(custom_generate=...)``.
 """
 
 import functools
@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from llmqat.compat.caches import cache_of, generate_cache_name
 from llmqat.kernels import native
 from llmqat.serve.cache_views import sync_cache_views
-from llmqat.serve.forward import can_run_natively
+from llmqat.serve.forward import why_not_native
 from llmqat.serve.paths import counts_of
 from llmqat.serve.step import GreedyStep, Step
 
@@ -33,7 +33,7 @@ class _NotNativeError(Exception):
 
 
 def accelerate_generate(model: Any) -> None:
-    """Let `model.generate` sample natively: `accelerate_forward` has said that its blocks can run so."""
+    """Let `model.generate` sample natively, for a model that `accelerate_forward` has accepted."""
     below = vars(model).get("generate")  # what starts an int8 cache
     model.generate = MethodType(functools.partial(_generate, getattr(below, "__func__", None)), model)
 
@@ -111,7 +111,7 @@ def _native_loop(
 
 
 def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> str:
-    """Why this call is not for tokens only, from one unpadded prompt and an empty cache."""
+    """Why the native loop does not run this call; empty if it asks for tokens only, from one unpadded prompt."""
     mode = config.get_generation_mode()
     if mode.value not in ("greedy_search", "sample"):
         return mode.value
@@ -131,11 +131,11 @@ def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str,
         return "positions are not one range from 0"
     if _changes_rotary(model, input_ids.shape[1], config.max_length):
         return "longrope goes over to its factors for long sequences"
-    return can_run_natively(model.model, input_ids, inputs.get("attention_mask"), positions, cache)
+    return why_not_native(model.model, input_ids, inputs.get("attention_mask"), positions, cache)
 
 
 def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
-    """Whether "longrope" may go over to its factors for long sequences on the way: there Phi-3 drops its cache."""
+    """Whether "longrope" may switch to its factors for long sequences on the way, where Phi-3 drops its cache."""
     trained = getattr(model.config, "original_max_position_embeddings", most)
     return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
@@ -143,7 +143,7 @@ def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
 def _general_loop(
     step: Step, choose: Callable[[Tensor, Tensor], Tensor], logits: Tensor, ids: Tensor, criteria: Any, streamer: Any
 ) -> Tensor:
-    """`ids` ``(1, n)`` and the tokens that `choose` takes, from `logits` on."""
+    """Extend `ids` ``(1, n)`` by the tokens that `choose` takes, from `logits` on, until `criteria` stop it."""
     while True:
         token = choose(logits, ids)
         ids = torch.cat([ids, token], 1)
@@ -163,7 +163,7 @@ def _choose(logits: Tensor, input_ids: Tensor, processors: Any, sample: bool) ->
 
 
 def _greedy_loop(step: GreedyStep, token: int, prompt: Tensor, criteria: Any, streamer: Any) -> Tensor:
-    """`prompt` ``(1, n)``, `token` and those that follow; the criteria are asked when they may say something."""
+    """Extend `prompt` ``(1, n)`` by `token` and its greedy successors; criteria are called only where they can fire."""
     ids, unchecked, ends = prompt[0].tolist(), _first_length_to_check(criteria), _end_tokens(criteria)
     while True:
         ids.append(token)
@@ -175,7 +175,7 @@ def _greedy_loop(step: GreedyStep, token: int, prompt: Tensor, criteria: Any, st
 
 
 def _only_known_criteria(criteria: Any) -> bool:
-    """Whether it is known what `criteria` look at: the length and the last token."""
+    """Whether all `criteria` look at nothing but the length and the last token."""
     return all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in criteria)
 
 

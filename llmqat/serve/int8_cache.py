@@ -55,7 +55,7 @@ class Int8Layer(CacheLayerMixin):
         return dequantize_activation(k, ks, key_states.dtype), dequantize_activation(v, vs, value_states.dtype)
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
+        """Tokens stored so far."""
         return int(self.codes.get_seq_length())
 
     def get_max_length(self) -> int:
@@ -65,7 +65,7 @@ class Int8Layer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name up to transformers 5.23
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask for so many new tokens."""
+        """Length and offset of the mask for `query_length` new tokens."""
         sizes: tuple[int, int] = self.codes.get_mask_sizes(query_length)
         return sizes
 

@@ -67,7 +67,7 @@ def _embed(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 class Step:
-    """One token through the model: what changes from call to call is its row of the embedding and its position."""
+    """Runs one token through the model; from call to call only its row of the embedding and its position change."""
 
     def __init__(self, model: Any, cache: Any) -> None:
         self.stack = model.model
@@ -105,15 +105,18 @@ class Step:
 
 
 class GreedyStep:
-    """`Step` and the choice of the largest logit in one call of the library: what Python does between two tokens, it
-    does on memory that the weights have just swept out of the processor's caches."""
+    """A `Step` and the choice of the largest logit, in one call of the library.
+
+    Whatever Python does between two tokens is slow: the weights have just swept its memory out of the processor's
+    caches.
+    """
 
     def __init__(self, step: Step, greedy: GreedyDecoder) -> None:
         self.step, self.greedy, self.buffers, self.room = step, greedy, step.buffers, 0
 
     @classmethod
     def of(cls, model: Any, step: Step) -> "GreedyStep | None":
-        """For `model`, of which `step` is; None where the library does not cover its embedding, head or positions."""
+        """The greedy step of `model` behind its `step`; None where its embedding, head or positions are not covered."""
         head, embedding = _packed_head(model.lm_head), _rows(model.model.embed_tokens, step.decoder.dtype)
         if head is None or embedding is None or step.cap or not step.fixed:
             return None
@@ -131,5 +134,5 @@ class GreedyStep:
 
     def _make_room(self, tokens: int) -> None:
         reserve(self.buffers, self.step.decoder, tokens)
-        self.greedy.use(self.buffers, self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype)))
+        self.greedy.set_cache(self.buffers, self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype)))
         self.room = self.buffers.capacity

@@ -90,7 +90,7 @@ class Checkpoints:
         return file.read() == MARK + self._digest(file, length)
 
     def _digest(self, file: BinaryIO, length: int) -> bytes:
-        """Of the key of the run and the first `length` bytes of a file, in hexadecimal."""
+        """SHA-256 of the key of the run and the first `length` bytes of a file, in hexadecimal."""
         digest = hashlib.sha256(self.run.encode())
         file.seek(0)
         while length > 0 and (piece := file.read(min(length, 1 << 22))):
@@ -100,7 +100,7 @@ class Checkpoints:
 
 
 def discard(directory: Path, names: tuple[str, ...] = OWN_FILES) -> None:
-    """Forget the state of an earlier run; files that are not its own stay."""
+    """Remove the state of an earlier run; files that are not its own stay."""
     for path in [path for name in names for path in directory.glob(name)]:
         with suppress(OSError):
             path.unlink()

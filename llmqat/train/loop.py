@@ -174,7 +174,7 @@ class Trainer:
         self.result.codes_changed, self.result.layers_changed = counted
 
     def check_finite(self, loss: float, kind: str, step: int) -> None:
-        """Stop rather than train on, or ship, a broken model."""
+        """Refuse a loss that is not finite, rather than train on, or ship, a broken model."""
         if not math.isfinite(loss):
             raise LlmqatError(
                 f"the {kind} loss became {loss} at step {step}; lower --lr, or use --precision fp32; "
@@ -323,7 +323,7 @@ def _run(trainer: Trainer, config: ResolvedTrain) -> None:
 
 
 class Clock:
-    """Counts the seconds of a run into its result, and says how the run goes."""
+    """Counts the seconds of a run into its result, and gives its losses and speed in words."""
 
     def __init__(self, result: TrainResult, held_out: str) -> None:
         self.result, self.before, self.first, self.held_out = result, result.seconds, result.steps, held_out

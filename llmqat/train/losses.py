@@ -51,7 +51,7 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, counts: Tensor | None = None
 
     Args:
         logits: ``(batch, length, V)``.
-        teacher_logits: likewise.
+        teacher_logits: ``(batch, length, V)``.
         counts: ``(batch, length)`` bool, the positions that count; by default all.
     """
     which = None if counts is None else counts.flatten()
@@ -67,7 +67,7 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], coun
 
     Args:
         states: ``(batch, length, hidden)`` after each block.
-        teacher_states: likewise.
+        teacher_states: the teacher's, of the same shapes.
         counts: ``(batch, length)`` bool, the positions that count; by default all.
 
     Raises:

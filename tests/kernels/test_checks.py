@@ -194,7 +194,7 @@ def test_a_rotary_table_of_some_features(dim):
 def test_greedy_steps_that_do_not_fit(packed, token, past, message):
     head = layer(VOCABULARY, HIDDEN)
     greedy = GreedyDecoder(small_decoder(), head if packed else torch.randn(VOCABULARY, HIDDEN), head)
-    greedy.use(small_cache(), [(torch.ones(ROOM, HEAD_DIM), torch.zeros(ROOM, HEAD_DIM))])
+    greedy.set_cache(small_cache(), [(torch.ones(ROOM, HEAD_DIM), torch.zeros(ROOM, HEAD_DIM))])
     assert 0 <= greedy(3, 0) < VOCABULARY
     with pytest.raises(LlmqatError, match=f"llmqat_next_token: {message}"):
         greedy(token, past)

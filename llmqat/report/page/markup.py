@@ -8,7 +8,7 @@ Values = Mapping[str, Any]
 
 
 class Html(str):
-    """Text that is HTML already; every other string is escaped where the two meet."""
+    """Text that is HTML already; any other string is escaped where it is put into HTML."""
 
 
 def join(parts: Iterable[str | None], separator: str = "") -> Html:
