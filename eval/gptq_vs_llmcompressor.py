@@ -65,7 +65,7 @@ class Comparison:
         return llmqat.load_float(str(self.float_directory), torch.float32)
 
     def calibration_batches(self, tokenizer: Any, documents: list[str]) -> torch.Tensor:
-        """``(batches, BATCH, length)`` ids: blocks of the training text, drawn by the seed."""
+        """``(batches, BATCH, length)`` ids: sequences of the training text, drawn by the seed."""
         samples, length = self.args.samples, self.args.length
         stream = llmqat.encode(tokenizer, documents, max(samples * length, TOKENIZED))
         rows = llmqat.split_stream(stream, length, "calibration")

@@ -1,4 +1,6 @@
-"""The one exception of expected failures, and the warning of old spellings."""
+"""The one exception of expected failures, the warning of old spellings, and messages of other libraries in one line."""
+
+LONGEST = 200  # characters of another library's message that are passed on
 
 
 class LlmqatError(ValueError):
@@ -10,3 +12,9 @@ class LlmqatError(ValueError):
 
 class LlmqatDeprecationWarning(DeprecationWarning):
     """An old spelling that is accepted for one version; the message names the new one."""
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an exception of another library as one line that is not too long; its class if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

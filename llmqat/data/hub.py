@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmqat.data.rows import Row, one_line
-from llmqat.errors import LlmqatError
+from llmqat.data.rows import Row
+from llmqat.errors import LlmqatError, error_text
 
 ROWS_AT_ONCE = 1000
 # A streamed dataset is shuffled within this many rows, always in the same order: what is held out never depends on
@@ -46,7 +46,7 @@ def saved_splits(path: Path) -> dict[str, Iterable[Row]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # OS, Arrow and JSON errors: all mean that the files are not what was saved
-        raise LlmqatError(f"cannot read dataset {path}: {one_line(error)}; copy or save it again") from error
+        raise LlmqatError(f"cannot read dataset {path}: {error_text(error)}; copy or save it again") from error
     splits = loaded if isinstance(loaded, dict) else {"all": loaded}
     return {split: _rows(str(path), split, rows, False) for split, rows in splits.items()}
 
@@ -64,13 +64,14 @@ def _rows(dataset: str, split: str, rows: Any, shuffled: bool) -> Iterator[Row]:
         raise unreachable(dataset, error) from error
     except Exception as error:  # Arrow, JSON, and the decoders of images and sounds: each has exceptions of its own
         raise LlmqatError(
-            f"cannot read dataset {dataset} beyond row {number} of {split}: {one_line(error)}; mend it, or read fewer "
-            "rows by --max-rows"
+            f"cannot read dataset {dataset} beyond row {number} of {split}: {error_text(error)}; mend it, or read "
+            "fewer rows by --max-rows"
         ) from error
 
 
 def unreachable(dataset: str, error: Exception) -> LlmqatError:
     """The error to raise where the Hub does not give a dataset."""
     return LlmqatError(
-        f"cannot load dataset {dataset} from the Hub: {one_line(error)}; without a network, give a local file or stdlib"
+        f"cannot load dataset {dataset} from the Hub: {error_text(error)}; without a network, give a local file or "
+        "stdlib"
     )

@@ -54,8 +54,3 @@ class BadRows:
                 f"{name}: {self.count} of {total} rows cannot be used, more than {MOST_BAD_ROWS:.0%}; the first one, "
                 f"{self.first}; mend these rows, or remove them from the dataset"
             )
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmqat.data.rows import Row, Unreadable, one_line
+from llmqat.data.rows import Row, Unreadable
 from llmqat.data.text_files import NUL_REMEDY, decoding_error, open_regular, read_text, text_lines
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, error_text
 
 ROWS_AT_ONCE = 1000
 NO_OBJECT = "not an object"
@@ -149,7 +149,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     except LlmqatError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise LlmqatError(f"cannot parse {path}: {one_line(error)}; copy or download it again") from error
+        raise LlmqatError(f"cannot parse {path}: {error_text(error)}; copy or download it again") from error
 
 
 def _values(column: Any) -> list[Any]:
@@ -165,7 +165,7 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except (ValueError, OverflowError) as error:
-        return Unreadable(one_line(error))
+        return Unreadable(error_text(error))
 
 
 # Suffix of a file -> how its rows are read. A text file has no rows: the file is one document.

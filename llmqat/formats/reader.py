@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, error_text
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY
 from llmqat.formats.conv1d import from_conv1d_layout
 from llmqat.formats.skeleton import own_name, skeleton
 from llmqat.formats.weights import AGAIN, read_tensors, tensor_headers
 from llmqat.models.experts import module_name
-from llmqat.models.foreign import ForeignError, from_pretrained, short
+from llmqat.models.foreign import ForeignError, from_pretrained
 from llmqat.nn.kv_cache import quantize_kv
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.attach import attach
@@ -53,7 +53,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise LlmqatError(f"{path} is damaged ({error.msg} in line {error.lineno}); write the model again") from error
     except (ValueError, RecursionError) as error:
-        raise LlmqatError(f"{path} is damaged ({short(error)}); write the model again") from error
+        raise LlmqatError(f"{path} is damaged ({error_text(error)}); write the model again") from error
     if not isinstance(config, dict):
         raise LlmqatError(f"{path} is damaged (no mapping); write the model again")
     return config

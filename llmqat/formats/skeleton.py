@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmqat.compat.transformers import forget_ties, model_from_config
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, error_text
 from llmqat.formats.compressed_tensors import schemes_of
 from llmqat.formats.conv1d import stored_layout
 from llmqat.models.experts import module_name, split_experts
-from llmqat.models.foreign import ForeignError, from_pretrained, short
+from llmqat.models.foreign import ForeignError, from_pretrained
 from llmqat.models.stored import FLOATS, Header
 from llmqat.models.ties import possible_ties, set_tied, shared_ties
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
@@ -76,8 +76,8 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
             raise TypeError(f"{config.architectures[0]} is no model")
     except (ForeignError, TypeError, AttributeError, IndexError) as error:
         raise LlmqatError(
-            f"cannot use {directory / 'config.json'}: {short(error)}; its model_type or architectures are unknown to "
-            "this transformers, or it is damaged: write the model again"
+            f"cannot use {directory / 'config.json'}: {error_text(error)}; its model_type or architectures are unknown "
+            "to this transformers, or it is damaged: write the model again"
         ) from error
     config.__dict__.pop("quantization_config", None)
     return config, model_class
@@ -105,7 +105,8 @@ def _empty(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -
         model.tie_weights()
     except Exception as error:  # whatever the code of a family does with values it does not expect
         raise LlmqatError(
-            f"cannot build the model that {directory / 'config.json'} describes: {short(error)}; write the model again"
+            f"cannot build the model that {directory / 'config.json'} describes: {error_text(error)}; write the model "
+            "again"
         ) from error
     return model
 

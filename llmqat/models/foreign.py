@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmqat.errors import LlmqatError
-
-LONGEST = 200  # characters of another library's message that are passed on
+from llmqat.errors import LlmqatError, error_text
 
 
 class ForeignError(LlmqatError):
@@ -27,10 +25,4 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
                 f"model {name} comes with Python code of its own (auto_map), which llmqat never runs; use a model of a "
                 "family that transformers knows"
             ) from error
-        raise ForeignError(short(error)) from error
-
-
-def short(error: Exception) -> str:
-    """The message of an exception of another library as one line that is not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+        raise ForeignError(error_text(error)) from error

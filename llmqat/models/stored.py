@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmqat.errors import LlmqatError
-from llmqat.models.foreign import short
+from llmqat.errors import LlmqatError, error_text
 
-INDEX, PICKLES = "*.index.json", ("pytorch_model*.bin", "model*.bin")
+PICKLES = ("pytorch_model*.bin", "model*.bin")
 # Names in safetensors headers of the dtypes that a float model can be trained from, and be stored in again.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 OTHER_FLOATS = ("F8", "F6", "F4")
@@ -68,7 +67,7 @@ def stored_dtype(directory: Path, default: torch.dtype | None) -> torch.dtype:
             found = headers(path)
         except (SafetensorError, OSError) as error:
             raise LlmqatError(
-                f"cannot load the weights of {path}: {short(error)}; copy or download the model again"
+                f"cannot load the weights of {path}: {error_text(error)}; copy or download the model again"
             ) from error
         for header in found.values():
             counts[header.dtype] += header.elements

@@ -10,13 +10,15 @@ from llmqat.files import PARTIAL, discard_partial, locked, make_directory, repla
 from llmqat.models.loading import resolve_name
 from llmqat.pipeline.saved import flattened, read_record
 from llmqat.processes import is_first
+from llmqat.report.details import NAME as DETAILS
+from llmqat.report.page.render import PAGE, REPORT
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import REMEDY
 
-RECIPE, REPORT, CHECKPOINT, ADAPTER = "recipe.yaml", "report.json", "checkpoint", "adapter"
+RECIPE, CHECKPOINT, ADAPTER = "recipe.yaml", "checkpoint", "adapter"
 GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
 # What a report of a run consists of: stale as soon as another model is in the directory.
-REPORT_FILES = (RECIPE, REPORT, "report.html", "details.json", "README.md")
+REPORT_FILES = (RECIPE, REPORT, PAGE, DETAILS, "README.md")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 # Where a run writes, and so where a killed one may leave unfinished files.
 FOLDERS = ("", CHECKPOINT, f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", ADAPTER)

@@ -13,6 +13,7 @@ from llmqat.models.patcher import transformers_model
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize
 from llmqat.report.measured import Measured
+from llmqat.report.schema import FORMAT
 from llmqat.report.text import measured_on, verdict
 from llmqat.scheme import QuantScheme
 from llmqat.train.loop import TrainResult
@@ -112,7 +113,7 @@ def collect(measured: Measured, packed: Mapping[str, PackedLinear], float_model:
         low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
         interval = {"against": best, "low": low, "high": high}
     return {
-        "format": 1,
+        "format": FORMAT,
         "scheme": str(measured.recipe.scheme()),
         "verdict": verdict(measured),
         "measured_on": measured_on(measured),

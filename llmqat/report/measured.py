@@ -12,6 +12,7 @@ from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.report.names import public_name, public_recipe
+from llmqat.report.schema import FORMAT
 from llmqat.report.scoreboard import VARIANTS
 from llmqat.train.loop import TrainResult
 from llmqat.version import __version__
@@ -67,7 +68,7 @@ class Measured:
         """The values of `report.json`, with stable keys: numbers measured in this run, null where they were not."""
         training, check = self.training, self.verification
         return {
-            "format": 1,
+            "format": FORMAT,
             "llmqat": __version__,
             "model": public_name(self.recipe.model),
             "recipe": public_recipe(self.recipe).to_dict(),

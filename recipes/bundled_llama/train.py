@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llmqat.data.stdlib import stdlib_texts
 
 VOCAB_SIZE = 4096
-BLOCK = 512
+LENGTH = 512
 BATCH = 16  # blocks a step
 STEPS = 1500
 WARMUP = 40
@@ -38,7 +38,7 @@ CONFIG = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    max_position_embeddings=BLOCK,
+    max_position_embeddings=LENGTH,
     tie_word_embeddings=True,
     bos_token_id=0,
     eos_token_id=0,
@@ -59,7 +59,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>", model_max_length=BLOCK
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>", model_max_length=LENGTH
     )
 
 
@@ -71,13 +71,13 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: str) -> torch.Tensor
 
 def batch_of_step(stream: torch.Tensor, step: int) -> torch.Tensor:
     """Blocks of `step`: every epoch cuts the stream at a new offset and shuffles the blocks, all from the seed."""
-    per_epoch = (len(stream) - BLOCK) // BLOCK // BATCH
+    per_epoch = (len(stream) - LENGTH) // LENGTH // BATCH
     epoch, index = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + epoch)
-    offset = int(torch.randint(BLOCK, (), generator=generator))
+    offset = int(torch.randint(LENGTH, (), generator=generator))
     order = torch.randperm(per_epoch * BATCH, generator=generator)
-    starts = offset + BLOCK * order[index * BATCH : (index + 1) * BATCH]
-    return torch.stack([stream[start : start + BLOCK] for start in starts])
+    starts = offset + LENGTH * order[index * BATCH : (index + 1) * BATCH]
+    return torch.stack([stream[start : start + LENGTH] for start in starts])
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -99,10 +99,10 @@ def lr_at(step: int) -> float:
 
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Mean token loss over the whole validation stream, in blocks of `BLOCK`."""
-    blocks = stream[: len(stream) // BLOCK * BLOCK].view(-1, BLOCK)
-    losses = [loss_of(model, batch).item() * len(batch) for batch in blocks.split(BATCH)]
-    return sum(losses) / len(blocks)
+    """Mean token loss over the whole validation stream, in sequences of `LENGTH`."""
+    sequences = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
+    losses = [loss_of(model, batch).item() * len(batch) for batch in sequences.split(BATCH)]
+    return sum(losses) / len(sequences)
 
 
 def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def fit(output: Path, resume: bool) -> None:
             opt.zero_grad()
         done = step + 1
         if done % 10 == 0 or done == STEPS:
-            row = {"step": done, "tokens": done * BATCH * BLOCK, "loss": loss.item(), "seconds": time.time() - started}
+            row = {"step": done, "tokens": done * BATCH * LENGTH, "loss": loss.item(), "seconds": time.time() - started}
             if done % 100 == 0 or done == STEPS:
                 row["validation_loss"] = validation_loss(model, streams["validation"])
                 save_checkpoint(checkpoint, done, model, opts)

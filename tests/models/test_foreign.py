@@ -3,7 +3,7 @@
 import pytest
 
 from llmqat.errors import LlmqatError
-from llmqat.models.foreign import ForeignError, from_pretrained, short
+from llmqat.models.foreign import ForeignError, from_pretrained
 
 
 def reader(error):
@@ -34,9 +34,3 @@ def test_whatever_is_raised_becomes_one_line(kind):
         from_pretrained(reader(error), "x")
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
-
-
-def test_messages_stay_short():
-    assert short(ValueError("a\n  b")) == "a b"
-    assert short(ValueError()) == "ValueError"
-    assert len(short(ValueError("x" * 500))) == 200

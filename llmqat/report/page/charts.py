@@ -52,7 +52,7 @@ def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     return tuple(index * step for index in range(first, last + 1))
 
 
-def short(value: float) -> str:
+def three_digits(value: float) -> str:
     """A number for an axis: three digits, and no exponent where none is needed."""
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e4 else f"{value:.0e}".replace("e-0", "e-")
 
@@ -66,7 +66,7 @@ def line_chart(
     series: Sequence[Series],
     label: str,
     x_label: str,
-    y_format: Format = short,
+    y_format: Format = three_digits,
     *,
     from_zero: bool = False,
     mark: float | None = None,
@@ -126,7 +126,7 @@ def _grid(y: Scale, y_format: Format) -> Html:
 
 def _x_axis(x: Scale, ticks: Sequence[float], label: str) -> Html:
     bottom = HEIGHT - BOTTOM
-    marks = [element("text", short(t), x=f"{x(t):.1f}", y=bottom + 14, text_anchor="middle") for t in ticks]
+    marks = [element("text", three_digits(t), x=f"{x(t):.1f}", y=bottom + 14, text_anchor="middle") for t in ticks]
     name = element("text", label, class_="name", x=WIDTH - RIGHT, y=HEIGHT - 2, text_anchor="end")
     line = element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom)
     return element("g", line, *marks, name)
@@ -137,7 +137,7 @@ def _line(line: Series, x: Scale, y: Scale, y_format: Format, x_label: str) -> H
     shapes = [element("polyline", class_="line", points=" ".join(f"{a},{b}" for a, b in places))]
     if len(places) <= MARKED_POINTS:
         for (a, b), (place_x, place_y) in zip(line.points, places, strict=True):
-            title = element("title", f"{line.label}, {x_label} {short(a)}: {y_format(b)}")
+            title = element("title", f"{line.label}, {x_label} {three_digits(a)}: {y_format(b)}")
             shapes.append(element("circle", title, class_="dot", cx=place_x, cy=place_y, r=2.6))
     return element("g", *shapes, class_=line.css)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from llmqat.progress import duration
-from llmqat.report.page.charts import Series, line_chart, meter, percent, short
+from llmqat.report.page.charts import Series, line_chart, meter, percent, three_digits
 from llmqat.report.page.layers import histograms, layer_errors
 from llmqat.report.page.markup import (
     Html,
@@ -103,8 +103,8 @@ def training(report: Values, details: Values) -> Html:
         return Html()
     held_out = "Held-out KL to float" if config["loss"] == "kd" else "Held-out loss"
     figures = [
-        _curve(details, "loss", "Training loss", short),
-        _curve(details, "held_out", held_out, short),
+        _curve(details, "loss", "Training loss", three_digits),
+        _curve(details, "held_out", held_out, three_digits),
         _curve(details, "flipped", "Codes flipped since the start", percent),
     ]
     memory = done["peak_memory_bytes"]

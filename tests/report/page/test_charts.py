@@ -15,7 +15,7 @@ from llmqat.report.page.charts import (
     meter,
     nice_ticks,
     percent,
-    short,
+    three_digits,
 )
 
 
@@ -74,7 +74,14 @@ def test_ticks_are_round(low, high, count, ticks):
 
 
 def test_numbers_are_short():
-    assert [short(value) for value in (0, 0.5, 1234, 20000, 0.00002)] == ["0", "0.5", "1.23e+03", "2e+04", "2e-5"]
+    values = (0, 0.5, 1234, 20000, 0.00002)
+    assert [three_digits(value) for value in values] == [
+        "0",
+        "0.5",
+        "1.23e+03",
+        "2e+04",
+        "2e-5",
+    ]
     assert percent(0.0123) == "1.23%"
 
 
