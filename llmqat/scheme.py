@@ -1,7 +1,7 @@
 """`QuantScheme`: how a weight (and optionally its input) becomes integers. A frozen value, used like a dtype."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmqat.errors import LlmqatError
 
@@ -37,6 +37,13 @@ class QuantScheme:
             raise LlmqatError(f"act_bits must be 8, or left out for float activations; got {self.act_bits}")
         if self.act_static and self.act_bits is None:
             raise LlmqatError("act_static is about int8 activations: set act_bits to 8, or leave act_static out")
+
+    @property
+    def inputs(self) -> Literal["float", "dynamic", "static"]:
+        """How the layer's input is multiplied: as it is, on an int8 grid of each token, or on one grid for all."""
+        if self.act_bits is None:
+            return "float"
+        return "static" if self.act_static else "dynamic"
 
     @property
     def qmin(self) -> int:
@@ -76,6 +83,6 @@ class QuantScheme:
 
     def __str__(self) -> str:
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
-        acts = f"A{self.act_bits}" if self.act_bits else "A16"
-        static = " static activations" if self.act_static else ""
+        acts = "A16" if self.inputs == "float" else f"A{self.act_bits}"
+        static = " static activations" if self.inputs == "static" else ""
         return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}{static}"

@@ -56,6 +56,12 @@ def test_bits_per_weight():
     assert QuantScheme(3, -1).bits_per_weight(80) == 3 + 16 / 80
 
 
+def test_inputs_are_one_of_three_kinds():
+    assert QuantScheme().inputs == "float"
+    assert QuantScheme(act_bits=8).inputs == "dynamic"
+    assert QuantScheme(act_bits=8, act_static=True).inputs == "static"
+
+
 def test_is_a_value():
     scheme = QuantScheme(3, 64, False, 8)
     assert scheme == QuantScheme(**scheme.to_dict())

@@ -20,7 +20,7 @@ NAMES_IN_MESSAGE = 5
 
 def static_layers(model: nn.Module) -> list[FakeQuantLinear]:
     """The layers with static activations."""
-    return [m for m in model.modules() if isinstance(m, FakeQuantLinear) and m.scheme.act_static]
+    return [m for m in model.modules() if isinstance(m, FakeQuantLinear) and m.scheme.inputs == "static"]
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def fill_missing_ranges(model: nn.Module) -> list[str]:
         for projection in PROJECTIONS:
             found = [getattr(expert, projection) for expert in experts]
             layers = [getattr(layer, "base_layer", layer) for layer in found]  # adapters may be around it
-            if not all(isinstance(layer, FakeQuantLinear) and layer.scheme.act_static for layer in layers):
+            if not all(isinstance(layer, FakeQuantLinear) and layer.scheme.inputs == "static" for layer in layers):
                 continue
             widest = max(layers, key=lambda layer: float(layer.act_scale))
             for index, layer in enumerate(layers):

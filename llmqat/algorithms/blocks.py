@@ -156,7 +156,7 @@ def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
 
     def record(name: str, x: Tensor) -> None:
         for seen, names in stages:
-            if seen is x and layers[names[0]].scheme.act_bits == layers[name].scheme.act_bits:
+            if seen is x and layers[names[0]].scheme.inputs == layers[name].scheme.inputs:
                 names.append(name)
                 return
         stages.append((x, [name]))
@@ -176,11 +176,11 @@ def passes_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
     passes = [[names] for names in stages_of(block, inputs, plain)]
     for prefix, module in experts.items():
         for projections in EXPERT_STAGES:
-            stages: dict[tuple[int, int | None], list[str]] = {}
+            stages: dict[tuple[int, str], list[str]] = {}
             for expert in range(len(module)):
                 for name in (f"{prefix}{expert}.{projection}" for projection in projections):
                     if name in layers:  # not kept float
-                        stages.setdefault((expert, layers[name].scheme.act_bits), []).append(name)
+                        stages.setdefault((expert, layers[name].scheme.inputs), []).append(name)
             rows = list(stages.values())
             size = max(1, HESSIAN_BYTES // (4 * layers[rows[0][0]].in_features ** 2)) if rows else 1
             passes += [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -46,9 +46,10 @@ def block_args(scheme: QuantScheme, longest: int) -> dict[str, Any]:
 
 def activation_args(scheme: QuantScheme) -> dict[str, Any] | None:
     """How the inputs are described: dynamic and per token, or static with one scale per layer (`input_scale`)."""
-    if scheme.act_bits is None:
+    if scheme.inputs == "float":
         return None
-    how = {"strategy": "tensor", "dynamic": False} if scheme.act_static else {"strategy": "token", "dynamic": True}
+    dynamic = scheme.inputs == "dynamic"
+    how = {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     return {"num_bits": scheme.act_bits, "type": "int", "symmetric": True, **how}
 
 

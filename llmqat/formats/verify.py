@@ -23,7 +23,8 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.affine import dequantize, fake_quantize_activation, fake_quantize_static
+from llmqat.quant.affine import dequantize, fake_quantize_input
+from llmqat.scheme import QuantScheme
 
 # The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.
 PROBES = 5, 128
@@ -155,7 +156,7 @@ def decode_error(
 
 def quantizes_inputs(model: nn.Module) -> bool:
     """Whether a packed layer of `model` rounds its input to int8: rounding ties then fall as chance has it."""
-    return any(m.scheme.act_bits for m in model.modules() if isinstance(m, PackedLinear))
+    return any(m.scheme.inputs != "float" for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
@@ -199,8 +200,8 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             linear.weight = nn.Parameter(dequantize(*module.unpack(), module.scheme))
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.clone())
-            if module.scheme.act_bits is not None:
-                linear.register_forward_pre_hook(partial(_quantize_input, module.input_scale))
+            if module.scheme.inputs != "float":
+                linear.register_forward_pre_hook(partial(_quantize_input, module.scheme, module.input_scale))
             dense.set_submodule(name, linear)
     embedding = dense.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
@@ -211,12 +212,10 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return dense
 
 
-def _quantize_input(scale: Tensor | None, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+def _quantize_input(scheme: QuantScheme, scale: Tensor | None, _: nn.Module, args: tuple[Tensor]) -> Tensor:
     # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half of
     # absmax), and float64 would break it differently.
-    x = args[0].float()
-    x_hat = fake_quantize_activation(x) if scale is None else fake_quantize_static(x, scale)
-    return (x_hat.to(args[0].dtype),)
+    return fake_quantize_input(args[0].float(), scheme, scale).to(args[0].dtype)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """`FakeQuantLinear`: a linear layer on its integer grid, for training."""
 
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
 from llmqat.nn.linear_like import is_transposed
-from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_activation, store
+from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
@@ -76,7 +75,7 @@ class FakeQuantLinear(KeepsDtypes):
             LlmqatError: if there is no such observer.
         """
         state = initial_state(kind).to(self.weight.device)
-        static = self.scheme.act_static
+        static = self.scheme.inputs == "static"
         self.observer, self.observing = kind, static
         self.register_buffer("act_state", state if static else None)
         self.register_buffer("act_scale", torch.zeros(1, device=self.weight.device) if static else None)
@@ -106,11 +105,8 @@ class FakeQuantLinear(KeepsDtypes):
         return self.act_scale.to(self.storage_dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input that the weight multiplies: `x` on the grid of the activations, if it has one."""
-        if self.scheme.act_bits is None:
-            return x
-        scale = self.stored_act_scale()
-        return fake_quantize_activation(x) if scale is None else static_activation(x, scale)
+        """The input that the weight multiplies: `x` on the grid of the activations, if it has one; no gradient."""
+        return fake_quantize_input(x, self.scheme, self.stored_act_scale())
 
     @classmethod
     def from_linear(
@@ -181,11 +177,10 @@ class FakeQuantLinear(KeepsDtypes):
             self.observe(x)
         if not self.enabled:
             return self.float_forward(x, adapters)
-        grid = self.grid
-        if grid.scheme.act_static:
-            x = self.quantized_input(x)
-            grid = grid._replace(scheme=replace(grid.scheme, act_bits=None, act_static=False))
-        return fake_quant_linear(x, self.latent(adapters), grid, self.bias, clip_mask=self.clip_mask)
+        input_scale = self.stored_act_scale()
+        if input_scale is not None:
+            x = static_activation(x, input_scale)
+        return fake_quant_linear(x, self.latent(adapters), self.grid, self.bias, clip_mask=self.clip_mask)
 
     def float_forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """The plain float layer, adapters beside it: no grid, no compensation."""

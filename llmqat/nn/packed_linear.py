@@ -60,7 +60,7 @@ class PackedLinear(KeepsDtypes):
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.register_buffer("bias", empty(out_features, dtype=storage_dtype) if bias else None)
-        self.register_buffer("input_scale", empty(1, dtype=storage_dtype) if scheme.act_static else None)
+        self.register_buffer("input_scale", empty(1, dtype=storage_dtype) if scheme.inputs == "static" else None)
 
     @classmethod
     @torch.no_grad()

@@ -58,7 +58,7 @@ class Inputs:
 
 def calibrates(recipe: Resolved, coverage: CoverageReport) -> bool:
     """Whether a run needs calibration data: for GPTQ, SmoothQuant, or static activation ranges."""
-    static = any(layer.scheme is not None and layer.scheme.act_static for layer in coverage.quantized)
+    static = any(layer.scheme is not None and layer.scheme.inputs == "static" for layer in coverage.quantized)
     return recipe.init.method == "gptq" or recipe.init.smooth is not None or static
 
 

@@ -174,3 +174,17 @@ def fake_quantize_static(x: Tensor, scale: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     s = scale.to(wide)
     return ((x.to(wide) / s).round_().clamp_(-128, 127) * s).to(x.dtype)
+
+
+def fake_quantize_input(x: Tensor, scheme: QuantScheme, scale: Tensor | None) -> Tensor:
+    """The input of a layer as its weight multiplies it, in its own dtype.
+
+    Args:
+        x: ``(..., in)``.
+        scheme: of the layer.
+        scale: ``(1,)``, of static inputs; None for others.
+    """
+    if scheme.inputs == "static":
+        assert scale is not None
+        return fake_quantize_static(x, scale)
+    return fake_quantize_activation(x) if scheme.inputs == "dynamic" else x

@@ -146,7 +146,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         ctx.clip_mask = clip_mask
         ctx.bias_dtype = None if bias is None else bias.dtype
         w_hat = fake_quantize(*_values(tensors, ctx.constants), x.dtype)
-        x_hat = x if scheme.act_bits is None else fake_quantize_activation(x)
+        x_hat = fake_quantize_activation(x) if scheme.inputs == "dynamic" else x
         return linear(x_hat, w_hat, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -155,7 +155,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         latent, grid = _values(tensors, ctx.constants)
         need = _PerArgument(*ctx.needs_input_grad)
         gy, x2 = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if grid.scheme.act_bits is not None:
+        if grid.scheme.inputs == "dynamic":
             x2 = fake_quantize_activation(x2)
         own = _PerArgument(
             x=grad_y @ fake_quantize(latent, grid, x.dtype) if need.x else None,
@@ -251,8 +251,8 @@ def fake_quant_linear(
     Args:
         x: ``(..., in)``.
         latent: the weight that is quantized.
-        grid: scales and zero points; the scale is rounded to its storage dtype inside. With ``act_bits`` of its scheme
-            `x` is quantized too, by token.
+        grid: scales and zero points; the scale is rounded to its storage dtype inside. Where its scheme says so, tokens
+            of `x` are quantized too; static inputs were before.
         bias: ``(out,)`` or None.
         clip_mask: stop the gradient of weights beyond the ends of the grid. Off by default: a masked weight that left
             the range can not come back, and adapters would need the full weight gradient at every step.

@@ -21,7 +21,7 @@ def serve_int8_activations(model: nn.Module) -> None:
     Raises:
         LlmqatError: if all of them do, or there are none.
     """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear) and not module.scheme.act_bits]
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear) and m.scheme.inputs == "float"]
     if not layers:
         raise LlmqatError("activations='int8' is for packed layers that were trained without: this model has none")
     for layer in layers:

@@ -17,8 +17,10 @@ def test_stages_in_running_order(tiny_llama, tokens):
     assert stages_of(block, inputs, layers_of(block)) == STAGES
 
 
-def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens):
-    model, _ = prepared(tiny_llama(), overrides={"k_proj": {"act_bits": 8}})
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 16), QuantScheme(4, 16, act_bits=8, act_static=True)], ids=str)
+def test_layers_that_quantize_their_input_differently_share_no_hessian(tiny_llama, tokens, scheme):
+    dynamic = {"act_bits": 8, "act_static": False}
+    model, _ = prepared(tiny_llama(), scheme, overrides={"k_proj": dynamic}, calibration=tokens)
     block = model.model.layers[0]
     stages = stages_of(block, BlockInputs.capture(model, [block], tokens), layers_of(block))
     assert stages == [["self_attn.q_proj", "self_attn.v_proj"], ["self_attn.k_proj"], *STAGES[1:]]

@@ -8,6 +8,7 @@ from llmqat.quant.affine import (
     choose_scale,
     dequantize,
     fake_quantize_activation,
+    fake_quantize_input,
     grouped,
     quantize,
     quantize_activation,
@@ -162,6 +163,16 @@ def test_activations_per_token(dtype):
     rounding = torch.finfo(dtype).eps * x.abs().to(torch.float64)
     assert ((x_hat.double() - x.double()).abs() <= 0.5001 * step + rounding).all()
     assert torch.equal(fake_quantize_activation(x[:1]), x_hat[:1]), "a token does not depend on its batch"
+
+
+def test_inputs_as_a_layer_multiplies_them():
+    x, scale = torch.randn(3, 32), torch.tensor([0.5]).bfloat16()
+    assert fake_quantize_input(x, QuantScheme(4, 16), None) is x
+    dynamic, static = QuantScheme(4, 16, act_bits=8), QuantScheme(4, 16, act_bits=8, act_static=True)
+    assert torch.equal(fake_quantize_input(x, dynamic, None), fake_quantize_activation(x))
+    assert torch.equal(fake_quantize_input(x, static, scale), (2 * x).round() / 2)
+    with pytest.raises(AssertionError):
+        fake_quantize_input(x, static, None)  # never as if it were dynamic
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
