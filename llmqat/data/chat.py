@@ -39,7 +39,7 @@ class Unused(BadRows):
         self.names = Counter[str]()
 
     def report(self, name: str, good: int) -> None:
-        """A line for each kind of what was left out."""
+        """Log a line for each kind of part that was left out."""
         super().report(name, good)
         if self.answers:
             log(f"{name}: {self.answers} earlier answers do not count, for the chat template rewrites them")

@@ -38,7 +38,7 @@ class BadRows:
         self.first = self.first or f"{place}: {reason}"
 
     def report(self, name: str, good: int) -> None:
-        """One line about dataset `name`, of which `good` rows could be used; none if there is nothing to tell."""
+        """Log one line about dataset `name`, of which `good` rows could be used; none if there is nothing to tell."""
         if self.count:
             log(f"{name}: {self.count} of {self.count + good} rows left out; the first one, {self.first}")
 

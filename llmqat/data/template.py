@@ -23,7 +23,7 @@ Render = Callable[..., str]
 
 
 def ensure_template(tokenizer: Any) -> None:
-    """Give a tokenizer without a chat template the plain one, and say so. It is saved with the tokenizer."""
+    """Give a tokenizer without a chat template the plain one, and log that. It is saved with the tokenizer."""
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         log("the tokenizer has no chat template: using a plain one (### User: ... ### Assistant: ...), saved with it")

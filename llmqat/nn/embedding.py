@@ -18,7 +18,7 @@ from llmqat.quant.grid import Adapters
 
 
 class _TiedEmbedding(nn.Module):
-    """The common part of both lookups of an embedding.
+    """Base of the lookups of a tied embedding, fake-quantized and packed.
 
     Attributes:
         head: gives the output head as it is now, prepared, adapted or packed: `model.get_output_embeddings`.

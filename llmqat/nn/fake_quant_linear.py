@@ -137,7 +137,7 @@ class FakeQuantLinear(KeepsDtypes):
         self.code_scale, self.compensation = None, compensation
 
     def decouple_scale(self) -> None:
-        """From now on codes are found with today's scale, and training the scale moves none of them."""
+        """Find codes with today's scale from now on, so that training the scale moves none of them."""
         if self.code_scale is None:
             self.code_scale = self.stored_scale().float().clone()
 

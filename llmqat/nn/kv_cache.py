@@ -37,7 +37,7 @@ class QuantizingCache:
         self.cache = cache
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(batch, heads, tokens, head_dim)``; with a cache, also those of earlier tokens."""
+        """Quantize and store keys and values ``(batch, heads, tokens, head_dim)``; returns all that are stored."""
         keys, values = fake_quant_activation(keys), fake_quant_activation(values)
         if self.cache is None:
             return keys, values
@@ -92,7 +92,7 @@ def quantizes_kv(attention: nn.Module) -> bool:
     return isinstance(quantizer, KVQuantizer) and quantizer.enabled
 
 
-def listens_for_kv(hook: Any) -> bool:
+def is_kv_hook(hook: Any) -> bool:
     """Whether a forward pre-hook is that of `quantize_kv`."""
     return hook is _quantize_stored
 

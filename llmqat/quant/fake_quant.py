@@ -182,7 +182,7 @@ class _FakeQuantLinear(torch.autograd.Function):
 
 
 def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype]) -> tuple[Latent, Grid]:
-    """The value types again, out of the tensors and constants of `_FakeQuantLinear.forward`."""
+    """`Latent` and `Grid`, built again from the tensors and constants of `_FakeQuantLinear.forward`."""
     weight, compensation, a, b, scale, zero_point, code_scale = tensors
     scaling, scheme, storage_dtype = constants
     adapters = None if a is None else Adapters(a, b, scaling)
@@ -269,5 +269,5 @@ def fake_quant_linear(
 
 @torch.compiler.disable
 def _eager(*args: Any) -> Any:
-    """Eager inside `torch.compile` too: Inductor fuses away the rounding of scale and ``W_hat`` as they are stored."""
+    """Run eagerly, inside `torch.compile` too: Inductor fuses the rounding of scale and ``W_hat`` away."""
     return _FakeQuantLinear.apply(*args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmqat.compat.torch import hooks_of, members_of
 from llmqat.compat.transformers import captures_outputs
-from llmqat.nn.kv_cache import listens_for_kv
+from llmqat.nn.kv_cache import is_kv_hook
 from llmqat.nn.packed_linear import PackedLinear
 
 _scheme = attrgetter("scheme")
@@ -80,4 +80,4 @@ def _values(members: list[dict[str, Any]]) -> Iterator[Any]:
 
 def _listens(hook: Any) -> bool:
     """Whether a hook may see or change what a block computes: the decoder does what that of `quantize_kv` does."""
-    return not listens_for_kv(hook) and not captures_outputs(hook)
+    return not is_kv_hook(hook) and not captures_outputs(hook)
