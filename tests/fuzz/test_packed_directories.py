@@ -6,12 +6,8 @@ Every example runs in a child of its own, where native code may die and nothing 
 
 import copy
 import json
-import os
-import select
 import shutil
-import signal
 import struct
-import traceback
 from pathlib import Path
 
 import pytest
@@ -23,9 +19,12 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
+from llmqat.kernels.native import own_threads
 from llmqat.models.loading import load_float, load_tokenizer
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
+from tests.fuzz.changes import changed
+from tests.fuzz.children import in_child
 from tests.fuzz.conftest import EXAMPLES
 
 IDS = torch.tensor([[0, 17, 101, 3, 254, 9]])
@@ -65,8 +64,8 @@ def directory(request, model_dir, tmp_path_factory):
     model = load_float(str(model_dir))
     prepare(model, QuantScheme(4, 16, request.param == "sym"))
     path = save_packed(model, tmp_path_factory.mktemp("packed") / request.param, load_tokenizer(str(model_dir)))
-    torch.set_num_threads(1)  # a child has no other threads of the parent
-    return path, logits_of(path)
+    with own_threads():  # as in a child
+        return path, logits_of(path)
 
 
 @torch.no_grad()
@@ -86,28 +85,6 @@ def outcome(path, expected):
     return {"accepted": accepted, "same": same}
 
 
-def in_child(function, *args):
-    """What a function returns in a forked process that has a limited time."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os.write(writing, json.dumps(function(*args)).encode())
-        except BaseException:
-            os.write(writing, json.dumps({"traceback": traceback.format_exc()[-3000:]}).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        if not select.select([pipe], [], [], SECONDS)[0]:
-            os.kill(child, signal.SIGKILL)
-        text = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    assert text, f"the process died or hung: status {status}"
-    return json.loads(text)
-
-
 def check(original, changed_files):
     """Load a copy of the directory in which some files hold other bytes, are links (a path), or are gone (None)."""
     path, expected = original
@@ -120,35 +97,13 @@ def check(original, changed_files):
             (copied / name).write_bytes(content)
         elif content is not None:
             (copied / name).symlink_to(content)
-    found = in_child(outcome, copied, expected)
-    assert "traceback" not in found, found["traceback"]
+    found = in_child(outcome, copied, expected, seconds=SECONDS)
     if "refused" in found:
         assert "\n" not in found["refused"]
         assert len(found["refused"]) < 1200
     else:
         assert found["same"] or not found["accepted"], "verify accepts a model with other logits"
     return found
-
-
-def changed(parsed, draw):
-    """JSON with another value in one place, without it, or with one more."""
-    result = copy.deepcopy(parsed)
-    target, key = result, None
-    while isinstance(target, dict | list) and target:
-        key = draw(st.sampled_from(list(target))) if isinstance(target, dict) else draw(st.integers(0, len(target) - 1))
-        if not isinstance(target[key], dict | list) or not target[key] or draw(st.integers(0, 5)) == 0:
-            break
-        target = target[key]
-    kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
-    if kind == "remove":
-        del target[key]
-    elif kind == "add" and isinstance(target, dict):
-        target[draw(st.text(max_size=6) | st.sampled_from(["auto_map", "quantization_config", "llmqat"]))] = draw(
-            values
-        )
-    else:
-        target[key] = draw(values)
-    return result
 
 
 def parted(raw):
@@ -169,7 +124,7 @@ def other_header(header, draw):
     first, second = (draw(st.sampled_from([name for name in header if name != "__metadata__"])) for _ in range(2))
     kind = draw(st.sampled_from(["any", "dtype", "shape", "swap", "rename", "offsets", "exchange"]))
     if kind == "any":
-        return changed(header, draw)
+        return changed(header, draw, values, keys)
     if kind == "dtype":
         result[first]["dtype"] = draw(st.sampled_from(DTYPES))
     elif kind == "shape":
@@ -223,9 +178,7 @@ def test_json_files(directory, data):
     name = data.draw(st.sampled_from(JSON_FILES + ("config.json",) * 5))
     parsed = json.loads((directory[0] / name).read_text())
     for _ in range(data.draw(st.integers(1, 2))):
-        parsed = changed(parsed, data.draw)
-        if not isinstance(parsed, dict):
-            break
+        parsed = changed(parsed, data.draw, values, keys)
     check(directory, {name: json.dumps(parsed).encode()})
 
 
@@ -241,7 +194,7 @@ def test_files(directory, data):
         weight_map = dict.fromkeys(parted((directory[0] / WEIGHTS).read_bytes())[0], "a.safetensors")
         weight_map.pop("__metadata__", None)
         index = {"metadata": {}, "weight_map": weight_map}
-        index = changed(index, data.draw) if data.draw(st.booleans()) else index
+        index = changed(index, data.draw, values, keys) if data.draw(st.booleans()) else index
         moved = {"a.safetensors": (directory[0] / WEIGHTS).read_bytes(), WEIGHTS: None}
         check(directory, {**moved, INDEX: json.dumps(index).encode()})
         return

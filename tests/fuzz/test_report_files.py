@@ -1,6 +1,5 @@
 """Report files, changed anywhere: each ends in a page without foreign markup, or in a `LlmqatError` of one line."""
 
-import copy
 import json
 import re
 import tempfile
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from llmqat.errors import LlmqatError
 from llmqat.report.page.render import write_page
+from tests.fuzz.changes import changed
 from tests.fuzz.conftest import time_limit
 
 MARKUP = """<img src=x onerror=alert(1)>"'&</script><script>alert(2)</script>"""
@@ -30,6 +30,7 @@ values = st.recursive(
 )
 
 values_or_markup = values | st.just(MARKUP)
+keys = st.text(max_size=8) | st.just(MARKUP)
 
 
 class Tags(HTMLParser):
@@ -72,32 +73,12 @@ def assert_clean(page):
     assert not [name for _, attributes in found for name, _ in attributes if re.match("on|style|href|src", name)]
 
 
-def changed(values, draw):
-    """`values` with something else in one place, or without it."""
-    result = copy.deepcopy(values)
-    target, key = result, None
-    while isinstance(target, dict | list) and target:
-        key = draw(st.sampled_from(list(target))) if isinstance(target, dict) else draw(st.integers(0, len(target) - 1))
-        if not isinstance(target[key], dict | list) or not target[key] or draw(st.integers(0, 4)) == 0:
-            break
-        target = target[key]
-    if draw(st.integers(0, 5)) == 0:
-        del target[key]
-    elif isinstance(target, dict) and draw(st.integers(0, 5)) == 0:
-        target[draw(st.text(max_size=8) | st.just(MARKUP))] = draw(values_or_markup)
-    else:
-        target[key] = draw(values_or_markup)
-    return result
-
-
 @given(data=st.data())
 def test_another_value_anywhere(files, data):
     parsed = {name: json.loads(text) for name, text in files.items()}
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(NAMES))
-        parsed[name] = changed(parsed[name], data.draw)
-        if not isinstance(parsed[name], dict) or not parsed[name]:
-            break
+        parsed[name] = changed(parsed[name], data.draw, values_or_markup, keys)
     page = page_of({name: json.dumps(value).encode() for name, value in parsed.items()})
     if page is not None:
         assert_clean(page)
