@@ -74,7 +74,7 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
         model_class = getattr(transformers, config.architectures[0])
         if not issubclass(model_class, PreTrainedModel):
             raise TypeError(f"{config.architectures[0]} is no model")
-    except (ForeignError, TypeError, AttributeError, IndexError) as error:
+    except (ForeignError, TypeError, AttributeError, LookupError) as error:
         raise LlmqatError(
             f"cannot use {directory / 'config.json'}: {error_text(error)}; its model_type or architectures are unknown "
             "to this transformers, or it is damaged: write the model again"

@@ -49,7 +49,7 @@ def test_a_model_that_transformers_cannot_build(build, changes):
         build(**changes)
 
 
-@pytest.mark.parametrize("architectures", ["torch", ["AutoConfig"], [], [3], ["torch.nn.Linear"]])
+@pytest.mark.parametrize("architectures", ["torch", ["AutoConfig"], [], [3], ["torch.nn.Linear"], {"a": "b"}])
 def test_a_class_that_is_no_model(build, architectures):
     with pytest.raises(
         LlmqatError, match=r"cannot use .*config\.json: .*; its model_type or architectures are unknown"
