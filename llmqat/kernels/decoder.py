@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.packed import Packed
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_GROWTH = 256  # tokens a cache buffer grows by, at least
-NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", "q_norm", "k_norm")
+HEAD_NORMS = ("q_norm", "k_norm")
+NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", *HEAD_NORMS)
 UNLIMITED = 1 << 62  # a window that sees every token
 
 
@@ -45,6 +47,19 @@ class _Rotary(ctypes.Structure):
 
 
 Rotary = Sequence[tuple[Tensor, Tensor]]
+
+
+def contiguous_tables(rotary: Rotary, tokens: int, dtype: torch.dtype) -> Rotary:
+    """Contiguous cosines and sines of so many tokens.
+
+    Raises:
+        LlmqatError: if a table is not ``(tokens, dim)`` in that dtype.
+    """
+    tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
+    for cosine, sine in tables:
+        for table in (cosine, sine):
+            native.check_memory("rotary table", table, (tokens, *cosine.shape[-1:]), dtype)
+    return tables
 
 
 def rotary_structs(tables: Rotary) -> Any:
@@ -95,12 +110,17 @@ class Block:
 def split_rows(packed: Packed, rows: Sequence[int]) -> Iterator[Packed]:
     """The first ``rows[0]`` rows of a layer, the next ``rows[1]``, ..., as layers on its memory.
 
-    Zero points are packed along rows: each part has to begin at a whole word of them.
+    Raises:
+        LlmqatError: if a part begins in the middle of a word of zero points, which are packed along rows.
     """
     codes, scale, zero_point, bias, bits, *_ = packed
     for part, count in enumerate(rows):
         start = sum(rows[:part])
         own, words = slice(start, start + count), slice(start * bits // 32, -(-(start + count) * bits // 32))
+        if zero_point is not None and start * bits % 32:
+            raise LlmqatError(
+                f"row {start} of {bits} bits begins in the middle of a word of zero points; split elsewhere"
+            )
         yield packed._replace(
             codes=codes[own],
             scale=scale[own],
@@ -113,9 +133,14 @@ class NativeDecoder:
     """Runs transformer blocks and the last norm in the library.
 
     It borrows the tensors of the model: drop it when they are replaced.
+
+    Raises:
+        LlmqatError: for a layer that `native.matrix` refuses, or a norm that the library cannot read.
     """
 
     def __init__(self, blocks: Sequence[Block], norm: Tensor, shape: Shape) -> None:
+        native.check_dtype("norm", norm)
+        native.check_memory("norm", norm, (shape.hidden,), norm.dtype)
         self.shape, self.dtype, self._kept = shape, norm.dtype, (blocks, norm)
         self.blocks = len(blocks)
         self._blocks = (_Block * len(blocks))()
@@ -123,6 +148,10 @@ class NativeDecoder:
             for name, packed in zip(LINEARS, block.linears, strict=True):
                 setattr(target, name, native.matrix(packed))
             for name, weight in block.norms.items():
+                if name not in NORMS:
+                    raise LlmqatError(f"a block has the norms {', '.join(NORMS)}, not {name}")
+                features = shape.head_dim if name in HEAD_NORMS else shape.hidden
+                native.check_memory(name, weight, (features,), norm.dtype)
                 setattr(target, name, weight.data_ptr())
             target.window, target.rotary = block.window, block.rotary
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
@@ -143,19 +172,42 @@ class NativeDecoder:
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
-        tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
+        native.check_memory("hidden states", out, (*hidden.shape[:1], self.shape.hidden), self.dtype)
+        tables = contiguous_tables(rotary, len(hidden), self.dtype)
+        pointers = self.pointers(cache)
         native.use_threads(library)
         library.llmqat_decode(
             ctypes.byref(self.struct),
-            cache.pointers,
+            pointers,
             ctypes.c_int64(cache.capacity),
             ctypes.c_int64(past),
-            ctypes.c_int64(hidden.shape[0]),
+            ctypes.c_int64(len(hidden)),
             rotary_structs(tables),
             ctypes.c_int64(len(tables)),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
+
+    def pointers(self, cache: "CacheBuffers") -> Any:
+        """Ctypes structs of `cache`, one for each block.
+
+        Raises:
+            LlmqatError: if keys and values of these blocks do not go into its buffers.
+        """
+        if not self.fits(cache):
+            raise LlmqatError(
+                f"the buffers of this cache are not those of {self.blocks} blocks with {self.shape.kv_heads} heads of "
+                f"{self.shape.head_dim} features in {self.dtype}; start a new one"
+            )
+        return cache.pointers
+
+    def fits(self, cache: "CacheBuffers") -> bool:
+        """Whether `cache` has buffers for the keys and values of these blocks."""
+        if len(cache.blocks) != self.blocks or not cache.blocks:
+            return len(cache.blocks) == self.blocks
+        keys, dtype = cache.blocks[0][0][0], torch.int8 if cache.int8 else self.dtype
+        shape = (self.shape.kv_heads, cache.capacity, self.shape.head_dim)
+        return (tuple(keys.shape), keys.dtype, len(cache.blocks[0])) == (shape, dtype, 1 + cache.int8)
 
 
 @dataclass
@@ -181,8 +233,16 @@ class CacheBuffers:
 
     @property
     def pointers(self) -> Any:
-        """Ctypes structs of the cache, one for each block."""
+        """Ctypes structs of the cache, one for each block.
+
+        Raises:
+            LlmqatError: if the buffers of a block are not like those of the first.
+        """
         if self._pointers is None:
+            for block in self.blocks:
+                for pair, (like, _) in zip(block, self.blocks[0], strict=True):
+                    for part in pair:
+                        native.check_memory("buffer of a cache", part, like.shape, like.dtype)
             addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
             self._pointers = (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
         return self._pointers

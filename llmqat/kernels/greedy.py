@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmqat.kernels import native
-from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, rotary_structs
+from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, contiguous_tables, rotary_structs
 from llmqat.kernels.packed import Packed
 
 
@@ -35,7 +35,13 @@ class GreedyDecoder:
             embedding: kernel arguments of a packed embedding, or a float table ``(vocabulary, hidden)`` in the dtype of
                 the decoder.
             head: kernel arguments of the packed output head.
+
+        Raises:
+            LlmqatError: if the library cannot read the embedding or the head as they lie.
         """
+        if isinstance(embedding, Tensor):
+            shape = (*embedding.shape[:1], decoder.shape.hidden)
+            native.check_memory("float embedding", embedding, shape, decoder.dtype)
         library = native.library()
         assert library is not None
         self._next, self._head = library.llmqat_next_token, native.matrix(head)
@@ -53,15 +59,19 @@ class GreedyDecoder:
             logits=logits.data_ptr(),
         )
         self._address = ctypes.addressof(self._struct)
-        self._kept = decoder, embedding, packed, head, hidden, logits
+        self._decoder, self._kept = decoder, (embedding, packed, head, hidden, logits)
         self._used: tuple[Any, ...] = ()
 
     def set_cache(self, cache: CacheBuffers, rotary: Rotary) -> None:
-        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype."""
-        tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
+        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype.
+
+        Raises:
+            LlmqatError: if the tables are others, or the buffers of the cache are not those of the decoder.
+        """
+        buffers, tables = self._decoder.pointers(cache), contiguous_tables(rotary, cache.capacity, self._decoder.dtype)
         pointers = rotary_structs(tables)
-        self._used = tables, pointers, cache.pointers, cache.blocks
-        self._struct.cache, self._struct.capacity = ctypes.addressof(cache.pointers), cache.capacity
+        self._used = tables, pointers, buffers, cache.blocks
+        self._struct.cache, self._struct.capacity = ctypes.addressof(buffers), cache.capacity
         self._struct.rotary, self._struct.rotary_tables = ctypes.addressof(pointers), len(tables)
 
     def __call__(self, token: int, past: int) -> int:

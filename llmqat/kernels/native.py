@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llmqat.kernels
 from llmqat.errors import LlmqatError
-from llmqat.kernels.packed import Packed, check_input, check_packed
+from llmqat.kernels.packed import Packed, check_index, check_input, check_packed
 from llmqat.progress import log
 
 LIBRARY = "_kernels.so"
@@ -192,15 +192,41 @@ def matrix(packed: Packed) -> Matrix:
     """
     check_packed(packed)
     for name, tensor in zip(packed._fields, packed[:4], strict=False):
-        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
-            raise LlmqatError(
-                f"the {name} of a packed layer must lie on the CPU, contiguous; it is on {tensor.device} with strides "
-                f"{tensor.stride()}: call .contiguous()"
-            )
+        if tensor is not None:
+            _check_place(f"{name} of a packed layer", tensor)
     for name, tensor in (("scale", packed.scale), ("bias", packed.bias)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise LlmqatError(f"the compiled kernels read no {name} of {tensor.dtype}; cast it to torch.float32")
+        if tensor is not None:
+            check_dtype(name, tensor)
     return _struct(packed)
+
+
+def check_memory(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor of which the library would read, or write, other memory than its own.
+
+    Raises:
+        LlmqatError: for another shape or dtype, for gaps, and beyond the CPU.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise LlmqatError(f"the {name} must be {dtype} {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}")
+    _check_place(name, tensor)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Refuse floats that the library does not know.
+
+    Raises:
+        LlmqatError: with the one to cast to.
+    """
+    if tensor.dtype not in DTYPES:
+        raise LlmqatError(f"the compiled kernels read no {name} of {tensor.dtype}; cast it to torch.float32")
+
+
+def _check_place(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
+        layout = f"with strides {tensor.stride()}" if tensor.layout == torch.strided else "sparse"
+        raise LlmqatError(
+            f"the {name} must lie on the CPU, contiguous; it is on {tensor.device} {layout}: call .contiguous()"
+        )
 
 
 def _struct(packed: Packed) -> Matrix:
@@ -231,6 +257,7 @@ class Layer:
     def linear(self, x: Tensor) -> Tensor:
         """``(..., out)`` of `x` ``(..., in)``, as `ops.packed_linear`; `supports` has said yes."""
         check_input(x, self._packed)
+        check_dtype("x", x)
         return _linear(x, self._matrix)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -239,6 +266,7 @@ class Layer:
         Raises:
             LlmqatError: if there is no such row.
         """
+        check_index(index, self._packed)
         kernels = library()
         assert kernels is not None
         index, dtype = index.to(torch.int64).contiguous(), self._packed.scale.dtype
@@ -272,7 +300,13 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def argmax(x: Tensor) -> int:
-    """Where the largest value of `x` ``(n,)``, contiguous, is: of equal ones the first, and a NaN before all others."""
+    """Where the largest value of `x` ``(n,)`` is: of equal ones the first, and a NaN before all others.
+
+    Raises:
+        LlmqatError: if the library cannot read `x` as it lies, or there are no values.
+    """
+    _check_place("values", x)
+    check_dtype("values", x)
     kernels = library()
     assert kernels is not None
     use_threads(kernels)
@@ -283,8 +317,9 @@ def read_bandwidth(data: Tensor) -> float:
     """Bytes per second of reading `data` once, with torch's number of threads and the streams of the kernels.
 
     Raises:
-        LlmqatError: if there are no compiled kernels.
+        LlmqatError: if there are no compiled kernels, or `data` is less than they measure by, or has gaps.
     """
+    _check_place("data", data)
     kernels = library()
     if kernels is None:
         raise LlmqatError(f"no compiled kernels: {explain()}")

@@ -1,6 +1,6 @@
 """`Packed`: the weights of a layer as the operator, the kernels and the file hold them; and its checks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from llmqat.scheme import BITS, QuantScheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WORDS = (torch.int32,)
+INTEGERS = (int, torch.SymInt)
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Packed(NamedTuple):
@@ -62,10 +64,14 @@ def check_packed(packed: Packed) -> None:
         LlmqatError: for a width, shape, dtype or device that does not fit the others.
     """
     codes, scale, zero_point, bias, bits, in_features, act_bits = packed
-    if bits not in BITS:
-        raise LlmqatError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
-    if act_bits is not None and act_bits != 8:
-        raise LlmqatError(f"act_bits must be 8, or None for float activations; got {act_bits}")
+    _check_tensor("weight_packed", codes, WORDS, codes)
+    _check_tensor("weight_scale", scale, FLOATS, codes)
+    if not _is_one_of(bits, BITS):
+        raise LlmqatError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
+    if act_bits is not None and not _is_one_of(act_bits, (8,)):
+        raise LlmqatError(f"act_bits must be 8, or None for float activations; got {act_bits!r}")
+    if not isinstance(in_features, INTEGERS):
+        raise LlmqatError(f"in_features must be the number of weights in a row, got {in_features!r}")
     if codes.ndim != 2 or scale.ndim != 2 or not codes.numel() or not scale.numel():
         raise LlmqatError(
             f"weight_packed and weight_scale must be matrices that are not empty, got the shapes {_shape(codes)} and "
@@ -77,17 +83,15 @@ def check_packed(packed: Packed) -> None:
         raise LlmqatError(f"{in_features} codes of {bits} bits take {width} words a row, weight_packed has {words}")
     if scale.shape[0] != out or in_features % groups:
         raise LlmqatError(f"weight_scale {_shape(scale)} does not fit a weight of ({out}, {in_features})")
-    _check_tensor("weight_packed", codes, WORDS, codes)
-    _check_tensor("weight_scale", scale, FLOATS, codes)
     if zero_point is not None:
+        _check_tensor("weight_zero_point", zero_point, WORDS, codes)
         expected = (packed_width(out, bits), groups)
         if zero_point.shape != expected:
             raise LlmqatError(f"weight_zero_point must be packed along the rows: {expected}, got {_shape(zero_point)}")
-        _check_tensor("weight_zero_point", zero_point, WORDS, codes)
     if bias is not None:
+        _check_tensor("bias", bias, FLOATS, codes)
         if bias.shape != (out,):
             raise LlmqatError(f"bias must have one value for each of the {out} rows, got the shape {_shape(bias)}")
-        _check_tensor("bias", bias, FLOATS, codes)
 
 
 def check_input(x: Tensor, packed: Packed) -> None:
@@ -96,19 +100,26 @@ def check_input(x: Tensor, packed: Packed) -> None:
     Raises:
         LlmqatError: for a shape, dtype or device that does not fit the layer.
     """
+    _check_tensor("x", x, FLOATS, packed.codes)
     if not x.ndim or x.shape[-1] != packed.in_features:
         raise LlmqatError(f"x {_shape(x)} must end in the {packed.in_features} features of the packed weight")
-    _check_tensor("x", x, FLOATS, packed.codes)
 
 
 def check_index(index: Tensor, packed: Packed) -> None:
-    """Refuse numbers of rows that the layer does not have.
+    """Refuse as numbers of rows what is no integers beside the layer.
+
+    Raises:
+        LlmqatError: for another dtype or device.
+    """
+    _check_tensor("index", index, INDICES, packed.codes)
+
+
+def check_range(index: Tensor, packed: Packed) -> None:
+    """Refuse numbers of rows, after `check_index`, that the layer does not have.
 
     Raises:
         LlmqatError: for a negative number, or one beyond the last row.
     """
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise LlmqatError(f"rows are looked up by integers, got {str(index.dtype).removeprefix('torch.')}")
     if index.is_meta or not index.numel():
         return
     rows = packed.codes.shape[0]
@@ -121,7 +132,9 @@ def check_index(index: Tensor, packed: Packed) -> None:
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], codes: Tensor) -> None:
-    """Its dtype must be one of `dtypes`, and it must lie where the codes are, meta devices included."""
+    """Refuse what is no dense tensor of one of `dtypes`, or lies elsewhere than the codes, meta devices included."""
+    if not isinstance(tensor, Tensor):
+        raise LlmqatError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LlmqatError(f"{name} must be {known}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -129,6 +142,11 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], co
         raise LlmqatError(f"{name} is on {tensor.device}, weight_packed on {codes.device}; move them to one device")
     if tensor.layout != torch.strided:
         raise LlmqatError(f"{name} must be dense, got {str(tensor.layout).removeprefix('torch.')}")
+
+
+def _is_one_of(value: Any, numbers: tuple[int, ...]) -> bool:
+    """Whether a value is one of these numbers, and not a float that equals one."""
+    return isinstance(value, INTEGERS) and value in numbers
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     fit = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
-    if sum(sizes) < HUGE_PAGE or not fit or not _gives_huge_pages():
+    if sum(sizes) < HUGE_PAGE or not fit or _overlap(tensors) or not _gives_huge_pages():
         return list(tensors)
     buffer = torch.empty(sum(sizes) + 2 * HUGE_PAGE, dtype=torch.uint8)
     buffer = buffer[-buffer.data_ptr() % HUGE_PAGE :]
@@ -40,6 +40,12 @@ def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
         _move(tensor, buffer[end - size : end])
         for tensor, size, end in zip(tensors, sizes, accumulate(sizes), strict=True)
     ]
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of them share memory: the pages of the first would be gone before the second is read."""
+    places = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
+    return any(start < end for (_, end), (start, _) in pairwise(places))
 
 
 def _move(tensor: Tensor, place: Tensor) -> Tensor:

@@ -72,10 +72,12 @@ def check_inputs(limit: int | None, model: nn.Module, args: tuple[Any, ...], kwa
     """Forward pre-hook of a model with a language head: `check_token_ids` and `check_context` of what it is given.
 
     Raises:
-        LlmqatError: see these.
+        LlmqatError: see these; and for inputs without values, of which torch would compute what lies in new memory.
     """
     ids: Any = args[0] if args else kwargs.get("input_ids")
     given: Any = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    if isinstance(given, Tensor) and given.is_meta and model.device.type != "meta":
+        raise LlmqatError(f"the inputs are on meta, where they have no values; give them on {model.device}")
     if not isinstance(given, Tensor) or given.ndim < 2:
         return
     rows = embedding_rows(model)

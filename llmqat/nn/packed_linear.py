@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmqat.compat.torch import KeepsDtypes, buffers_of
 from llmqat.kernels import native, ops
-from llmqat.kernels.packed import Packed, check_index
+from llmqat.kernels.packed import Packed, check_index, check_range
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import dequantize, fake_quantize_static
 from llmqat.quant.packing import pack_rows, packed_width, to_unsigned, unpack_at
@@ -88,6 +88,7 @@ class PackedLinear(KeepsDtypes):
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of the scale: the lookup of a tied embedding."""
         check_index(index, self.packed)
+        check_range(index, self.packed)
         if native.supports(self.weight_scale, self.weight_scale, self.in_features):
             return native.Layer(self.packed).rows(index)
         zero_point = self.weight_zero_point

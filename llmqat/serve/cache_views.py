@@ -58,14 +58,7 @@ def _holds_one_sequence(layer: Any, heads: tuple[int, int], dtype: Any) -> bool:
 def buffers_of(cache: Any, decoder: NativeDecoder, int8: bool) -> CacheBuffers:
     """The buffers behind `cache`; new ones where it has none, or some of another model or dtype."""
     known = getattr(cache, "llmqat_buffers", None)
-    return known if known is not None and _suits(known, decoder, int8) else CacheBuffers(int8)
-
-
-def _suits(buffers: CacheBuffers, decoder: NativeDecoder, int8: bool) -> bool:
-    if buffers.int8 != int8 or len(buffers.blocks) != decoder.blocks:
-        return False
-    keys, shape = buffers.blocks[0][0][0], decoder.shape
-    return (keys.shape[0], keys.shape[2]) == (shape.kv_heads, shape.head_dim) and (int8 or keys.dtype == decoder.dtype)
+    return known if known is not None and known.int8 == int8 and decoder.fits(known) else CacheBuffers(int8)
 
 
 def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:

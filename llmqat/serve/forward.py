@@ -8,7 +8,7 @@ same cache: its layers hold views of the buffers that the native code writes.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def why_not_native(stack: Any, ids: Tensor | None, mask: Tensor | None, position
 
 def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> str:
     """Why ids ``(1, m)`` or embeddings ``(1, m, hidden)`` cannot run natively, apart from mask and positions."""
-    if given is None or given.device.type != "cpu" or given.ndim not in (2, 3):
+    if not lies_on_cpu(given) or given.ndim not in (2, 3):
         return "the inputs are not ids or embeddings on the CPU"
     if given.shape[0] != 1 or given.shape[1] == 0:
         return f"a batch of {given.shape[0]} sequences of {given.shape[1]} tokens"
@@ -140,14 +140,22 @@ def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[st
     return why_cache_unfit(stack, cache)
 
 
-def _why_past_unfit(given: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache: Any) -> str:
+def _why_past_unfit(given: Tensor | None, mask: Any, positions: Any, cache: Any) -> str:
     """Why mask or positions are more than one unpadded sequence behind what the cache holds."""
     assert given is not None
     tokens, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, past + tokens) and bool(mask.all())):
+    if mask is not None and not (lies_on_cpu(mask) and mask.shape == (1, past + tokens) and bool(mask.all())):
         return "padding, or a mask of one's own"
-    if positions is None:
-        return ""
     # Positions that start again separate packed sequences, which then do not see each other.
-    plain = positions.shape == (1, tokens) and bool((positions[0, 1:] - positions[0, :-1] == 1).all())
-    return "" if plain and positions.device.type == "cpu" else "positions are not one range"
+    return "" if positions is None or is_range(positions, tokens) else "positions are not one range"
+
+
+def is_range(positions: Any, tokens: int) -> bool:
+    """Whether positions are ``(1, tokens)``, each by one more than that before it."""
+    plain = lies_on_cpu(positions) and positions.shape == (1, tokens) and positions.dtype != torch.bool
+    return plain and bool((positions[0, 1:] - positions[0, :-1] == 1).all())
+
+
+def lies_on_cpu(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a dense tensor on the CPU."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided

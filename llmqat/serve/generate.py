@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from llmqat.compat.caches import cache_of, generate_cache_name
 from llmqat.kernels import native
 from llmqat.serve.cache_views import sync_cache_views
-from llmqat.serve.forward import why_not_native
+from llmqat.serve.forward import is_range, why_not_native
 from llmqat.serve.paths import counts_of
 from llmqat.serve.step import GreedyStep, Step
 
@@ -127,7 +127,7 @@ def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str,
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
         return "return_dict_in_generate or prefill_chunk_size"
     positions = inputs.get("position_ids")
-    if positions is not None and not torch.equal(positions, torch.arange(input_ids.shape[1])[None]):
+    if positions is not None and not (is_range(positions, input_ids.shape[1]) and not positions[0, :1].any()):
         return "positions are not one range from 0"
     if _changes_rotary(model, input_ids.shape[1], config.max_length):
         return "longrope goes over to its factors for long sequences"

@@ -138,6 +138,9 @@ WRONG = [
     ({"x": torch.zeros(())}, r"x \(\) must end in the 40 features"),
     ({"x": torch.zeros(2, 40, dtype=torch.int32)}, "x must be float32, .* got int32"),
     ({"x": torch.zeros(2, 40, dtype=torch.complex64)}, "x must be float32, .* got complex64"),
+    ({"x": None}, "x must be a tensor, got NoneType"),  # torch's schema lets None pass for a tensor
+    ({"weight_packed": None}, "weight_packed must be a tensor, got NoneType"),
+    ({"weight_scale": None}, "weight_scale must be a tensor, got NoneType"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Huge pages move what a layer reads, and change no value of it."""
 
+import pytest
 import torch
 
 from llmqat.kernels import pages
@@ -22,3 +23,12 @@ def test_no_huge_pages_no_copy(monkeypatch):
     assert pages.onto_huge_pages([meta])[0] is meta
     monkeypatch.setattr(pages, "_gives_huge_pages", lambda: False)
     assert pages.onto_huge_pages([large])[0] is large
+
+
+@pytest.mark.parametrize("second", [slice(0, None), slice(1 << 20, None), slice(0, 1)], ids=str)
+def test_tensors_that_share_memory_stay_where_they_are(second):
+    """The pages of the first are given back when it has been copied."""
+    shared, expected = torch.arange(4 << 20).int(), torch.arange(4 << 20).int()
+    first, part = pages.onto_huge_pages([shared, shared[second]])
+    assert torch.equal(first, expected)
+    assert torch.equal(part, expected[second])

@@ -55,6 +55,8 @@ def test_a_packed_model_refuses_them(tmp_path):
         packed(ids, position_ids=torch.arange(29, 41)[None])
     with pytest.raises(LlmqatError, match="token id 96 is out of range"):
         packed(ids * 96)
+    with pytest.raises(LlmqatError, match="the inputs are on meta, where they have no values; give them on cpu"):
+        packed(ids.to("meta"))
     with pytest.raises(LlmqatError, match="17 tokens exceed the 16 positions"):
         packed.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
 

@@ -11,9 +11,18 @@ from llmqat.kernels import native
 from llmqat.scheme import QuantScheme
 from llmqat.serve.attach import attach
 from llmqat.serve.families import FAMILIES
-from llmqat.serve.forward import accelerate_forward, through_transformers
+from llmqat.serve.forward import accelerate_forward, is_range, through_transformers
 from llmqat.serve.paths import path_counts
 from tests.serve.helpers import both, errors, generate, packed_model
+
+
+@torch.no_grad()
+def accelerated(tokens, family, **options):
+    """A native model, so many ids, and the logits that it gave through transformers."""
+    model, ids = packed_model(family, **options), torch.randint(0, 128, (1, tokens))
+    expected = model(ids).logits
+    assert accelerate_forward(model)
+    return model, ids, expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,11 +128,8 @@ def test_a_cache_that_records_the_past(calls):
 @pytest.mark.parametrize("options", [{}, WINDOWS["mistral"]], ids=["full", "window"])
 def test_a_cache_moves_between_both(options, calls):
     """Prefill here, continue there, and back: the cache is the same object."""
-    model = packed_model("mistral", **options)
-    ids = torch.randint(0, 128, (1, 30))
+    model, ids, expected = accelerated(30, "mistral", **options)
     with torch.no_grad():
-        expected = model(ids).logits
-        assert accelerate_forward(model)
         cache = DynamicCache(config=model.config)
         first = model(ids[:, :10], past_key_values=cache).logits
         second = model(ids[:, 10:20], past_key_values=cache, output_hidden_states=True).logits
@@ -136,11 +142,8 @@ def test_a_cache_moves_between_both(options, calls):
 
 def test_a_copied_cache(calls):
     """As a prompt that is computed once and gone on from more than once."""
-    model = packed_model("llama")
-    ids = torch.randint(0, 128, (1, 12))
+    model, ids, expected = accelerated(12, "llama")
     with torch.no_grad():
-        expected = model(ids).logits
-        assert accelerate_forward(model)
         prompt = DynamicCache(config=model.config)
         model(ids[:, :8], past_key_values=prompt)
         for _ in range(2):
@@ -151,11 +154,8 @@ def test_a_copied_cache(calls):
 
 
 def test_a_cropped_cache(calls):
-    model = packed_model("llama")
-    ids = torch.randint(0, 128, (1, 12))
+    model, ids, expected = accelerated(12, "llama")
     with torch.no_grad():
-        expected = model(ids).logits
-        assert accelerate_forward(model)
         cache = DynamicCache(config=model.config)
         model(torch.cat([ids[:, :8], ids[:, :3]], 1), past_key_values=cache)
         cache.crop(-3)
@@ -250,3 +250,20 @@ def test_models_that_do_not_fit(monkeypatch):
     assert not accelerate_forward(packed_model("phi3", QuantScheme(4, -1, symmetric=False), **one_head)), "mid-word"
     monkeypatch.setattr(native, "library", lambda: None)
     assert not accelerate_forward(packed_model("llama"))
+
+
+@pytest.mark.parametrize("ids", ["x", 3, [[1, 2]]], ids=str)
+def test_ids_that_are_no_tensor_get_the_error_of_transformers(ids):
+    model, *_ = accelerated(12, "llama")
+    with torch.no_grad(), pytest.raises(TypeError, match=r"argument 'indices' .* must be Tensor"):
+        model(ids)
+
+
+@pytest.mark.parametrize("kind", ["list", "number", "flat", "bool", "meta", "sparse", "gap", "longer"])
+def test_what_is_no_range_of_positions(kind):
+    """Where the native path cannot read it, transformers gets it, and says what it has to say."""
+    plain = torch.arange(4, 7)[None]
+    assert is_range(plain, 3)
+    others = {"list": plain.tolist(), "number": 3, "flat": plain[0], "bool": plain.bool(), "meta": plain.to("meta")}
+    others |= {"sparse": plain.to_sparse(), "gap": plain * 2, "longer": torch.arange(4)[None]}
+    assert not is_range(others[kind], 3)
