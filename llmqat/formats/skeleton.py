@@ -1,7 +1,8 @@
 """The model that a packed directory describes, without weights: config.json and the headers of its tensors brought
 together, and every disagreement between them named before a tensor is read or native code sees one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
+MOST_BUFFER_BYTES, MOST_POSITIONS = 1 << 28, 1 << 24
 APART = "its weights and config.json do not belong together"
 INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 NAME_OF = {**{dtype: name for name, dtype in FLOATS.items()}, **INTEGERS, torch.bool: "BOOL"}
@@ -48,6 +50,7 @@ def skeleton(
     config, model_class = _architecture(directory)
     _check_sizes(config, found, directory)
     dtype = dtype or config.dtype or torch.float32
+    _check_buffers(model_class, config, dtype, directory)
     model = _empty(model_class, config, dtype, directory)
     names = {module_name(model, name): header for name, header in found.items()}
     if any(_stored(names, name) and _stored(names, source) for name, source in possible_ties(model).items()):
@@ -85,7 +88,7 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
 
 def _check_sizes(config: Any, found: Mapping[str, Header], directory: Path) -> None:
     """A config is a few bytes, and can ask for more memory and layers than there are: no model has more layers than
-    tensors, or is wider than the widest of them."""
+    tensors, is wider than the widest of them, or sees more positions than `MOST_POSITIONS`."""
     text = config.get_text_config()
     widest = max((size for header in found.values() for size in header.shape), default=0)
     limits = {"num_hidden_layers": len(found), "num_local_experts": len(found), "num_experts": len(found)}
@@ -94,20 +97,46 @@ def _check_sizes(config: Any, found: Mapping[str, Header], directory: Path) -> N
         if isinstance(value, int) and value > limit:
             lost = f"layers.{limit}" if key == "num_hidden_layers" else f"all but {limit} of them"
             raise LlmqatError(f"{directory / 'config.json'}: {key} is {value}, but the file lacks {lost}; {APART}")
+    for key in ("max_position_embeddings", "max_seq_len"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > MOST_POSITIONS:
+            raise LlmqatError(
+                f"{directory / 'config.json'}: {key} is {value}, and no model sees more than {MOST_POSITIONS} "
+                "positions; write the model again"
+            )
 
 
-def _empty(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
-    """A model of the config on the meta device, its experts apart."""
+def _check_buffers(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -> None:
+    """Buffers are in no file, and a config may ask for any number of positions: masks grow with its square."""
+    with _building(directory), torch.device("meta"):
+        model = model_from_config(model_class, config, dtype)
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > MOST_BUFFER_BYTES:
+        raise LlmqatError(
+            f"{directory / 'config.json'} asks for {size >> 20} MB of masks and tables beside the weights, and llmqat "
+            f"makes at most {MOST_BUFFER_BYTES >> 20} MB; lower its number of positions, or write the model again"
+        )
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    """Whatever the code of a family does with values of config.json that it does not expect becomes one error."""
     try:
-        with init_empty_weights(include_buffers=False):
-            model = model_from_config(model_class, config, dtype)
-            split_experts(model)
-        model.tie_weights()
-    except Exception as error:  # whatever the code of a family does with values it does not expect
+        yield
+    except Exception as error:
         raise LlmqatError(
             f"cannot build the model that {directory / 'config.json'} describes: {error_text(error)}; write the model "
             "again"
         ) from error
+
+
+def _empty(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
+    """A model of the config on the meta device, its experts apart; its buffers have their values."""
+    with _building(directory):
+        with init_empty_weights(include_buffers=False):
+            model = model_from_config(model_class, config, dtype)
+            split_experts(model)
+        model.tie_weights()
     return model
 
 

@@ -1,15 +1,20 @@
 """Config and headers that do not belong together, each named before a tensor is read."""
 
 import json
+import resource
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import quantization_of
 from llmqat.formats.skeleton import expected_headers, skeleton
 from llmqat.formats.weights import tensor_headers
 from llmqat.models.stored import Header
+from llmqat.models.ties import shared_ties
 
 UP, NORM, APART = "model.layers.0.mlp.up_proj", "model.norm", r"its weights and config\.json do not belong together"
 
@@ -39,6 +44,54 @@ def test_sizes_that_no_file_of_this_size_has(build, key):
     """Before a model of that size is built."""
     with pytest.raises(LlmqatError, match=rf"config\.json: {key} is 1048576, but the file lacks .*; {APART}"):
         build(**{key: 1 << 20})
+
+
+NOTHING_PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+WIDE = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+# Masks of positions squared, tables of rotary and sinusoidal positions, learned positions, ALiBi -> config, key.
+POSITIONS = {
+    "gpt2": (GPT2, "n_positions"),
+    "gpt_bigcode": (GPT2, "n_positions"),
+    "gpt_neo": (
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+        "max_position_embeddings",
+    ),
+    "gptj": (GPT2 | {"rotary_dim": 8}, "n_positions"),
+    "codegen": (GPT2 | {"rotary_dim": 8, "n_head": 4}, "n_positions"),
+    "xglm": ({"d_model": 32, "num_layers": 2, "attention_heads": 2, "ffn_dim": 64}, "max_position_embeddings"),
+    "opt": (
+        {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64},
+        "max_position_embeddings",
+    ),
+    "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 2}, "max_seq_len"),
+    "llama": ({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}, "max_position_embeddings"),
+}
+# Positions -> families whose tables of that length are small, or made for the tokens there are.
+HARMLESS = {1 << 15: ("gptj", "codegen", "xglm", "mpt", "llama"), 1 << 24: ("mpt", "llama"), 1 << 40: ()}
+
+
+@pytest.mark.parametrize("positions", [1 << 15, 1 << 24, 1 << 40])
+@pytest.mark.parametrize("family", POSITIONS)
+def test_positions_that_would_take_much_memory(tmp_path, family, positions):
+    """Refused by the buffers, the number, or the table in the file, before any of it is made; or harmless."""
+    values, key = POSITIONS[family]
+    small = CONFIG_MAPPING[family](**WIDE | values | {key: 64})
+    model = AutoModelForCausalLM.from_config(small)
+    state, tied = model.state_dict(), shared_ties(model)
+    found = {name: Header("F32", tuple(tensor.shape)) for name, tensor in state.items() if name not in tied}
+    small.architectures = [type(model).__name__]
+    small.save_pretrained(tmp_path)
+    skeleton(tmp_path, NOTHING_PACKED, found, None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: positions}))
+    refused = r"config\.json asks for \d+ MB of masks and tables beside the weights, and llmqat makes at most 256 MB"
+    refused += rf"|{key.replace('n_positions', 'max_position_embeddings')} is \d+, and no model sees more than 16777216"
+    refused += r"|size mismatch for"
+    with nullcontext() if family in HARMLESS[positions] else pytest.raises(LlmqatError, match=refused):
+        skeleton(tmp_path, NOTHING_PACKED, found, None)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 
 
 @pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"hidden_act": "nope"}, {"rms_norm_eps": "x"}])
