@@ -33,6 +33,11 @@ def test_the_launcher_does_not_change_the_recipe(monkeypatch):
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (3, "no")
 
 
+def test_runs_of_one_process_compute_each_in_its_precision():
+    for precision, mixed in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert accelerator_for(TrainConfig(precision=precision), None).mixed_precision == mixed
+
+
 def test_a_checkpoint_that_not_all_see(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(together, "gather_object", lambda value: [4, 4, None])
