@@ -19,7 +19,6 @@ from tests.serve.helpers import packed_model
 
 VOCABULARY, TOKENS = 128, 9
 IDS = torch.arange(2 * TOKENS).reshape(2, TOKENS) * 37 % VOCABULARY
-NOTHING = object()  # the argument is left out
 
 numbers = st.sampled_from([None, -1, 0, 1, 2, 7, 100, 1.5, float("nan"), float("inf"), True, "3", [1], torch.tensor(2)])
 
