@@ -145,7 +145,7 @@ SETTINGS = (
         "no_repeat_ngram_size",
         "use_cache",
     ),
-    *("return_dict_in_generate", "output_scores", "streamer", "custom_generate", "prefill_chunk_size", "foo", "past"),
+    *("return_dict_in_generate", "output_scores", "custom_generate", "prefill_chunk_size", "foo", "past"),
     *("cache_implementation", "stopping_criteria", "logits_processor", "generation_config", "bad_words_ids"),
 )
 
