@@ -46,6 +46,11 @@ class LayerErrors:
             for handle in handles:
                 handle.remove()
 
+    def watches(self, model: nn.Module, layer: nn.Module | None) -> bool:
+        """Whether `layer` of `model` is one of those compared."""
+        modules = dict(transformers_model(model).named_modules()) if self.names and layer is not None else {}
+        return any(modules[name] is layer for name in self.names if name in modules)
+
     def add(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
         """Count a batch: outputs of the quantized model against those of the float one."""
         for name in outputs.keys() & targets.keys():

@@ -12,9 +12,8 @@ perplexity is the exponential of the mean cross-entropy over all answer tokens.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +24,12 @@ from llmqat.data.chat import chat_rows, positions, token_count, unstack
 from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
 from llmqat.metrics.layer_error import LayerErrors
+from llmqat.models.output_head import BelowHead, OutputHead, Reference, ReferenceHead
 from llmqat.nn.context import check_sequence
 from llmqat.progress import track
 
 BATCH_TOKENS = 4096
 BOOTSTRAP_SAMPLES = 10_000
-
-
-class Reference(Protocol):
-    """Gives the float model to compare with, e.g. `llmqat.models.float_view.FloatCopy`."""
-
-    def active(self) -> AbstractContextManager[nn.Module]:
-        """The float model, without gradients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -183,6 +175,40 @@ def _batches(ids: Tensor) -> Iterator[Tensor]:
     yield from ids.split(max(1, BATCH_TOKENS // ids.shape[-1]))
 
 
+@dataclass
+class Scores:
+    """Sums over the windows that `evaluate` has scored.
+
+    Attributes:
+        losses: mean cross-entropy of each window, nats.
+        targets: tokens scored in each window.
+        kl: sum over tokens of ``KL(p_float || p)``, nats.
+        agree: tokens whose most likely next token is the float model's.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    kl: float = 0.0
+    agree: float = 0.0
+
+    def add(self, batch: Tensor, counts: Tensor | None, below: BelowHead, reference: BelowHead | None) -> None:
+        """Score windows of ids ``(windows, window)``, each from its own hidden states; `counts` as in `unstack`."""
+        for row, ids in enumerate(batch):
+            which = slice(None) if counts is None else counts[row, :-1]
+            following, hidden = ids[1:][which], below.hidden[row, :-1][which]
+            theirs = None if reference is None else reference.hidden[row, :-1][which]
+            loss = 0.0
+            for chunk in below.chunks(len(hidden)):
+                log_q = torch.log_softmax(below.logits(hidden[chunk]).float(), -1)
+                loss -= float(log_q.gather(-1, following[chunk].unsqueeze(-1)).double().sum())
+                if reference is not None and theirs is not None:
+                    log_p = torch.log_softmax(reference.logits(theirs[chunk]).float(), -1)
+                    self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                    self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().sum())
+            self.losses.append(loss / len(hidden))
+            self.targets.append(len(hidden))
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -209,37 +235,29 @@ def evaluate(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    losses: list[float] = []
-    scored: list[int] = []
-    errors = LayerErrors(layers)
-    kl = agree = 0.0
+    scores, errors = Scores(), LayerErrors(layers)
+    head = OutputHead(model)
+    if errors.watches(model, head.layer):  # its outputs are compared
+        head = OutputHead(model, apart=False)
+    float_head = None if reference is None else ReferenceHead(reference, apart=head.layer is not None)
     total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
     for cpu_batch in track(_batches(data.ids), description, total):
         batch, counts = unstack(cpu_batch.to(device))
         check_sequence(model, batch)
         with errors.outputs(model, batch.numel()) as outputs:
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        targets = None
-        if reference is not None:
+            below, float_below = head.below(model, input_ids=batch, use_cache=False), None
+        if reference is not None and float_head is not None:
             with reference.active() as float_model, errors.outputs(float_model, batch.numel()) as float_outputs:
-                targets = float_model(input_ids=batch, use_cache=False).logits[:, :-1]
+                float_below = float_head.below(float_model, input_ids=batch, use_cache=False)
             errors.add(outputs, float_outputs)
-        for row in range(len(batch)):  # one window at a time: no float32 copy of all logits
-            which = slice(None) if counts is None else counts[row, :-1]
-            log_q = torch.log_softmax(logits[row][which].float(), -1)
-            losses.append(float(-log_q.gather(-1, batch[row, 1:][which].unsqueeze(-1)).double().mean()))
-            scored.append(len(log_q))
-            if targets is not None:
-                log_p = torch.log_softmax(targets[row][which].float(), -1)
-                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-                agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().sum())
+        scores.add(batch, counts, below, float_below)
     model.train(training)
-    if not all(map(math.isfinite, losses)):
+    if not all(map(math.isfinite, scores.losses)):
         raise LlmqatError("the model's loss is not finite; check its weights and dtype")
-    n, targets_each = sum(scored), tuple(scored) if data.is_chat else None
+    n, targets_each = sum(scores.targets), tuple(scores.targets) if data.is_chat else None
     if reference is None:
-        return Perplexity(np.array(losses), targets=targets_each)
-    return Perplexity(np.array(losses), kl / n, agree / n, targets_each, errors.result() or None)
+        return Perplexity(np.array(scores.losses), targets=targets_each)
+    return Perplexity(np.array(scores.losses), scores.kl / n, scores.agree / n, targets_each, errors.result() or None)
 
 
 def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:

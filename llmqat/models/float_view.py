@@ -63,22 +63,24 @@ class FloatView:
         }
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """The float model, in evaluation mode, without gradients."""
-        training = self.model.training
+    def active(self, part: nn.Module | None = None) -> Iterator[nn.Module]:
+        """The float model, in evaluation mode, without gradients; or `part` of it, the rest staying as it is."""
+        module = self.model if part is None else part
+        inside, training = {id(p) for p in module.parameters()}, module.training
         current = {}
-        self.model.eval()
+        module.eval()
         try:
             for name, original in self.originals.items():
                 parameter = self.model.get_parameter(name)
-                current[name] = local_shard(parameter).clone()
-                local_shard(parameter).copy_(local_shard(sharded_like(original, parameter)))
-            with disable_quantizers(self.model), torch.no_grad():
-                yield self.model
+                if id(parameter) in inside:
+                    current[name] = local_shard(parameter).clone()
+                    local_shard(parameter).copy_(local_shard(sharded_like(original, parameter)))
+            with disable_quantizers(module), torch.no_grad():
+                yield module
         finally:
             for name, value in current.items():
                 local_shard(self.model.get_parameter(name)).copy_(value)
-            self.model.train(training)
+            module.train(training)
 
 
 class FloatCopy:
@@ -92,7 +94,7 @@ class FloatCopy:
         self.model = model.eval().requires_grad_(False)
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """The float model, without gradients."""
+    def active(self, part: nn.Module | None = None) -> Iterator[nn.Module]:
+        """The float model or `part` of it, without gradients."""
         with torch.no_grad():
-            yield self.model
+            yield self.model if part is None else part

@@ -35,11 +35,12 @@ class AsTrained:
         self.model = model
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """`model` with the activations of training, without gradients."""
+    def active(self, part: nn.Module | None = None) -> Iterator[nn.Module]:
+        """The model or `part` of it, with the activations of training, without gradients."""
+        chosen = self.model if part is None else part
         with ExitStack() as stack, torch.no_grad():
-            for module in self.model.modules():
+            for module in chosen.modules():
                 if isinstance(module, PackedLinear) and module.trained_scheme is not None:
                     stack.callback(setattr, module, "scheme", module.scheme)
                     module.scheme = module.trained_scheme
-            yield self.model
+            yield chosen

@@ -1,62 +1,76 @@
-"""Training losses on logits, chunked so that no float32 copy of all logits is made."""
+"""Training losses on the logits of a language model, which are made a few tokens at a time (`models.output_head`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.models.output_head import BelowHead
 
-CHUNK_TOKENS = 512
+Targets = Callable[[slice], Tensor]
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Mean over tokens of a loss of each token's logits; the gradient is found in the forward, in the logits' dtype."""
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each token ``(tokens,)`` in nats, and its gradient in the logits ``(tokens, V)``; both float32.
+
+    Args:
+        logits: ``(tokens, V)``.
+        targets: teacher logits ``(tokens, V)``, for the forward KL ``KL(p_teacher || p)``; or token ids ``(tokens,)``,
+            for cross-entropy.
+    """
+    log_q = torch.log_softmax(logits.float(), -1)
+    if targets.ndim == 2:  # KL(p || q) = sum p (log p - log q); d/dlogits = q - p
+        log_p = torch.log_softmax(targets.float(), -1)
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(-1), log_q.exp_().sub_(p)
+    index = targets.unsqueeze(-1)  # -log q[target]; d/dlogits = q - onehot
+    loss = -log_q.gather(-1, index).squeeze(-1)
+    return loss, log_q.exp_().scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=log_q.dtype))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean over tokens of a loss of each token's logits; all gradients are found in the forward, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, counts: Tensor | None) -> Tensor:
-        """`logits (tokens, V)`; `targets`: teacher logits ``(tokens, V)``, or token ids ``(tokens,)``; `counts`
-        ``(tokens,)``: which tokens count, or None for all."""
-        number = len(logits) if counts is None else int(counts.sum())
-        total = torch.zeros((), device=logits.device)
-        gradient = torch.empty_like(logits) if logits.requires_grad or ctx.needs_input_grad[0] else None
-        for start in range(0, len(logits), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            log_q = torch.log_softmax(logits[rows].float(), -1)
-            if targets.ndim == 2:  # KL(p || q) = sum p (log p - log q); d/dlogits = q - p
-                log_p = torch.log_softmax(targets[rows].float(), -1)
-                p = log_p.exp()
-                loss = (p * (log_p - log_q)).sum(-1)
-                delta = log_q.exp() - p
-            else:  # -log q[target]; d/dlogits = q - onehot
-                target = targets[rows].unsqueeze(-1)
-                loss = -log_q.gather(-1, target).squeeze(-1)
-                delta = log_q.exp().scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=log_q.dtype))
-            if counts is not None:
-                loss, delta = loss * counts[rows], delta * counts[rows, None]
+    def forward(ctx: Any, below: BelowHead, targets: Targets, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        """`hidden (tokens, hidden)` below the head; `targets`: of the tokens of a slice; `parameters` of the head."""
+        needed = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *parameters)] if needed else []
+        for chunk in below.chunks(len(hidden)):
+            inputs = hidden[chunk].detach().requires_grad_(needed)
+            with torch.set_grad_enabled(needed):
+                logits = below.logits(inputs)
+            # After the student: weights cast without gradients first would be reused by autocast, and have none.
+            theirs = targets(chunk)
+            loss, delta = token_losses(logits.detach(), theirs)
             total += loss.sum()
-            if gradient is not None:
-                gradient[rows] = delta / number
-        ctx.gradient = gradient
-        return total / number
+            if needed:
+                delta = delta.div_(len(hidden)).to(logits.dtype)
+                found = torch.autograd.grad(logits, [inputs, *parameters], delta)
+                gradients[0][chunk] = found[0]
+                for gradient, part in zip(gradients[1:], found[1:], strict=True):
+                    gradient += part
+        ctx.gradients = gradients
+        return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient * grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * grad for gradient in ctx.gradients)
 
 
-def kd_loss(logits: Tensor, teacher_logits: Tensor, counts: Tensor | None = None) -> Tensor:
+def kd_loss(student: BelowHead, teacher: BelowHead, counts: Tensor | None = None) -> Tensor:
     """Forward KL from the teacher, ``KL(p_teacher || p_student)`` at temperature 1, mean over tokens (nats).
 
     Args:
-        logits: ``(batch, length, V)``.
-        teacher_logits: ``(batch, length, V)``.
+        student: its forward ``(batch, length)``.
+        teacher: the teacher's forward on the same tokens, without gradients.
         counts: ``(batch, length)`` bool, the positions that count; by default all.
     """
-    which = None if counts is None else counts.flatten()
-    loss: Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), which)
-    return loss
+    theirs = _tokens(teacher.hidden, counts)
+    return _head_loss(student, lambda chunk: teacher.logits(theirs[chunk]), _tokens(student.hidden, counts))
 
 
 def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
@@ -83,14 +97,24 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], coun
     return torch.stack(errors).mean()
 
 
-def ce_loss(logits: Tensor, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+def ce_loss(student: BelowHead, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
     """Next-token cross-entropy, mean over tokens (nats).
 
     Args:
-        logits: ``(batch, length, V)``.
+        student: its forward ``(batch, length)``.
         input_ids: ``(batch, length)``.
         counts: ``(batch, length)`` bool, the positions that count (each predicts the token after it); by default all.
     """
-    which = None if counts is None else counts[:, :-1].flatten()
-    loss: Tensor = _ChunkedLoss.apply(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), which)
+    which = None if counts is None else counts[:, :-1]
+    targets = _tokens(input_ids[:, 1:], which)
+    return _head_loss(student, targets.__getitem__, _tokens(student.hidden[:, :-1], which))
+
+
+def _tokens(values: Tensor, counts: Tensor | None) -> Tensor:
+    """``(batch, length, ...)`` as ``(tokens, ...)``: the positions that count, or all."""
+    return values.flatten(0, 1) if counts is None else values[counts]
+
+
+def _head_loss(student: BelowHead, targets: Targets, hidden: Tensor) -> Tensor:
+    loss: Tensor = _HeadLoss.apply(student, targets, hidden, *student.parameters)
     return loss

@@ -74,3 +74,13 @@ def test_errors_add_up_over_batches():
     errors.add({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 1.0])})
     errors.add({"a": torch.tensor([2.0]), "b": torch.ones(1)}, {"a": torch.tensor([2.0]), "c": torch.ones(1)})
     assert errors.result() == {"a": pytest.approx(1 / 6)}
+
+
+def test_a_head_on_the_grid_is_compared_too(tiny_llama):
+    model, original = tiny_llama(), tiny_llama()
+    prepare(model, QuantScheme(3, 16), lm_head_bits=4)
+    names = names_of(model)
+    errors = evaluate(model, DATA, FloatCopy(original), layers=names).layer_errors
+    assert list(errors) == names
+    y, target = captured(model, "lm_head", DATA.ids)[::STRIDE], captured(original, "lm_head", DATA.ids)[::STRIDE]
+    assert errors["lm_head"] == pytest.approx(float((y - target).square().sum() / target.square().sum()), rel=1e-4)

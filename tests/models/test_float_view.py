@@ -141,3 +141,19 @@ def test_a_copy_is_frozen(tiny_llama):
     with copy.active() as teacher:
         assert teacher is source
         assert not torch.is_grad_enabled()
+
+
+def test_a_part_is_float_while_the_rest_trains(tiny_llama):
+    model = tiny_llama()
+    prepare(model, QuantScheme(3, 32), keep_float=True, lm_head_bits=3)
+    select_trainable(model, "scales")
+    view = FloatView(model)
+    trained(model).train()
+    before, norm = switches(model), model.model.norm.weight.clone()
+    with view.active(model.lm_head) as head:
+        assert not head.training
+        assert not head.enabled
+        assert model.training
+        assert torch.equal(model.model.norm.weight, norm)
+        assert sum(not m.enabled for m in model.modules() if isinstance(m, FakeQuantLinear)) == 1
+    assert switches(model) == before

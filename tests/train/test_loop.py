@@ -5,13 +5,19 @@ import signal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
-from llmqat.models.patcher import quantized_layers
+from llmqat.metrics.perplexity import Windows, evaluate
+from llmqat.models import output_head
+from llmqat.models.float_view import FloatView
+from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.scheme import QuantScheme
 from llmqat.train import loop
 from llmqat.train.checkpoint import NAME, Checkpoints, discard
 from llmqat.train.loop import Trainer, TrainingData, fit, lr_factor
+from llmqat.train.modes import add_lora, select_trainable
 
 
 def train(run, config, mode, **kwargs):
@@ -344,3 +350,35 @@ def test_resume_with_8_bit_moments_is_bit_identical(prepared, train_config, mode
     assert dataclasses.replace(result, seconds=0) == dataclasses.replace(expected, seconds=0)
     assert same(trained(again.model), trained(whole.model))
     assert expected.held_out[4] < expected.held_out[0]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation gave, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        for value in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["lora", "scales"])
+def test_no_step_and_no_evaluation_makes_all_logits(monkeypatch, tiny_llama, train_config, mode, precision):
+    """Nothing is larger than the weights of the head: 8192 x 32, where all logits are 64 tokens of 8192."""
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", 4 * 8192)
+    model = tiny_llama(vocab_size=8192, hidden_size=32, intermediate_size=32)
+    prepare(model, QuantScheme(4, 32), init="rtn", keep_float=True)
+    model = add_lora(model, 4) if mode == "lora" else model
+    select_trainable(model, mode)
+    ids, config = torch.randint(8192, (6, 32)), train_config(mode, batch_size=2, precision=precision)
+    trainer = Trainer(model, TrainingData(ids, ids[:2]), config, FloatView(model))
+    with Largest() as seen:
+        trainer.step(iter([ids[:2]]))
+        trainer.held_out_loss()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        evaluate(model, Windows(ids[:2], "none"), FloatView(model))
+    assert seen.numbers <= 32 * 8192

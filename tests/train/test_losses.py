@@ -3,10 +3,25 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from llmqat.errors import LlmqatError
+from llmqat.models import output_head
+from llmqat.models.output_head import BelowHead
 from llmqat.train import losses
-from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
+from llmqat.train.losses import hidden_loss
 
 V = 11
+
+
+def from_logits(logits):
+    """A forward whose hidden states are the logits."""
+    return BelowHead(None, logits, lambda hidden: hidden, V)
+
+
+def kd_loss(logits, teacher, counts=None):
+    return losses.kd_loss(from_logits(logits), from_logits(teacher), counts)
+
+
+def ce_loss(logits, ids, counts=None):
+    return losses.ce_loss(from_logits(logits), ids, counts)
 
 
 def torch_kd(logits, teacher):
@@ -29,7 +44,7 @@ def loss(request):
 # Chunks of 8 tokens: fewer, one chunk exactly, a chunk and a token, several with a rest.
 @pytest.mark.parametrize("shape", [(1, 5), (2, 4), (1, 9), (3, 9), (2, 20)], ids=str)
 def test_equals_torch_in_value_and_gradient(monkeypatch, loss, shape):
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", 8 * V)
     ours, theirs, targets = loss
     target = targets(*shape)
     logits = (3 * torch.randn(*shape, V)).requires_grad_()
@@ -41,9 +56,9 @@ def test_equals_torch_in_value_and_gradient(monkeypatch, loss, shape):
     torch.testing.assert_close(logits.grad.double(), twin.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_long_sequences_cross_the_real_chunks(loss):
+def test_many_tokens_cross_the_real_chunks(loss):
     ours, theirs, targets = loss
-    shape = (2, losses.CHUNK_TOKENS + 3)
+    shape = (2, output_head.CHUNK_LOGITS // V // 2 + 3)
     logits, target = torch.randn(*shape, V), targets(*shape)
     torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=1e-5, atol=1e-6)
 
@@ -98,7 +113,7 @@ def test_hidden_loss_needs_a_teacher_of_the_same_shape(states):
 @pytest.mark.parametrize("shape", [(1, 5), (3, 9), (2, 20)], ids=str)
 def test_only_positions_that_count_have_loss_and_gradient(monkeypatch, loss, shape):
     """Equal to the loss over a batch of those positions alone; the others may hold anything."""
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", 8 * V)
     ours, _, targets = loss
     logits, target = (3 * torch.randn(*shape, V)).requires_grad_(), targets(*shape)
     counts = torch.rand(shape) < 0.4

@@ -1,0 +1,154 @@
+"""The output head of a causal language model run apart from its blocks, so that logits exist a few tokens at a time.
+
+With a vocabulary of 262,144 words the logits of 4,096 tokens are 4 GiB in float32, and their softmax as much again;
+the hidden states that they come from are a few MiB.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.progress import log
+
+CHUNK_LOGITS = 2**24  # numbers in the logits of a chunk: 64 MiB in float32
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(logits / cap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
+    return torch.tanh(logits / cap) * cap
+
+
+# What a model's forward does to the logits after its output head, by the entry of its config that says so.
+AFTER_HEAD: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "final_logit_softcapping": soft_capped,  # Gemma 2, Gemma 3
+    "logits_scaling": torch.div,  # Granite
+    "logit_scale": torch.mul,  # Cohere
+}
+
+
+@dataclass(frozen=True)
+class BelowHead:
+    """A forward that stopped below the output head.
+
+    Attributes:
+        outputs: of the model; where the head ran apart, its logits are those of the first token only.
+        hidden: input of the head ``(batch, length, hidden)``; or the logits themselves, if `logits` is the identity.
+        logits: maps ``(tokens, hidden)`` to logits ``(tokens, vocabulary)``.
+        vocabulary: logits of a token.
+        parameters: those of the head that train.
+    """
+
+    outputs: Any
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+    vocabulary: int
+    parameters: tuple[nn.Parameter, ...] = ()
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Slices of `tokens` tokens, each of so many that their logits are few."""
+        size = max(1, CHUNK_LOGITS // self.vocabulary)
+        return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+class OutputHead:
+    """Runs a causal language model without its output head, where that gives the same logits.
+
+    The first forward compares the logits of one token with those of the model itself. Where they differ, or the model
+    has no head of its own, forwards are whole.
+
+    Args:
+        model: as transformers made it, with quantized layers or without, not wrapped for several processes.
+        apart: False leaves all forwards whole: for a head whose weights are split over processes.
+    """
+
+    def __init__(self, model: nn.Module, apart: bool = True) -> None:
+        find = getattr(model, "get_output_embeddings", None)
+        layer = find() if apart and find is not None else None
+        self.layer: nn.Module | None = None if layer is None or follows_inputs(layer) else layer
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        values = {name: getattr(text, name, None) for name in AFTER_HEAD}
+        self.after = [(AFTER_HEAD[name], value) for name, value in values.items() if value is not None]
+        self.compared = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocabulary)`` of inputs of the head ``(..., hidden)``, as the model's forward gives them."""
+        assert self.layer is not None
+        logits: Tensor = self.layer(hidden)
+        for change, value in self.after:
+            logits = change(logits, value)
+        return logits
+
+    def below(self, forward: Callable[..., Any], **inputs: Any) -> BelowHead:
+        """Call `forward`, of the model or of its wrapper, on `inputs`, and keep what its head would have been given."""
+        given: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            given.append(arguments[0])
+            return (arguments[0][:, :1].contiguous(), *arguments[1:])
+
+        if self.layer is None:
+            return whole_forward(forward, inputs)
+        handle = self.layer.register_forward_pre_hook(keep)
+        try:
+            outputs = forward(**inputs)
+        finally:
+            handle.remove()
+        if not self.compared and not self.gives_the_logits_of(outputs, given):
+            log("the logits of this model are made for all tokens at once: its output head is not the last step of it")
+            self.layer = None
+            return whole_forward(forward, inputs)
+        self.compared = True
+        trained = tuple(parameter for parameter in self.layer.parameters() if parameter.requires_grad)
+        return BelowHead(outputs, given[0], self.logits, outputs.logits.shape[-1], trained)
+
+    @torch.no_grad()
+    def gives_the_logits_of(self, outputs: Any, given: list[Tensor]) -> bool:
+        """Whether the head alone gives the first token the logits that `outputs` has for it."""
+        if len(given) != 1 or given[0].ndim != 3:
+            return False
+        logits, expected = self.logits(given[0][:, :1].contiguous()).float(), outputs.logits.float()
+        return logits.shape == expected.shape and torch.equal(logits.nan_to_num(), expected.nan_to_num())
+
+
+def follows_inputs(layer: nn.Module) -> bool:
+    """Whether `layer` follows the range of its inputs, and so has to see those of all tokens at once."""
+    return any(isinstance(module, FakeQuantLinear) and module.act_state is not None for module in layer.modules())
+
+
+def whole_forward(forward: Callable[..., Any], inputs: dict[str, Any]) -> BelowHead:
+    """A forward with its head: the logits stand for hidden states, and are their own logits."""
+    outputs = forward(**inputs)
+    return BelowHead(outputs, outputs.logits, lambda logits: logits, outputs.logits.shape[-1])
+
+
+class Reference(Protocol):
+    """Gives the float model to compare with, e.g. `llmqat.models.float_view.FloatCopy`."""
+
+    def active(self, part: nn.Module | None = None) -> AbstractContextManager[nn.Module]:
+        """The float model without gradients, or `part` of it."""
+        ...
+
+
+class ReferenceHead(OutputHead):
+    """The output head of the float model of `reference`, whatever else runs when its logits are made.
+
+    Args:
+        reference: gives the model.
+        apart: as in `OutputHead`.
+    """
+
+    def __init__(self, reference: Reference, apart: bool = True) -> None:
+        self.reference = reference
+        with reference.active() as model:
+            super().__init__(model, apart)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the float model, without gradients."""
+        with self.reference.active(self.layer):
+            return super().logits(hidden)
