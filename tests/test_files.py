@@ -146,7 +146,7 @@ def command(recipe, directory, *flags):
     return main(["finetune", "--recipe", str(directory.with_suffix(".yaml")), "--output", str(directory), *flags])
 
 
-@pytest.mark.parametrize("stage", ["run_gptq", "fit", "save_packed", "write_json"])
+@pytest.mark.parametrize("stage", ["run_gptq", "fit", "write_contents", "write_json"])
 def test_a_run_out_of_disk(stage, small_recipe, finished, tmp_path, monkeypatch, capsys):
     directory = shutil.copytree(finished, tmp_path / "out")
     original = getattr(pipeline, stage)
