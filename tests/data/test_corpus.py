@@ -152,7 +152,7 @@ def test_hub_datasets(monkeypatch):
         ("other", None),
         ("train_sft+test_sft", None),
     ]
-    with pytest.raises(LlmqatError, match=r"cannot load dataset offline from the Hub: no network long story; without a network"):
+    with pytest.raises(LlmqatError, match=r"offline from the Hub: no network long story; without a network, give a"):
         load_corpus("offline")
 
 
