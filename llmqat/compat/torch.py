@@ -1,6 +1,7 @@
-"""Private names of torch: the dicts of a module, its casts, and whether a backward is running."""
+"""Private names of torch: dicts and casts of a module, whether a backward runs, operators watched, tensors faked."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -69,3 +70,25 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """The device move of `fn` without its cast."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+@leans_on("torch.utils._python_dispatch.TorchDispatchMode", test="tests/metrics/test_live_bytes.py")
+def watching_operators(seen: Callable[[Any, Any, dict[str, Any], Any], None]) -> AbstractContextManager[Any]:
+    """Call ``seen(operator, args, kwargs, result)`` after each operator that runs inside the ``with``."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operator(*args, **(kwargs or {}))
+            seen(operator, args, kwargs or {}, result)
+            return result
+
+    return Watch()
+
+
+@leans_on("torch._subclasses.fake_tensor.FakeTensorMode", test="tests/forecast/test_shapes.py")
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Tensors made inside the ``with`` have shapes and dtypes, and no values: a model of them takes no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -17,18 +17,14 @@ from llmqat.config import ResolvedTrain, TrainConfig
 from llmqat.data.chat import positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
-from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.models.output_head import OutputHead, ReferenceHead
 from llmqat.nn.dtensor import gathered
 from llmqat.progress import Meter
 from llmqat.train.checkpoint import Checkpoints
-from llmqat.train.losses import ce_loss, hidden_loss, kd_loss
 from llmqat.train.modes import code_statistics, parameter_groups, share_changed
+from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import gathered_state, load_gathered_state, prepare_model
 from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
 from llmqat.train.tracking import check_tracker
-
-Teacher = FloatCopy | FloatView
 
 
 @dataclass
@@ -112,8 +108,8 @@ class Trainer:
         groups = parameter_groups(model, config.mode, config)
         self.model, optimizer, self.sharded = prepare_model(self.accelerator, model, groups, teacher, config.optimizer)
         # A split head is whole inside the forward only.
-        self.head = OutputHead(model, apart=not self.sharded)
-        self.teacher_head = None if teacher is None else ReferenceHead(teacher, apart=not self.sharded)
+        # A split head is whole inside the forward only.
+        self.objective = Objective(model, config, teacher, apart=not self.sharded)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = scheduler  # stepped here, once per optimizer step, whatever the number of processes
@@ -123,23 +119,7 @@ class Trainer:
     def loss(self, batch: Tensor) -> Tensor:
         """Loss of one batch of sequences: cross-entropy, or distance from the teacher."""
         ids, counts = unstack(batch.to(self.accelerator.device))
-        # One context a forward: inside one for both, weights that the teacher's cast without gradients would be reused.
-        autocast = self.accelerator.autocast
-        if self.teacher is None or self.teacher_head is None:
-            with autocast():
-                return ce_loss(self.head.below(self.model, input_ids=ids, use_cache=False), ids, counts)
-        # Held-out losses are the KL divergence alone: what is compared must not depend on a weight.
-        weight = self.config.hidden_weight if torch.is_grad_enabled() else 0.0
-        arguments = {"input_ids": ids, "use_cache": False, "output_hidden_states": weight > 0}
-        with self.teacher.active() as model, autocast():
-            teacher = self.teacher_head.below(model, **arguments)
-        with autocast():
-            student = self.head.below(self.model, **arguments)
-            loss = kd_loss(student, teacher, counts)
-        if weight > 0:
-            states = student.outputs.hidden_states[1:], teacher.outputs.hidden_states[1:]
-            loss = loss + weight * hidden_loss(*states, counts)
-        return loss
+        return self.objective.loss(self.model, ids, counts, self.accelerator.autocast)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

@@ -14,7 +14,7 @@ from llmqat.models import output_head
 from llmqat.models.float_view import FloatView
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
-from llmqat.train import loop
+from llmqat.train import loop, objective
 from llmqat.train.checkpoint import NAME, Checkpoints, discard
 from llmqat.train.loop import Trainer, TrainingData, fit, lr_factor
 from llmqat.train.modes import add_lora, select_trainable
@@ -180,13 +180,13 @@ def test_the_state_before_training_competes(prepared, train_config, mode):
 
 
 def test_non_finite_training_loss_names_the_step(prepared, train_config, monkeypatch, tmp_path):
-    calls, original = [], loop.kd_loss
+    calls, original = [], objective.kd_loss
 
     def kd_loss(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 6 else 1)  # 2 held-out batches, 3 steps
 
-    monkeypatch.setattr(loop, "kd_loss", kd_loss)
+    monkeypatch.setattr(objective, "kd_loss", kd_loss)
     with pytest.raises(
         LlmqatError, match=r"the training loss became nan at step 4; lower --lr, or use --precision fp32"
     ):
