@@ -14,6 +14,8 @@ from llmqat.quant.affine import choose_scale, dequantize, quantize
 from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Grid, Latent
 
+HEAD = "output head"
+
 
 class GptqSettings(NamedTuple):
     """How GPTQ treats every layer.
@@ -37,14 +39,15 @@ class LayerError(NamedTuple):
 
 
 class Saved(Protocol):
-    """Finished blocks by index, e.g. `llmqat.train.checkpoint.SavedBlocks`: an interrupted run goes on from them."""
+    """Finished parts of a model by index, its blocks and behind them its head, from which an interrupted run goes on;
+    e.g. `llmqat.train.checkpoint.SavedBlocks`."""
 
     def get(self, index: int) -> dict[str, Any] | None:
-        """The values that `put` kept for a block, or None."""
+        """The values that `put` kept for a part, or None."""
         ...
 
     def put(self, index: int, state: dict[str, Any]) -> None:
-        """Keep the state of a finished block."""
+        """Keep the state of a finished part."""
         ...
 
 
@@ -131,7 +134,7 @@ def gptq_head(model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], se
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with eval_mode(model):
         statistics = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
-        return _quantize_layer(head, statistics, settings, "output head")
+        return _quantize_layer(head, statistics, settings, HEAD)
 
 
 def gptq_model(
@@ -140,44 +143,65 @@ def gptq_model(
     batches: list[Tensor],
     settings: GptqSettings,
     saved: Saved | None = None,
+    head: FakeQuantLinear | None = None,
 ) -> list[LayerError]:
-    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place; see `gptq_block`.
+    """GPTQ for every `FakeQuantLinear` inside `blocks`, in place, then for the head; see `gptq_block`, `gptq_head`.
 
     Args:
         model: the prepared model; its float forward feeds the first block.
         blocks: its blocks, in order.
-        batches: token ids ``(batch, length)``, all of one shape.
+        batches: token ids ``(batch, length)``, all of one shape; nothing runs on them if all parts are saved.
         settings: see `GptqSettings`.
-        saved: blocks finished by an earlier run of the same arguments; those of this run are added.
+        saved: parts finished by an earlier run of the same arguments; those of this run are added.
+        head: the output head, if GPTQ is to find its codes too.
 
     Raises:
         LlmqatError: if there are no batches, or a Hessian cannot be used.
     """
-    errors: list[LayerError] = []
-    with eval_mode(model):
-        inputs = BlockInputs.capture(model, list(blocks), batches)
-        for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
-            finished = None if saved is None else saved.get(index)
-            if finished is not None and finished["keep_float"] == settings.keep_float:
-                block.load_state_dict(finished["state"], strict=False)
-                errors += [LayerError(*error) for error in finished["errors"]]
-                inputs.advance(block)
-                continue
-            name = f"block {index}"
-            own = gptq_block(block, inputs, settings, name)
-            errors += own
-            if saved is not None:
-                written = {error.layer.removeprefix(f"{name} ") for error in own if error.gptq is not None}
-                state, rows = written_state(block, written, settings.keep_float), [tuple(error) for error in own]
-                saved.put(index, {"state": state, "errors": rows, "keep_float": settings.keep_float})
-    return errors
+    errors = [restored(block, index, settings, saved) for index, block in enumerate(blocks)]
+    if None in errors:
+        with eval_mode(model):
+            inputs = BlockInputs.capture(model, list(blocks), batches)
+            for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
+                if errors[index] is not None:
+                    inputs.advance(block)
+                    continue
+                own = errors[index] = gptq_block(block, inputs, settings, f"block {index}")
+                keep(block, index, own, settings, saved)
+    if head is not None:
+        errors.append(restored(head, len(blocks), settings, saved))
+        if errors[-1] is None:
+            own = errors[-1] = [gptq_head(model, head, batches, settings)]
+            keep(head, len(blocks), own, settings, saved)
+    return [error for own in errors for error in own or ()]
 
 
-def written_state(block: nn.Module, written: Collection[str], keep_float: bool) -> dict[str, Tensor]:
-    """The tensors that GPTQ has set in the layers `written` of a block, by their names in its state dict.
+def restored(part: nn.Module, index: int, settings: GptqSettings, saved: Saved | None) -> list[LayerError] | None:
+    """Put what an earlier run found for a part of the model in place; the errors of its layers, or None for no such."""
+    kept = None if saved is None else saved.get(index)
+    if kept is None or kept["keep_float"] != settings.keep_float:
+        return None
+    part.load_state_dict(kept["state"], strict=False)
+    return [LayerError(*error) for error in kept["errors"]]
 
-    They are all that a later run needs to go on after that block.
+
+def keep(
+    part: nn.Module, index: int, errors: list[LayerError], settings: GptqSettings, saved: Saved | None = None
+) -> None:
+    """Save what GPTQ found for a part of the model, so that a later run may have it `restored`."""
+    if saved is not None:
+        improved = {error.layer for error in errors if error.gptq is not None}
+        name = HEAD if isinstance(part, FakeQuantLinear) else f"block {index}"
+        written = {path for path in layers_of(part) if f"{name} {path}".strip() in improved}
+        state, rows = written_state(part, written, settings.keep_float), [tuple(error) for error in errors]
+        saved.put(index, {"state": state, "errors": rows, "keep_float": settings.keep_float})
+
+
+def written_state(part: nn.Module, written: Collection[str], keep_float: bool) -> dict[str, Tensor]:
+    """The tensors that GPTQ has set in the layers `written` of a part, by their names in its state dict.
+
+    They are all that a later run needs to go on after that part.
     """
     tensors = ("scale", "zero_point", "compensation" if keep_float else "weight")
-    names = {f"{path}.{tensor}" for path in written for tensor in tensors}
-    return {name: tensor for name, tensor in block.state_dict().items() if name in names}
+    names = {f"{path}.{tensor}".removeprefix(".") for path in written for tensor in tensors}
+    return {name: tensor for name, tensor in part.state_dict().items() if name in names}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.blocks import check_batches
-from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_head, gptq_model
+from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
 from llmqat.errors import LlmqatError
@@ -166,7 +166,7 @@ def run_gptq(
     settings: GptqSettings,
     saved: Saved | None = None,
 ) -> dict[str, tuple[float, float | None]]:
-    """GPTQ on a model prepared with round-to-nearest, in place; blocks in `saved` are taken from there.
+    """GPTQ on a model prepared with round-to-nearest, in place; parts in `saved` are taken from there.
 
     Returns:
         layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.
@@ -175,14 +175,22 @@ def run_gptq(
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
     """
     architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
-    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved)
-    head = model.get_output_embeddings()
-    if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS:
-        errors.append(gptq_head(model, head, batches, settings))
+    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved, gptq_head_of(model))
     if not settings.keep_float:
         for on_grid in quantized_layers(model):
             on_grid.layer.holds_float = False
     return {error.layer: (error.rtn, error.gptq) for error in errors}
+
+
+def gptq_head_of(model: PreTrainedModel) -> FakeQuantLinear | None:
+    """The output head of a prepared model, if it is one of those whose codes GPTQ finds."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, FakeQuantLinear) and head.scheme.bits < HEAD_RTN_BITS else None
+
+
+def gptq_part_count(model: PreTrainedModel) -> int:
+    """How many parts of a prepared model GPTQ finds codes for, one after the other: its blocks, and a head."""
+    return len(blocks_of(model, architecture_of(model, "GPTQ", GPTQ_REMEDY))) + (gptq_head_of(model) is not None)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

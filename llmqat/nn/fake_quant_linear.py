@@ -163,8 +163,9 @@ class FakeQuantLinear(KeepsDtypes):
         """The codes of this forward, ``(out, in)``: int8 if symmetric, else uint8; with adapters if given."""
         return codes_of(self.latent(adapters), self.grid)
 
-    def clipped(self, adapters: Adapters | None = None) -> int:
-        """How many latent weights lie more than half a code beyond the ends of the grid; with adapters if given."""
+    def clipped(self, adapters: Adapters | None = None) -> Tensor:
+        """How many latent weights lie more than half a code beyond the ends of the grid, a scalar; with adapters if
+        given."""
         return count_clipped(self.latent(adapters), self.grid)
 
     def quantized_weight(self) -> Tensor:

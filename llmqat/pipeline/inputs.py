@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from llmqat.metrics.published import scored_windows
 from llmqat.models.coverage import CoverageReport
 from llmqat.processes import process_count
 from llmqat.progress import log
+from llmqat.train.state import hash_of_tensor, hash_of_tensors
 
 CALIBRATION_BATCH = 8
 # Calibration sequences are drawn from so many tokens of the training text, whatever else the run does.
@@ -49,10 +49,10 @@ class Inputs:
         """SHA-256 of each kind of tokens, by its name in words."""
         found = {"test tokens": self.test.sha256}
         if self.calibration:
-            found["calibration tokens"] = _hash_of(list(self.calibration))
+            found["calibration tokens"] = hash_of_tensor(*self.calibration)
         if self.validation is not None and self.training is not None:
             found["validation tokens"] = self.validation.sha256
-            found["training tokens"] = _hash_of([self.training])
+            found["training tokens"] = hash_of_tensor(self.training)
         return found
 
 
@@ -123,12 +123,7 @@ def calibration(recipe: Resolved, tokenizer: Any, documents: Sequence[Document] 
 
 def hash_of_weights(model: nn.Module) -> str:
     """SHA-256 of all tensors of a model: names, dtypes, shapes and values."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    with ThreadPoolExecutor() as pool:  # hashing releases the lock of Python
-        digests = list(pool.map(lambda tensor: _hash_of([tensor]), state.values()))
-    return hashlib.sha256(
-        "".join(f"{name} {digest}\n" for name, digest in zip(state, digests, strict=True)).encode()
-    ).hexdigest()
+    return hash_of_tensors({name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)})
 
 
 def hash_of_tokenizer(tokenizer: Any) -> str:
@@ -138,14 +133,6 @@ def hash_of_tokenizer(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     told = [rules, special, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _hash_of(tensors: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def eval_windows(

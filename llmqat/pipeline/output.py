@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmqat.config import Recipe, from_yaml
+from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, make_directory, replacing
 from llmqat.models.loading import resolve_name
-from llmqat.pipeline.saved import flattened, read_record
+from llmqat.pipeline.saved import read_record
 from llmqat.processes import is_first
 from llmqat.report.details import NAME as DETAILS
 from llmqat.report.page.render import PAGE, REPORT
@@ -63,15 +63,12 @@ def saved_recipe(directory: Path) -> Recipe | None:
     """The recipe of the run that was begun in an output directory, wherever that lies now; None where none was.
 
     Raises:
-        LlmqatError: if it is damaged.
+        LlmqatError: if it is damaged, or of another version.
     """
     record = read_record(directory / CHECKPOINT)
     if record is None:
         return None
-    values = record["recipe"]
-    if "output" not in values:  # the version before kept all of it beside the model
-        values = flattened(from_yaml(directory / RECIPE).to_dict())
-    return Recipe().with_values({**values, "output": str(directory)})
+    return Recipe().with_values({**record["recipe"], "output": str(directory)})
 
 
 def check_apart(directory: Path, model: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmqat.algorithms.activation_ranges import observe_activations, static_layers
+from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved, to_yaml
@@ -27,6 +27,7 @@ from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
 from llmqat.models.loading import load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
     GPTQ_REMEDY,
+    gptq_part_count,
     prepare,
     quantized_layers,
     round_float_parts,
@@ -119,6 +120,7 @@ class Run:
             self.pack_model()
             self.measure_packed()
             self.write_report()
+            self.forget_preparation()
         return self.measured
 
     # -- before anything is written -------------------------------------------------------------------------------
@@ -190,7 +192,8 @@ class Run:
             LlmqatError: if they are damaged, or this run cannot go on from them.
         """
         self.checkpoints = Checkpoints(self.checkpoint, self.record.key)
-        self.scores, self.layer_errors = read_measurements(self.checkpoint, self.record.key)
+        self.saved_blocks = SavedBlocks(self.checkpoints.subdirectory(GPTQ))
+        self.scores = read_measurements(self.checkpoint, self.record.key)
         self.state = self.checkpoints.load()
         if self.state is None:
             return
@@ -241,8 +244,7 @@ class Run:
             kv_bits=recipe.quant.kv_bits,
             min_coverage=recipe.quant.min_coverage,
         )
-        observed = self.calibration if static_layers(self.model) and self.state is None else []
-        observe_activations(self.model, observed, recipe.quant.observer)
+        observe_activations(self.model, [] if self.calibrated else self.calibration, recipe.quant.observer)
         log(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores)
@@ -250,15 +252,19 @@ class Run:
         self.reference = self.float_copy or FloatView(self.model)
         self.measure("rtn", partial(self.compare_with_float, "round to nearest"))
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether all that calibration finds in the prepared model is saved: ranges trained on, and blocks of GPTQ."""
+        if self.recipe.init.method == "gptq" and not self.saved_blocks.holds(gptq_part_count(self.model)):
+            return False
+        return self.state is not None
+
     def initialize_codes(self) -> None:
-        """GPTQ, if asked for, unless the codes come with the training state; then mark what trains."""
+        """GPTQ, if asked for, from the blocks that are saved; then mark what trains."""
         recipe = self.recipe
         if recipe.init.method == "gptq":
-            if self.state is None:
-                saved = SavedBlocks(self.checkpoints.subdirectory(GPTQ))
-                settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
-                self.layer_errors = run_gptq(self.model, self.calibration, settings, saved)
-            self.coverage.errors.update(self.layer_errors)
+            settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
+            self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks))
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
@@ -326,8 +332,6 @@ class Run:
         self.contents = contents_of(self.model)
         write_contents(self.contents, self.directory, self.tokenizer)
         self.measured.size = layer_sizes(self.contents.layers.values())
-        for finished in (GPTQ, CONTROL):
-            checkpoint.discard(self.checkpoint / finished)
 
     def measure_packed(self) -> None:
         """Perplexity through the kernel op, throughput, and the proof."""
@@ -363,6 +367,11 @@ class Run:
                 f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it"
             )
 
+    def forget_preparation(self) -> None:
+        """Remove what a resume came back to the training state by, and is larger: GPTQ's blocks, and the control."""
+        for finished in (GPTQ, CONTROL):
+            checkpoint.discard(self.checkpoint / finished)
+
     # -- measurements ---------------------------------------------------------------------------------------------
 
     def measure(self, variant: str, evaluation: Callable[[], Perplexity]) -> None:
@@ -370,7 +379,7 @@ class Run:
         if variant not in self.scores:
             self.scores[variant] = evaluation()
             if is_first():
-                write_measurements(self.checkpoint, self.record.key, self.scores, self.layer_errors)
+                write_measurements(self.checkpoint, self.record.key, self.scores)
 
     def compare_with_float(self, name: str) -> Perplexity:
         """Perplexity of the current state, and its distance from the float model."""

@@ -19,7 +19,7 @@ from llmqat.metrics.perplexity import Perplexity
 from llmqat.processes import process_count
 from llmqat.train.checkpoint import REMEDY
 
-FORMAT = 1
+FORMAT = 2
 INPUTS, MEASURED = "inputs.json", "measured.json"
 # The directory may have moved; how a step is cut into batches may change with the machines (see `check_same_step`).
 MAY_DIFFER = ("output", "train.batch_size", "train.accumulation")
@@ -127,8 +127,8 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def read_measurements(checkpoint: Path, run: str) -> tuple[dict[str, Perplexity], dict[str, Any]]:
-    """Scores by variant of the model and GPTQ's layer errors, as `write_measurements` left them; empty if it did not.
+def read_measurements(checkpoint: Path, run: str) -> dict[str, Perplexity]:
+    """Scores by variant of the model, as `write_measurements` left them; empty if it did not.
 
     Raises:
         LlmqatError: if they are damaged, or of another run than that with key `run`.
@@ -136,21 +136,21 @@ def read_measurements(checkpoint: Path, run: str) -> tuple[dict[str, Perplexity]
     path = checkpoint / MEASURED
     saved = read_sealed_json(path, REMEDY)
     if saved is None:
-        return {}, {}
+        return {}
     if saved.get("run") != run:
         raise LlmqatError(f"{path} holds measurements of other inputs than those of this run; {REMEDY}")
     scores = {}
     for variant, values in saved["perplexity"].items():
         targets = values.pop("targets")
         scores[variant] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
-    return scores, {layer: tuple(errors) for layer, errors in saved["errors"].items()}
+    return scores
 
 
-def write_measurements(checkpoint: Path, run: str, scores: dict[str, Perplexity], errors: dict[str, Any]) -> None:
+def write_measurements(checkpoint: Path, run: str, scores: dict[str, Perplexity]) -> None:
     """Remember what was measured, to the bit, for a resume of the run with key `run`."""
     perplexity = {variant: {**asdict(p), "losses": p.losses.tolist()} for variant, p in scores.items()}
     with replacing(checkpoint) as scratch:
-        (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": perplexity, "errors": errors}))
+        (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": perplexity}))
 
 
 def check_measured(scores: dict[str, Perplexity], variants: list[str], checkpoint: Path) -> None:

@@ -51,16 +51,16 @@ def codes_of(latent: Latent, grid: Grid) -> Tensor:
 
 
 @torch.no_grad()
-def count_clipped(latent: Latent, grid: Grid) -> int:
-    """How many latent weights lie more than half a code beyond the ends of the grid."""
+def count_clipped(latent: Latent, grid: Grid) -> Tensor:
+    """How many latent weights lie more than half a code beyond the ends of the grid, a scalar on their device."""
     grid, (low, high) = grid.stored(), (grid.scheme.qmin - 0.5, grid.scheme.qmax + 0.5)
     s0 = grid.scale if grid.code_scale is None else grid.code_scale
-    count = 0
+    count = torch.zeros((), dtype=torch.int64, device=latent.weight.device)
     for rows in latent.chunks():
         u = grouped(latent.rows(rows), grid.scheme) / s0[rows, :, None]
         if grid.zero_point is not None:
             u = u + grid.zero_point[rows, :, None]
-        count += int(((u < low) | (u > high)).sum())
+        count += ((u < low) | (u > high)).sum()
     return count
 
 

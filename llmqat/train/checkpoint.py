@@ -110,16 +110,27 @@ def discard(directory: Path, names: tuple[str, ...] = OWN_FILES) -> None:
 
 
 class SavedBlocks:
-    """States by block index, a file each: what GPTQ has finished survives the process."""
+    """States by block index, a file each: what GPTQ has finished survives the process.
+
+    A training state stands on them, and does not hold them: they stay until the run has ended.
+    """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
 
     def get(self, index: int) -> dict[str, Any] | None:
         """The values that `put` kept for a block, or None."""
-        return self.checkpoints.load(f"block-{index:05d}.pt")
+        return self.checkpoints.load(self.name(index))
 
     def put(self, index: int, state: dict[str, Any]) -> None:
         """Write the state of a finished block; of several processes, which all find the same, the first does."""
         if is_first():
-            self.checkpoints.save(state, f"block-{index:05d}.pt")
+            self.checkpoints.save(state, self.name(index))
+
+    def holds(self, count: int) -> bool:
+        """Whether so many blocks are there, from the first on."""
+        return all((self.checkpoints.directory / self.name(index)).exists() for index in range(count))
+
+    def name(self, index: int) -> str:
+        """Name of the file of a block."""
+        return f"block-{index:05d}.pt"

@@ -20,9 +20,11 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import gathered
 from llmqat.progress import Meter
 from llmqat.train.checkpoint import Checkpoints
-from llmqat.train.modes import code_statistics, parameter_groups, share_changed
+from llmqat.train.codes import FirstCodes
+from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
-from llmqat.train.sharding import gathered_state, load_gathered_state, prepare_model
+from llmqat.train.sharding import load_gathered_state, prepare_model
+from llmqat.train.state import check_base, hash_of_base, moving_tensors, on_first, put_back
 from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
 from llmqat.train.tracking import check_tracker
 
@@ -101,13 +103,13 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
-        if state is None:
-            self.first_codes, _ = code_statistics(model)
-        else:  # while every process has all of the model
-            model.load_state_dict(state["model"])
+        self.first_codes = FirstCodes(model)  # while every process has all of the model
+        self.base = "" if checkpoints is None else hash_of_base(model, self.first_codes.packed)
+        if checkpoints is not None and state is not None:
+            check_base(state["base"], self.base, checkpoints.directory)
+            put_back(model, state["trained"])
         groups = parameter_groups(model, config.mode, config)
         self.model, optimizer, self.sharded = prepare_model(self.accelerator, model, groups, teacher, config.optimizer)
-        # A split head is whole inside the forward only.
         # A split head is whole inside the forward only.
         self.objective = Objective(model, config, teacher, apart=not self.sharded)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
@@ -135,11 +137,6 @@ class Trainer:
         self.model.train()
         return mean(self.accelerator, total * count) / sum(map(positions, self.held_out))
 
-    def trainable(self) -> dict[str, Tensor]:
-        """The tensors that training moves, by name: parameters, and the scales of static activations."""
-        moved = {name: p.detach() for name, p in self.unwrapped_model.named_parameters() if p.requires_grad}
-        return moved | {name: b for name, b in self.unwrapped_model.named_buffers() if name.endswith(".act_scale")}
-
     def evaluate(self) -> None:
         """Held-out loss of the current state; keep the state if it is the best so far."""
         result = self.result
@@ -148,19 +145,19 @@ class Trainer:
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
-            self.best = {name: gathered(value).to("cpu", copy=True) for name, value in self.trainable().items()}
+            self.best = {n: gathered(t).to("cpu", copy=True) for n, t in moving_tensors(self.unwrapped_model).items()}
         counted = {}
         if not self.sharded:
-            self.count_codes()
+            self.count_codes(result.steps)
             result.flipped[result.steps] = result.codes_changed
             counted = {"codes_changed": result.codes_changed, "clip_rate": result.clip_rate}
         self.accelerator.log({"held_out_loss": loss, **counted}, step=result.steps)
 
-    def count_codes(self) -> None:
-        """How far codes are from the first ones, and how many weights from the grid; of a model that is not sharded."""
-        codes, self.result.clip_rate = code_statistics(self.unwrapped_model)
-        counted = share_changed(self.first_codes, codes, self.unwrapped_model)
-        self.result.codes_changed, self.result.layers_changed = counted
+    def count_codes(self, step: int) -> None:
+        """How far codes are from the first ones, and weights from the grid, in the whole model with the state of a
+        step."""
+        counts = self.first_codes.counts if step == 0 else self.first_codes.compare(self.unwrapped_model)
+        self.result.codes_changed, self.result.clip_rate, self.result.layers_changed = counts
 
     def check_finite(self, loss: float, kind: str, step: int) -> None:
         """Refuse a loss that is not finite, rather than train on, or ship, a broken model."""
@@ -199,23 +196,25 @@ class Trainer:
         """Write the checkpoint, if there is a place for it."""
         if self.checkpoints is None:
             return
+        result = self.result
         state = {
-            "model": {name: gathered(value) for name, value in self.unwrapped_model.state_dict().items()},
-            "optimizer": gathered_state(self.optimizer),
+            "base": self.base,
+            "trained": moving_tensors(self.unwrapped_model),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "best": self.best,
-            "first_codes": self.first_codes,
-            "result": vars(self.result),
+            "best": None if result.best_step == result.steps else self.best,
+            "result": vars(result),
             "rng": torch.get_rng_state(),
         }
+        whole = on_first(state, copied=False)
         if self.accelerator.is_main_process:
-            self.checkpoints.save(state)
+            self.checkpoints.save(whole)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, whose model is in place already."""
+        """Continue from a checkpoint, whose tensors are in the model already."""
         load_gathered_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.best, self.first_codes = state["best"], state["first_codes"]
+        self.best = state["trained"] if state["best"] is None else state["best"]
         self.result = TrainResult(**state["result"])
         torch.set_rng_state(state["rng"])
 
@@ -225,9 +224,9 @@ class Trainer:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         for sharded in self.sharded:
             sharded.gather(self.best if sharded.model is self.unwrapped_model else None)
-        for name, tensor in self.trainable().items():
-            tensor.copy_(self.best[name])
-        self.count_codes()
+        put_back(self.unwrapped_model, self.best)
+        if self.sharded or self.result.best_step != self.result.steps:  # else they are counted
+            self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.result

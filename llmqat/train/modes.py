@@ -8,7 +8,6 @@ import warnings
 from statistics import median
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,7 +18,6 @@ from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
-from llmqat.quant.packing import unpack_rows
 
 
 def default_alpha(model: nn.Module, r: int) -> float:
@@ -135,29 +133,3 @@ def parameter_groups(model: nn.Module, mode: str, config: ResolvedTrain) -> list
                 rate = config.lr_float * float(parameter.detach().square().mean().sqrt().clamp(min=1e-3))
             groups.append({"params": [parameter], "lr": rate})
     return groups
-
-
-@torch.no_grad()
-def code_statistics(model: nn.Module) -> tuple[dict[str, torch.Tensor], float]:
-    """Codes of every quantized layer, packed on the CPU, and the share of weights beyond the ends of the grid."""
-    packed, clipped, total = {}, 0, 0
-    for on_grid in quantized_layers(model):
-        packed[on_grid.name] = on_grid.pack().weight_packed.cpu()
-        clipped += on_grid.layer.clipped(on_grid.adapters)
-        total += on_grid.layer.weight.numel()
-    return packed, clipped / total
-
-
-def share_changed(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], model: nn.Module
-) -> tuple[float, dict[str, float]]:
-    """Share of codes that differ between two results of `code_statistics`: of the whole model, and by layer."""
-    changed = total = 0
-    by_layer = {}
-    for name, layer, _ in quantized_layers(model):
-        old, new = (unpack_rows(side[name], layer.scheme.bits, layer.in_features) for side in (before, after))
-        count = int((old != new).sum())
-        by_layer[name] = count / old.numel()
-        changed += count
-        total += old.numel()
-    return changed / total, by_layer

@@ -113,15 +113,8 @@ def prepare_model(
     return accelerator.prepare_model(model, evaluation_mode=True), make_optimizer(optimizer, groups), sharded
 
 
-def gathered_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State of an optimizer, its sharded tensors gathered. Collective: every process must call it."""
-    state = optimizer.state_dict()
-    gathered_states = {i: {k: gathered(v) for k, v in values.items()} for i, values in state["state"].items()}
-    return {**state, "state": gathered_states}
-
-
 def load_gathered_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `gathered_state` gave, sharded as the parameters are."""
+    """Load the state of an optimizer, its tensors whole, sharded as the parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sharded = {
         i: {

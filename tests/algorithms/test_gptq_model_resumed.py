@@ -12,14 +12,18 @@ from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("keep_float", [True, False])
-@pytest.mark.parametrize("finished", [0, 1, 2])
-def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_float, symmetric, finished):
-    def run(saved=None):
+@pytest.mark.parametrize("finished", [0, 1, 2, 3])
+def test_resumed_from_any_part(tiny_llama, tokens, tmp_path, monkeypatch, keep_float, symmetric, finished):
+    """Two blocks, and the head."""
+
+    def run(saved=None, batches=tokens):
         model = tiny_llama()
-        prepare(model, QuantScheme(3, 16, symmetric), storage_dtype=torch.bfloat16)
-        return model, gptq_model(model, model.model.layers, tokens, GptqSettings(0.01, keep_float), saved)
+        prepare(model, QuantScheme(3, 16, symmetric), storage_dtype=torch.bfloat16, lm_head_bits=4)
+        settings = GptqSettings(0.01, keep_float)
+        return model, gptq_model(model, model.model.layers, batches, settings, saved, model.lm_head)
 
     uncut, expected = run()
+    assert len(expected) == 15
     seen, original = [], driver._quantize_layer
 
     def quantize_layer(layer, *args):
@@ -30,16 +34,18 @@ def test_resumed_from_any_block(tiny_llama, tokens, tmp_path, monkeypatch, keep_
 
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_quantize_layer", quantize_layer)
-        if finished < 2:
+        if finished < 3:
             with pytest.raises(KeyboardInterrupt):
                 run(SavedBlocks(Checkpoints(tmp_path)))
         else:
             run(SavedBlocks(Checkpoints(tmp_path)))
     assert len(list(tmp_path.iterdir())) == finished
+    assert [SavedBlocks(Checkpoints(tmp_path)).holds(count) for count in range(5)] == [n <= finished for n in range(5)]
     calls = []
     monkeypatch.setattr(driver, "_quantize_layer", lambda *args: calls.append(1) or original(*args))
-    resumed, errors = run(SavedBlocks(Checkpoints(tmp_path)))
-    assert len(calls) == 14 - 7 * finished
+    # Where all parts are saved nothing is calibrated, and no block runs.
+    resumed, errors = run(SavedBlocks(Checkpoints(tmp_path)), tokens if finished < 3 else [])
+    assert len(calls) == max(0, 15 - 7 * finished)
     assert errors == expected
     states = uncut.state_dict(), resumed.state_dict()
     assert states[0].keys() == states[1].keys()

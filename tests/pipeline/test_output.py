@@ -7,9 +7,8 @@ import pytest
 
 from llmqat.config import Recipe, to_yaml
 from llmqat.errors import LlmqatError
-from llmqat.files import sealed_json
 from llmqat.pipeline.output import check_apart, check_output, claimed, forget_earlier, saved_recipe
-from llmqat.pipeline.saved import INPUTS, MAY_DIFFER, Record
+from llmqat.pipeline.saved import Record
 
 
 def listing(directory):
@@ -42,22 +41,6 @@ def test_a_run_goes_on_with_its_recipe_wherever_it_lies(tmp_path):
     Record(asked, {}).write(tmp_path / "out" / "checkpoint")
     shutil.move(tmp_path / "out", tmp_path / "moved")
     assert saved_recipe(tmp_path / "moved") == asked.with_values({"output": str(tmp_path / "moved")})
-
-
-def test_a_run_of_the_version_before_goes_on(tmp_path):
-    """Its record lacked what may differ, and its recipe lay beside the model."""
-    asked = Recipe().with_values({"model": "/my/model", "train.batch_size": 3, "output": str(tmp_path)})
-    record = Record(asked, {"test tokens": "a"})
-    before = {key: value for key, value in record.recipe.items() if key not in MAY_DIFFER}
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / INPUTS).write_text(
-        sealed_json({"format": 1, "recipe": before, "hashes": {"test tokens": "a"}})
-    )
-    with pytest.raises(LlmqatError, match=r"cannot read recipe .*recipe\.yaml: No such file"):
-        saved_recipe(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(to_yaml(asked))
-    assert saved_recipe(tmp_path) == asked
-    assert record.check(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(

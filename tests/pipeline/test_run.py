@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmqat.algorithms import activation_ranges
+from llmqat.algorithms.blocks import BlockInputs
+from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.cli import main
 from llmqat.config import from_yaml
 from llmqat.errors import LlmqatError
@@ -179,7 +182,11 @@ def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes)
         with pytest.raises(RuntimeError, match="power cut"):
             go(changes, "cut")
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    assert main(["finetune", "--output", str(tmp_path / "cut"), "--resume"]) == 0
+    with monkeypatch.context() as patch:
+        if "eval.control" not in changes:  # what calibration found is saved
+            patch.setattr(BlockInputs, "capture", None)
+            patch.setattr(activation_ranges, "track", None)
+        assert main(["finetune", "--output", str(tmp_path / "cut"), "--resume"]) == 0
     resumed = json.loads((tmp_path / "cut" / "report.json").read_text())
     assert comparable(resumed) == comparable(whole.report)
     for name in ("model.safetensors", "config.json", "fingerprint.json", "details.json"):
@@ -187,6 +194,19 @@ def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes)
     if changes["train.mode"] == "lora":
         adapters = [load_file(d / "adapter" / "adapter_model.safetensors") for d in (whole.directory, tmp_path / "cut")]
         assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
+
+
+def test_a_state_is_not_put_on_what_another_machine_found(finished, tmp_path, monkeypatch, capsys):
+    """The blocks of GPTQ go with the end of the run: a resume finds them again, here with another damping."""
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    before = listing(directory)
+    monkeypatch.setattr(run_module, "GptqSettings", lambda damp, keep_float: GptqSettings(1.0, keep_float))
+    assert main(["finetune", "--output", str(directory), "--resume"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the prepared model is not the one that the training in" in error
+    assert error.endswith("go on where it began, or start again with --overwrite")
+    after = listing(directory)
+    assert all(after[name] == before[name] for name in before if name != "checkpoint/inputs.json")  # where it lies
 
 
 def patched_control(patch):

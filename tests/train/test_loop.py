@@ -111,18 +111,32 @@ def test_resume_is_bit_identical(prepared, train_config, mode, dtype, monkeypatc
     assert same(trained(again.model), trained(whole.model))
 
 
-def test_resume_rebuilds_the_optimizer_whatever_the_grid_was(prepared, train_config, tmp_path):
-    """A resumed run starts from round-to-nearest, whatever grid the checkpoint holds."""
-    config = train_config("full", max_steps=4, lr=0.02)
-    first, fresh = prepared("full", dtype=torch.bfloat16), prepared("full", dtype=torch.bfloat16)
+def test_a_state_is_not_put_on_another_base(prepared, train_config, mode, tmp_path):
+    """One scale is another, as where GPTQ was run again on another machine; what trains may be."""
+    config = train_config(mode)
+    train(prepared(mode), config, mode, checkpoints=Checkpoints(tmp_path))
+    other = prepared(mode)
     with torch.no_grad():
-        for index, (_, layer, _) in enumerate(quantized_layers(first.model)):
-            layer.scale.fill_(0.02 if index < 4 else 0.03)
-            layer.code_scale.copy_(layer.scale)
-    result = train(first, config, "full", checkpoints=Checkpoints(tmp_path))
+        quantized_layers(other.model)[2].layer.weight[0, 0] += 1
+    message = r"the prepared model is not the one that the training in .* began with: GPTQ was run again because its .*"
+    with pytest.raises(LlmqatError, match=message + "go on where it began, or start again with --overwrite"):
+        train(other, config, mode, checkpoints=Checkpoints(tmp_path, state=Checkpoints(tmp_path).load()))
+
+
+def test_a_checkpoint_holds_what_trains(prepared, train_config, mode, tmp_path):
+    """And the best state only where it is another."""
+    run = prepared(mode)
+    before = trained(run.model)
+    result = train(run, train_config(mode, max_steps=2), mode, checkpoints=Checkpoints(tmp_path))
     state = Checkpoints(tmp_path).load()
-    assert train(fresh, config, "full", checkpoints=Checkpoints(tmp_path, state=state)).held_out == result.held_out
-    assert same(codes(fresh.model), codes(first.model))
+    assert state["trained"].keys() == before.keys()
+    assert result.best_step == 2
+    assert state["best"] is None
+    worse = prepared(mode)
+    train(worse, train_config(mode, lr=50.0, warmup=0.0), mode, checkpoints=Checkpoints(tmp_path))
+    state = Checkpoints(tmp_path).load()
+    assert same(state["best"], before)
+    assert not same(state["trained"], before)
 
 
 def test_live_figures(prepared, train_config, monkeypatch):

@@ -7,8 +7,9 @@ from peft import PeftModel
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
+from llmqat.train.codes import FirstCodes
 from llmqat.train.loop import fit
-from llmqat.train.modes import add_lora, code_statistics, parameter_groups, select_trainable, share_changed
+from llmqat.train.modes import add_lora, parameter_groups, select_trainable
 
 
 def trained_names(model):
@@ -142,35 +143,15 @@ def test_rates_of_the_other_modes(tiny_llama, train_config):
 def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, moves):
     run = prepared(mode)
     config = train_config(mode, max_steps=16)
-    before, _ = code_statistics(run.model)
+    before = FirstCodes(run.model).packed
     scales = {name: layer.scale.detach().clone() for name, layer, _ in quantized_layers(run.model)}
     result = fit(run.model, run.data, config, teacher=run.teacher)
-    after, _ = code_statistics(run.model)
+    after = FirstCodes(run.model).packed
     assert result.best_step > 0
     assert any(not torch.equal(before[name], after[name]) for name in before) == moves
-    assert (share_changed(before, after, run.model)[0] > 0) == moves == (result.codes_changed > 0)
+    assert (result.codes_changed > 0) == moves
     frozen = [torch.equal(layer.scale, scales[name]) for name, layer, _ in quantized_layers(run.model)]
     assert not any(frozen) if mode == "scales" else all(frozen)  # by default the grid stays as it was
-
-
-def test_code_statistics_count(tiny_llama):
-    model = tiny_llama()
-    prepare(model, QuantScheme(4, 32, symmetric=False))
-    before, clip_rate = code_statistics(model)
-    assert clip_rate == 0  # an asymmetric range holds every weight
-    layers = {name: layer for name, layer, _ in quantized_layers(model)}
-    assert before.keys() == layers.keys()
-    total = sum(layer.weight.numel() for layer in layers.values())
-    layer, codes = layers["model.layers.0.self_attn.q_proj"], layers["model.layers.0.self_attn.q_proj"].codes()
-    row, column = (codes == 7).nonzero()[0]
-    with torch.no_grad():
-        layer.weight[row, column] += 100 * layer.scale[row, column // 32]
-    after, clip_rate = code_statistics(model)
-    assert clip_rate == 1 / total
-    share, by_layer = share_changed(before, after, model)
-    assert share == 1 / total
-    assert by_layer == {name: (own is layer) / own.weight.numel() for name, own in layers.items()}
-    assert layer.codes()[row, column] == 15
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

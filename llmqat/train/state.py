@@ -1,0 +1,96 @@
+"""The state of training: the tensors that steps change, and the hash of what those stand on."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.errors import LlmqatError
+from llmqat.nn.dtensor import gathered_on_first
+from llmqat.train.checkpoint import REMEDY
+
+# Buffers of a layer on its grid that no step changes. Others may, such as the ranges of static activations.
+FROZEN_BUFFERS = (".code_scale", ".compensation")
+
+
+def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a prepared model that training changes, by name: all of it that a checkpoint has to hold."""
+    return {name: tensor.detach() for name, tensor in _tensors_of(model).items() if _moves(name, tensor)}
+
+
+def hash_of_base(model: nn.Module, codes: dict[str, Tensor]) -> str:
+    """SHA-256 of what training stands on, and a resumed run has to make again: all frozen tensors, and the `codes`."""
+    frozen = {name: tensor for name, tensor in _tensors_of(model).items() if not _moves(name, tensor)}
+    return hash_of_tensors(frozen | {f"codes of {layer}": tensor for layer, tensor in codes.items()})
+
+
+def check_base(saved: str, found: str, directory: Path) -> None:
+    """A trained state belongs to the base it was trained on.
+
+    Raises:
+        LlmqatError: if the base that this process made is another.
+    """
+    if saved != found:
+        raise LlmqatError(
+            f"--resume: the prepared model is not the one that the training in {directory} began with: GPTQ was run "
+            "again because its saved blocks are gone, or another machine or version rounds otherwise; go on where it "
+            f"began, or {REMEDY}"
+        )
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give the `moving_tensors` of a whole model these values."""
+    for name, tensor in moving_tensors(model).items():
+        tensor.copy_(values[name])
+
+
+def on_first(value: Any, copied: bool) -> Any:
+    """A nested state as the first process writes it: its sharded tensors whole, the copies on the CPU.
+
+    Collective: every process must call it; the others get None for each tensor, and copy none.
+
+    Args:
+        value: dicts and lists of tensors and plain values.
+        copied: copy the tensors that are whole already, so that training may change them while they are written.
+    """
+    if isinstance(value, Tensor):
+        return gathered_on_first(value, copied)
+    if isinstance(value, dict):
+        return {key: on_first(item, copied) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_first(item, copied) for item in value)
+    return value
+
+
+def hash_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and values."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the lock of Python
+        digests = list(pool.map(hash_of_tensor, tensors.values()))
+    lines = (f"{name} {digest}\n" for name, digest in zip(tensors, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def hash_of_tensor(*tensors: Tensor) -> str:
+    """SHA-256 of a tensor, or of several one after the other: dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a model by name; one that has two names, by the first."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _moves(name: str, tensor: Tensor) -> bool:
+    return tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.endswith(FROZEN_BUFFERS)
