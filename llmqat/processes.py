@@ -6,6 +6,7 @@ from llmqat.errors import LlmqatError
 
 _INDEX = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOCAL_INDEX = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")  # in accelerate's order
 _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # read by accelerate and torch
 
 
@@ -25,6 +26,15 @@ def process_count() -> int:
         LlmqatError: if the environment tells anything but a number.
     """
     return next((_number(name) for name in _COUNT if name in os.environ), 1)
+
+
+def local_index() -> int:
+    """Index of this process among those on its machine; devices are handed out by it.
+
+    Raises:
+        LlmqatError: if the environment tells anything but a number.
+    """
+    return next((_number(name) for name in _LOCAL_INDEX if name in os.environ), 0)
 
 
 def is_first() -> bool:

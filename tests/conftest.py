@@ -2,7 +2,7 @@
 
 import multiprocessing
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from transformers import (
 
 from llmqat.config import Recipe
 from llmqat.scheme import QuantScheme
+from tests.pretended_device import PretendedDevice, entered
 
 TINY = {
     "hidden_size": 64,
@@ -148,6 +149,13 @@ def tiny() -> Callable[..., PreTrainedModel]:
         return model
 
     return make
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
+    """A machine that has a device beside its CPU; see tests/pretended_device.py."""
+    with entered(monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture

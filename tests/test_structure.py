@@ -20,6 +20,7 @@ ROWS = {
     "files": 0,
     "processes": 0,
     "progress": 0,
+    "devices": 0,
     "version": 0,
     "machine": 0,
     "scheme": 0,

@@ -188,7 +188,7 @@ def _anchor(latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | N
     """Keep latents within reach of the grid, and make sure each still rounds to its code."""
     length = scheme.group_length(latent.shape[1])
     s = scale.float().repeat_interleave(length, 1)
-    z = torch.zeros(()) if zero_point is None else zero_point.repeat_interleave(length, 1)
+    z = s.new_zeros(()) if zero_point is None else zero_point.repeat_interleave(length, 1)
     v = (latent / s).clamp(scheme.qmin - z - LATENT_MARGIN, scheme.qmax - z + LATENT_MARGIN)
     latent = v * s
     moved = code_values(latent, scale, zero_point, scheme) != codes

@@ -27,7 +27,7 @@ from llmqat.algorithms.blocks import eval_mode
 from llmqat.algorithms.fold import Fold, apply_checked
 from llmqat.errors import LlmqatError
 from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_input, quantize
+from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_input, quantize, quotient
 from llmqat.scheme import QuantScheme
 
 AUTO = "auto"
@@ -112,7 +112,7 @@ def on_grid(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> Tensor:
 
 def activations_on_grid(x: Tensor, scheme: QuantScheme) -> Tensor:
     """`x` ``(tokens, in)`` as a layer of `scheme` multiplies it; a static range is that of `x` itself."""
-    return fake_quantize_input(x, scheme, x.abs().amax().view(1) / 127 if scheme.inputs == "static" else None)
+    return fake_quantize_input(x, scheme, quotient(x.abs().amax().view(1), 127) if scheme.inputs == "static" else None)
 
 
 def readers_error(fold: Fold, x: Tensor, s: Tensor, dtype: torch.dtype) -> float:

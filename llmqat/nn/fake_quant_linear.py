@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
 from llmqat.nn.linear_like import is_transposed
-from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, store
+from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
@@ -87,7 +87,7 @@ class FakeQuantLinear(KeepsDtypes):
         assert self.act_scale is not None
         self.act_state.copy_(observe(self.observer, self.act_state, x, self.name))
         magnitude = observed_range(self.observer, self.act_state)
-        self.act_scale.copy_(store((magnitude / 127).float(), 0.0, self.storage_dtype))
+        self.act_scale.copy_(store(quotient(magnitude, 127).float(), 0.0, self.storage_dtype))
 
     def stored_act_scale(self) -> Tensor | None:
         """The scale of static activations as it is stored, ``(1,)`` in `storage_dtype`, or None.

@@ -72,7 +72,7 @@ class PackedLinear(KeepsDtypes):
         )
         packed.weight_packed = pack_rows(to_unsigned(codes, scheme), bits)
         packed.weight_scale = module.stored_scale().clone()
-        packed.weight_shape = torch.tensor([module.out_features, module.in_features])
+        packed.weight_shape = torch.tensor([module.out_features, module.in_features], device=codes.device)
         zero_point = module.stored_zero_point()
         if zero_point is not None:
             packed.weight_zero_point = pack_rows(zero_point.T.contiguous(), bits).T.contiguous()

@@ -145,6 +145,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: 
     return (c * scale.unsqueeze(-1)).flatten(-2)
 
 
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor`` rounded once on every device: by a Python number, GPUs multiply by its rounded reciprocal."""
+    return x / x.new_full((), divisor)
+
+
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic int8, per token and symmetric: ``scale = absmax / 127`` over the last dimension.
 
@@ -154,7 +159,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     absmax = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))
+    scale = torch.where(absmax > 0, quotient(absmax, 127), torch.ones_like(absmax))
     scale = scale.masked_fill(~absmax.isfinite(), torch.nan)
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 

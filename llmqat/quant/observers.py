@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmqat.config import OBSERVERS
 from llmqat.errors import LlmqatError
+from llmqat.quant.affine import quotient
 
 MOMENTUM = 0.99
 PERCENTILE = 0.9999
@@ -89,6 +90,6 @@ def observed_range(kind: str, state: Tensor, levels: int = 127) -> Tensor:
         return edges[(below < PERCENTILE).sum().clamp(max=BINS - 1)]
     largest = edges[counts.nonzero().amax()] if counts.any() else top
     ranges = largest * torch.tensor(SHRINKS, dtype=torch.float64, device=state.device)
-    centres, steps = edges - top / (2 * BINS), ranges[:, None] / levels
+    centres, steps = edges - top / (2 * BINS), quotient(ranges[:, None], levels)
     error = (centres - (centres / steps.clamp(min=1e-300)).round().clamp(max=levels) * steps).square() @ counts
     return ranges[error.argmin()]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llmqat.compat.torch import watching_operators
 from llmqat.errors import LlmqatError
 from llmqat.quant.affine import (
     RELATIVE_SCALE_FLOOR,
@@ -234,3 +235,16 @@ def test_the_largest_weights_that_are_taken_stay_finite(bits, symmetric):
         weight = (torch.rand(8, 64) * 2 - 1) * limit
         check_weight(weight, scheme, torch.float16, "a")
         assert torch.isfinite(round_trip(weight, scheme, torch.float16)[3]).all()
+
+
+def test_scales_of_activations_are_true_quotients_on_every_device():
+    """A GPU multiplies by the rounded reciprocal of a Python number, and may be a bit off; never so with a tensor."""
+    divisors = []
+
+    def seen(operator, args, *_):
+        divisors.extend(args[1:] if operator.overloadpacket is torch.ops.aten.div else [])
+
+    with watching_operators(seen):
+        quantize_activation(torch.randn(3, 8))
+    assert len(divisors) == 2
+    assert all(isinstance(divisor, torch.Tensor) for divisor in divisors)
