@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -17,6 +18,23 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def available_memory(device: Any = None) -> int:
+    """Bytes that a process can still have: of the host, as far as its container allows; or of an accelerator.
+
+    Args:
+        device: a `torch.device`; None or one of the CPU for the host.
+    """
+    if device is not None and device.type != "cpu":
+        import torch
+
+        return int(torch.accelerator.get_memory_info(device)[0])
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.exists() else "max"
+    return min(available, int(limit)) if limit.isdigit() else available
 
 
 def environment() -> dict[str, Any]:

@@ -35,6 +35,7 @@ ROWS = {
     "train": 6,
     "formats": 7,
     "metrics": 7,
+    "forecast": 8,
     "report": 8,
     "pipeline": 9,
     "api": 10,

@@ -1,6 +1,6 @@
 """The contents of a packed file, derived from a trained model once: what is written, hashed, counted and compared."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,3 +132,14 @@ def _tensors(own: OnGrid, packed: PackedLinear, name: str) -> dict[str, Tensor]:
     if own.layer.transposed:
         tensors = to_conv1d_layout(tensors, own.layer.scheme.bits)
     return {f"{name}.{key}": value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def layer_sizes(layers: Iterable[PackedLinear]) -> dict[str, float]:
+    """Bytes of the quantized layers' weights, float and packed, and stored bits per weight."""
+    weights = packed_bytes = float_bytes = 0
+    for layer in layers:
+        tensors = [layer.weight_packed, layer.weight_scale, layer.weight_zero_point]
+        packed_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        weights += layer.out_features * layer.in_features
+        float_bytes += layer.out_features * layer.in_features * layer.weight_scale.itemsize
+    return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}

@@ -1,7 +1,7 @@
 """One run from the float model to the measured, verified packed file: `finetune` and `quantize` of the command line."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved, to_yaml
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
-from llmqat.formats.contents import contents_of
+from llmqat.forecast.words import announce
+from llmqat.formats.contents import contents_of, layer_sizes
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import expected_in, verify_loaded
 from llmqat.formats.writer import write_contents
@@ -36,7 +37,6 @@ from llmqat.models.patcher import (
     smoothable,
 )
 from llmqat.models.planning import checked_plan, resolve_for
-from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.output import (
     ADAPTER,
@@ -130,6 +130,8 @@ class Run:
         asked = self.asked
         log(f"reading {asked.data.dataset}")
         self.corpus = read(asked.data, asked.data.dataset)
+        if is_first():
+            announce(asked, torch.accelerator.current_accelerator() or torch.device("cpu"), self.train)
         log(f"loading {asked.model}")
         self.model = load_float(asked.model, torch.float32)
         self.tokenizer = load_tokenizer(asked.model)
@@ -385,14 +387,3 @@ class Run:
         """Perplexity of the current state, and its distance from the float model."""
         layers = [on_grid.name for on_grid in quantized_layers(self.model)]
         return evaluate(self.model, self.inputs.test, self.reference, f"perplexity, {name}", layers)
-
-
-def layer_sizes(layers: Iterable[PackedLinear]) -> dict[str, float]:
-    """Bytes of the quantized layers' weights, float and packed, and stored bits per weight."""
-    weights = packed_bytes = float_bytes = 0
-    for layer in layers:
-        tensors = [layer.weight_packed, layer.weight_scale, layer.weight_zero_point]
-        packed_bytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        weights += layer.out_features * layer.in_features
-        float_bytes += layer.out_features * layer.in_features * layer.weight_scale.itemsize
-    return {"float_bytes": float_bytes, "packed_bytes": packed_bytes, "bits_per_weight": 8 * packed_bytes / weights}

@@ -6,6 +6,8 @@ from math import ceil
 import torch
 
 from llmqat.config import Recipe, Resolved
+from llmqat.forecast.stages import Forecast, forecast, is_predictable
+from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.coverage import CoverageReport, by_expert
@@ -28,6 +30,7 @@ class Inspection:
         calibrated: whether GPTQ knows the family.
         smoothed: whether SmoothQuant does.
         tied: whether the output head is the embedding.
+        forecast: time and memory of each stage; None where they depend on the data.
     """
 
     recipe: Resolved
@@ -38,6 +41,7 @@ class Inspection:
     calibrated: bool
     smoothed: bool
     tied: bool
+    forecast: Forecast | None
 
     def __str__(self) -> str:
         """The plan as a table in plain text."""
@@ -56,10 +60,23 @@ class Inspection:
                 f"packed as compressed-tensors: {readers(self.coverage)}",
                 f"model family {known if self.calibrated else 'unknown: only --init rtn, and no --smooth'}",
                 f"predicted file: {self.packed_bytes / 1e6:.2f} MB (float: {self.float_bytes / 1e6:.2f} MB)",
-                f"predicted memory for --train {self.recipe.train.mode}: {self.training_bytes / 1e9:.2f} GB, "
-                "activations not counted",
+                *self._prediction(),
             ]
         )
+
+    def _prediction(self) -> list[str]:
+        """Time and memory, stage by stage; or the sum of what is known, and why it is not more."""
+        mode = self.recipe.train.mode
+        if self.forecast is None:
+            return [
+                f"predicted memory for --train {mode}: {self.training_bytes / 1e9:.2f} GB, activations not counted: "
+                "which experts a token goes to depends on the data"
+            ]
+        worst = self.forecast.worst
+        return [
+            f"predicted memory for --train {mode}: {worst.bytes / 1e9:.2f} GB at its peak, in {worst.name}",
+            *table(self.forecast, torch.device("cpu")),
+        ]
 
 
 def inspect(recipe: Recipe) -> Inspection:
@@ -90,6 +107,7 @@ def inspect(recipe: Recipe) -> Inspection:
         config.model_type in ARCHITECTURES,
         config.model_type in ARCHITECTURES and bool(ARCHITECTURES[config.model_type].smooth_sites),
         bool(getattr(config, "tie_word_embeddings", False)),
+        forecast(resolved, model, coverage, stored) if is_predictable(model) else None,
     )
 
 

@@ -1,0 +1,75 @@
+"""Whether a run fits its machine, and the flags that make it fit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from llmqat.config import Resolved
+from llmqat.forecast.stages import Forecast
+
+
+class Remedy(NamedTuple):
+    """Flags that lower the peak of memory.
+
+    Attributes:
+        flags: as they are typed.
+        section: of the recipe that they change.
+        values: that they give it.
+    """
+
+    flags: str
+    section: str
+    values: dict[str, object]
+
+    def applied(self, recipe: Resolved) -> Resolved:
+        """The recipe with the values of the flags."""
+        section = getattr(recipe, self.section)
+        return replace(recipe, **{self.section: replace(section, **self.values)})
+
+
+class Fit(NamedTuple):
+    """A way to run within the memory there is.
+
+    Attributes:
+        flags: to add to the command; empty where it fits as it is.
+        forecast: with them.
+    """
+
+    flags: tuple[str, ...]
+    forecast: Forecast
+
+
+def remedies(recipe: Resolved) -> list[Remedy]:
+    """Ways to need less memory, from the one that costs the least: first those that change no result."""
+    train, found = recipe.train, []
+    if not train.gradient_checkpointing:
+        found.append(Remedy("--gradient-checkpointing", "train", {"gradient_checkpointing": True}))
+    if train.batch_size > 1:
+        accumulation = train.batch_size * train.accumulation
+        flags = f"--batch-size 1 --accumulation {accumulation}"
+        found.append(Remedy(flags, "train", {"batch_size": 1, "accumulation": accumulation}))
+    if train.mode == "full":
+        if train.optimizer == "adamw":
+            found.append(Remedy("--optimizer adamw8bit", "train", {"optimizer": "adamw8bit"}))
+        found.append(Remedy("--train lora", "train", {"mode": "lora"}))
+    if recipe.init.method == "gptq":
+        found.append(Remedy("--init rtn", "init", {"method": "rtn"}))
+    return found
+
+
+def fitting(recipe: Resolved, predict: Callable[[Resolved], Forecast], available: float) -> Fit | None:
+    """The first flags, in the order of `remedies` and each kept if it helps, with which a run needs no more than
+    `available` bytes; None if there are none."""
+    flags: list[str] = []
+    best = predict(recipe)
+    for remedy in [None, *remedies(recipe)]:
+        if remedy is not None:
+            changed = remedy.applied(recipe)
+            forecast = predict(changed)
+            if forecast.worst.bytes >= best.worst.bytes:
+                continue
+            recipe, best = changed, forecast
+            flags.append(remedy.flags)
+        if best.worst.bytes <= available:
+            return Fit(tuple(flags), best)
+    return None

@@ -1,0 +1,84 @@
+"""A model of fake tensors, prepared as a run prepares it: what runs in it costs what it would, and takes no memory."""
+
+import copy
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat.compat.torch import members_of
+from llmqat.config import Resolved
+from llmqat.models.architectures import ARCHITECTURES, blocks_of
+from llmqat.models.coverage import CoverageReport
+from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.patcher import put_on_grid, quantized_layers
+from llmqat.nn.kv_cache import quantize_kv
+from llmqat.train.modes import add_lora, select_trainable
+from llmqat.train.objective import Teacher
+
+
+class Shapes(NamedTuple):
+    """A prepared model and its float reference, both without values.
+
+    Attributes:
+        model: prepared, and marked for what trains.
+        reference: the float model it is compared with.
+    """
+
+    model: PreTrainedModel | PeftModel
+    reference: Teacher
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Parameters and buffers of both."""
+        for model in (self.model, self.reference.model):
+            yield from model.parameters()
+            yield from model.buffers()
+
+
+def block_count(model: PreTrainedModel) -> int | None:
+    """Blocks of a model; None for an unknown family, whose blocks nobody can find."""
+    row = ARCHITECTURES.get(model.config.model_type)
+    return None if row is None else len(blocks_of(model, row))
+
+
+def first_blocks(model: PreTrainedModel, count: int | None) -> PreTrainedModel:
+    """A copy of `model`, which has no weights, with its first `count` blocks; None for all."""
+    shallow = copy.deepcopy(model)
+    if count is not None:
+        del blocks_of(shallow, ARCHITECTURES[model.config.model_type])[count:]
+    return shallow
+
+
+def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype) -> Shapes:
+    """Prepare `model`, on the meta device, for what the recipe trains."""
+    quant, train = recipe.quant, recipe.train
+    float_copy = copy.deepcopy(model) if train.mode == "full" else None
+    names = {name for name, _ in model.named_modules()}
+    put_on_grid(model, [layer for layer in coverage.quantized if layer.name in names], stored, quant.clip_mask)
+    if quant.kv_bits is not None:
+        quantize_kv(model, quant.kv_bits)
+    if recipe.init.method == "gptq" and float_copy is None:
+        for on_grid in quantized_layers(model):
+            on_grid.layer.compensation = torch.empty_like(on_grid.layer.weight, dtype=stored)
+    marked = add_lora(model, train.lora_r, alpha=1.0) if train.mode == "lora" else model
+    select_trainable(marked, train.mode, train.lr_scale > 0)
+    return Shapes(marked, FloatView(marked) if float_copy is None else FloatCopy(float_copy))
+
+
+def fill_with_fakes(shapes: Shapes) -> None:
+    """Put tensors on the CPU, shared as they were, in the place of those on the meta device; inside `fake_tensors`."""
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # old ones too: an id may come again once its tensor is gone
+    for module in (*shapes.model.modules(), *shapes.reference.model.modules()):
+        _, parameters, buffers = members_of(module)
+        for tensors in (parameters, buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    tensors[name] = filled.setdefault(id(old), (old, _fake(old)))[1]
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new

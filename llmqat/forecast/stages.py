@@ -1,0 +1,117 @@
+"""The stages of a run with their time and their peak of memory, and what they add up to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from llmqat.config import Resolved
+from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
+from llmqat.metrics.perplexity import BATCH_TOKENS
+from llmqat.models.coverage import CoverageReport
+from llmqat.models.experts import fused_experts
+from llmqat.models.output_head import CHUNK_LOGITS
+
+# Resident memory of a process that has imported everything and read its text, without a model.
+KEPT_BYTES = 4 << 30
+PROCESS_BYTES = 500_000_000
+# Share of the time of a stage that its matrix products would take alone. Measured: see docs/measured.md.
+EFFICIENCY = {torch.float32: 0.6, torch.bfloat16: 0.4}
+SCORING_CHUNKS = 4  # as large as a chunk of logits, alive at once while tokens are scored
+
+
+class Stage(NamedTuple):
+    """One stage of a run.
+
+    Attributes:
+        name: of the stage.
+        flops: its floating-point operations.
+        dtype: in which most of them run.
+        bytes: its peak of memory, the process itself included.
+    """
+
+    name: str
+    flops: float
+    dtype: torch.dtype
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Time and memory of a run.
+
+    Attributes:
+        stages: in order.
+    """
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def worst(self) -> Stage:
+        """The stage of the highest peak."""
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    def seconds(self, speed: Callable[[torch.dtype], float]) -> list[float]:
+        """Seconds of each stage on a device of `speed` operations a second."""
+        return [stage.flops / (EFFICIENCY[stage.dtype] * speed(stage.dtype)) for stage in self.stages]
+
+
+def is_predictable(model: PreTrainedModel) -> bool:
+    """Whether tensors without values can run through `model`: which expert a token goes to depends on its values."""
+    return not fused_experts(model)
+
+
+def forecast(
+    recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, stored: torch.dtype, train: bool = True
+) -> Forecast:
+    """Predict the stages of `finetune`, or of `quantize` where `train` is False, of a model that `is_predictable`.
+
+    Args:
+        recipe: of the run.
+        model: on the meta device.
+        coverage: its plan.
+        stored: dtype of its files.
+        train: whether it trains.
+    """
+    batch = cost_of(scored_batch, model, recipe, coverage, stored)
+    score = partial(evaluation, recipe, model, batch)
+    stages = [score("float model"), score("round to nearest")]
+    if recipe.init.method == "gptq":
+        stages += [gptq(recipe, model, coverage, batch), score("GPTQ's codes")]
+    if train:
+        stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
+    return Forecast((*stages, score("packed")))
+
+
+def evaluation(recipe: Resolved, model: PreTrainedModel, batch: Cost, name: str) -> Stage:
+    """Scoring of all test tokens, beside what is kept of the float model: hidden states of every token."""
+    text = model.config.get_text_config()
+    kept = 4 * recipe.eval.tokens * text.hidden_size
+    scoring = 4 * SCORING_CHUNKS * min(CHUNK_LOGITS, recipe.eval.window * text.vocab_size)
+    flops = batch.flops * recipe.eval.tokens / BATCH_TOKENS
+    return Stage(f"evaluation, {name}", flops, torch.float32, PROCESS_BYTES + batch.peak + scoring + kept)
+
+
+def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
+    """One forward of all calibration tokens through every block, Hessians, and the columns of every layer."""
+    tokens = recipe.init.samples * recipe.data.length
+    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in coverage.quantized}
+    hessians = sum(2 * tokens * width**2 for _, width in widths)
+    columns = sum(layer.shape[0] * layer.shape[1] ** 2 + 2 * layer.shape[1] ** 3 for layer in coverage.quantized)
+    widest, hidden = max(width for _, width in widths), model.config.get_text_config().hidden_size
+    kept = min(KEPT_BYTES, 4 * tokens * (widest + hidden))
+    peak = PROCESS_BYTES + batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
+    return Stage("GPTQ", batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
+
+
+def training(recipe: Resolved, step: Cost, batch: Cost) -> Stage:
+    """All optimizer steps, and the held-out losses between them."""
+    config = recipe.train
+    held_out = (config.max_steps // config.eval_every + 1) * recipe.eval.validation_tokens
+    models = 2 if config.loss == "kd" else 1
+    flops = config.max_steps * config.accumulation * step.flops + models * batch.flops * held_out / BATCH_TOKENS
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return Stage("training", flops, dtype, PROCESS_BYTES + step.peak)
