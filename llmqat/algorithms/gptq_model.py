@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
 from llmqat.algorithms.gptq import check_hessian, gptq
+from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
 from llmqat.quant.affine import choose_scale, dequantize, quantize
@@ -23,10 +24,12 @@ class GptqSettings(NamedTuple):
     Attributes:
         damp: damping of the Hessian, as a fraction of its mean diagonal.
         keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
+        kept_bytes: of one block's activations that may be kept between passes over the data; see `StandIns`.
     """
 
     damp: float = 0.01
     keep_float: bool = False
+    kept_bytes: int = 4 << 30
 
 
 class LayerError(NamedTuple):
@@ -120,12 +123,15 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
     """
     errors = []
     layers = layers_of(block)
-    for stages in passes_of(block, inputs, layers) if layers else []:
+    with finding_parts(block) as parts:
+        passes = passes_of(block, inputs, layers) if layers else []
+    stand_ins = StandIns(block, parts, passes, settings.kept_bytes)
+    for stages in passes:
         # One Hessian serves all layers of a stage: they read the same tensor.
-        statistics = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages})
+        statistics = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages}, stand_ins)
         for first, layer in ((names[0], layer) for names in stages for layer in names):
             errors.append(_quantize_layer(layers[layer], statistics[first], settings, f"{name} {layer}"))
-    inputs.advance(block)
+    inputs.advance(block, stand_ins)
     return errors
 
 

@@ -31,11 +31,15 @@ from llmqat.processes import process_count
 from llmqat.progress import log, track
 from llmqat.report.names import public_recipe
 
+# Of a block's activations kept between passes over the calibration data; beyond, they are computed again.
+KEPT_BYTES = 1 << 30
+
 
 def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport:
     """Quantize and pack a model with one block of it in memory at a time, without training.
 
-    In memory are, in float32: one block and its Hessians, the calibration activations, embeddings and output head.
+    In memory are, in float32: one block and its Hessians, the calibration activations (those between blocks, and up to
+    `KEPT_BYTES` inside the block), embeddings and output head.
 
     Args:
         recipe: what to do; ``train`` and ``eval`` mean nothing here.
@@ -73,7 +77,8 @@ def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     batches = calibration(recipe, tokenizer) if calibrates(recipe, report) else []
     stale = list(REPORT_FILES)
     with replacing(directory, seal=SEAL, owned=stale, first=fingerprint.NAME) as scratch:
-        hashes = Streaming(source, report, GptqSettings(recipe.init.damp), scratch).run(batches)
+        settings = GptqSettings(recipe.init.damp, kept_bytes=KEPT_BYTES)
+        hashes = Streaming(source, report, settings, scratch).run(batches)
         stale += finish_model(source.model, scratch, directory, tokenizer, hashes)
         (scratch / RECIPE).write_text(to_yaml(public_recipe(recipe)))
         forget_earlier(directory)

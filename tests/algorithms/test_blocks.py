@@ -3,7 +3,15 @@ import torch
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from llmqat.algorithms.blocks import BlockInputs, hessians_of, layers_of, passes_of, replaced_forward, stages_of
+from llmqat.algorithms.blocks import (
+    BlockInputs,
+    _add_square,
+    _mirrored,
+    hessians_of,
+    layers_of,
+    passes_of,
+    stages_of,
+)
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
@@ -46,18 +54,6 @@ def test_each_block_keeps_its_own_arguments():
     assert not any("forward" in vars(block) for block in blocks), "the blocks run themselves again"
 
 
-def test_a_forward_that_stood_on_a_block_comes_back():
-    """Libraries wrap a module by an attribute of that name; a failure on the way leaves it there too."""
-    block, wrapper = nn.Linear(2, 2), lambda x: "wrapped"
-    with pytest.raises(ZeroDivisionError), replaced_forward(block, lambda x: 1 / x):
-        block(0)
-    assert "forward" not in vars(block)
-    block.forward = wrapper
-    with replaced_forward(block, lambda x: "ours"):
-        assert block(1) == "ours"
-    assert block.forward is wrapper
-
-
 def test_blocks_may_return_tuples():
     class Doubles(nn.Module):
         def forward(self, hidden, as_tuple):
@@ -93,7 +89,8 @@ def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
     block, seen = model.model.layers[0], []
     inputs, layer = BlockInputs.capture(model, [block], tokens), block.mlp.experts[2].down_proj
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    list(inputs.run(block))
+    for batch in range(len(tokens)):
+        inputs.run(block, batch)
     handle.remove()
     x = torch.cat(seen).double()
     found = hessians_of(block, inputs, {f"mlp.experts.{e}.down_proj": block.mlp.experts[e].down_proj for e in range(6)})
@@ -102,3 +99,12 @@ def test_hessian_of_an_expert_is_that_of_its_tokens(tiny_moe, tokens):
     assert enough == (count >= 2 * 96)
     assert torch.allclose(H.double(), 2 / count * x.T @ x, rtol=1e-4, atol=1e-5)
     assert sum(statistics.tokens for statistics in found.values()) == 2 * 192
+
+
+@pytest.mark.parametrize("columns", [3, 200, 1601])
+def test_half_of_a_hessian_is_summed(columns):
+    x, H = torch.randn(7, columns), torch.zeros(columns, columns)
+    for half in x.split(4):
+        _add_square(H, half)
+    assert torch.equal(_mirrored(H), H.T)
+    torch.testing.assert_close(H, 2 * x.T @ x)
