@@ -39,6 +39,17 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def from_shard(shard: Tensor, parameter: Tensor) -> Tensor:
+    """A sharded tensor like `parameter`, of which this process holds `shard`; the shard itself if it is not sharded."""
+    if not _is_sharded(parameter):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    layout = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    shard = shard.to(parameter.device)
+    return DTensor.from_local(shard, *layout, shape=parameter.shape, stride=parameter.stride())  # type: ignore[no-any-return]
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """The shard of a tensor that this process holds, on the same memory."""
     return tensor.detach().to_local() if _is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined,no-any-return]

@@ -5,10 +5,12 @@ checks nothing, and would go on from a state with a flipped bit, or from that of
 """
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 
@@ -97,6 +99,42 @@ class Checkpoints:
             digest.update(piece)
             length -= len(piece)
         return digest.hexdigest().encode()
+
+
+class Background:
+    """Does one thing at a time in a thread of its own; what goes wrong there is raised here.
+
+    Leaving the ``with`` waits, also after an error: what was begun is finished.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin `work`, once what was begun before is done."""
+        self.wait()
+        self.pending = self.pool.submit(work)
+
+    def wait(self) -> None:
+        """Wait until what was begun is done."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def check(self) -> None:
+        """Raise what went wrong so far, without waiting."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
 
 
 def discard(directory: Path, names: tuple[str, ...] = OWN_FILES) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,14 @@ from llmqat.config import ResolvedTrain, TrainConfig
 from llmqat.data.chat import positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import gathered
+from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
 from llmqat.progress import Meter
-from llmqat.train.checkpoint import Checkpoints
+from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
 from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
-from llmqat.train.state import check_base, hash_of_base, moving_tensors, on_first, put_back
+from llmqat.train.state import check_base, hash_of_base, moving_tensors, on_first, put_back, taken_out
 from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
 from llmqat.train.tracking import check_tracker
 
@@ -100,7 +101,8 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.held_out = data.held_out.split(config.batch_size)
         self.result = TrainResult()
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # what this process holds of it
+        self.writing = Background()
         self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
         self.first_codes = FirstCodes(model)  # while every process has all of the model
@@ -145,7 +147,7 @@ class Trainer:
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
-            self.best = {n: gathered(t).to("cpu", copy=True) for n, t in moving_tensors(self.unwrapped_model).items()}
+            self.best = taken_out(self.unwrapped_model)
         counted = {}
         if not self.sharded:
             self.count_codes(result.steps)
@@ -193,28 +195,35 @@ class Trainer:
         return total
 
     def save(self) -> None:
-        """Write the checkpoint, if there is a place for it."""
+        """Write the checkpoint, if there is a place for it, while training goes on.
+
+        It does not go on in full mode: a copy of all weights and moments would take as much memory as they do.
+        """
         if self.checkpoints is None:
             return
-        result = self.result
+        result, moving, waits = self.result, moving_tensors(self.unwrapped_model), self.config.mode == "full"
+        best = {name: from_shard(self.best[name], tensor) for name, tensor in moving.items()}
         state = {
             "base": self.base,
-            "trained": moving_tensors(self.unwrapped_model),
+            "trained": moving,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "best": None if result.best_step == result.steps else self.best,
+            "best": None if result.best_step == result.steps else best,
             "result": vars(result),
             "rng": torch.get_rng_state(),
         }
-        whole = on_first(state, copied=False)
+        whole = on_first(state, copied=not waits)
         if self.accelerator.is_main_process:
-            self.checkpoints.save(whole)
+            self.writing.start(partial(self.checkpoints.save, whole))
+            if waits:
+                self.writing.wait()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, whose tensors are in the model already."""
         load_gathered_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.best = state["trained"] if state["best"] is None else state["best"]
+        best, moving = state["best"] or state["trained"], moving_tensors(self.unwrapped_model)
+        self.best = {name: local_shard(sharded_like(best[name], tensor)).cpu() for name, tensor in moving.items()}
         self.result = TrainResult(**state["result"])
         torch.set_rng_state(state["rng"])
 
@@ -222,9 +231,9 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Put the best state back, take accelerate's autocast off the model, and count what changed."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        for sharded in self.sharded:
-            sharded.gather(self.best if sharded.model is self.unwrapped_model else None)
         put_back(self.unwrapped_model, self.best)
+        for sharded in self.sharded:
+            sharded.gather()
         if self.sharded or self.result.best_step != self.result.steps:  # else they are counted
             self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
@@ -274,10 +283,11 @@ def fit(
     trainer = Trainer(model, data, config, teacher, seed, checkpoints)
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
-    if checkpoints is None or checkpoints.state is None:
-        trainer.evaluate()
-        trainer.save()
-    _run(trainer, config)
+    with trainer.writing:
+        if checkpoints is None or checkpoints.state is None:
+            trainer.evaluate()
+            trainer.save()
+        _run(trainer, config)
     return trainer.finish()
 
 
@@ -292,6 +302,7 @@ def _run(trainer: Trainer, config: ResolvedTrain) -> None:
     with interruptible() as caught, Meter("training", config.max_steps, result.steps) as meter:
         while result.steps < config.max_steps:
             loss = trainer.step(batches)
+            trainer.writing.check()
             interrupted = any_of(trainer.accelerator, caught())  # all stop after the same step
             result.losses[result.steps] = loss
             clock.update()

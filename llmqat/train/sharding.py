@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,17 +54,13 @@ class ShardedModel:
         # Sharded again after each forward: a teacher that swaps parameters before its own must not leave them behind.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
-    def gather(self, values: dict[str, Tensor] | None = None) -> None:
-        """Put the model together again, on the CPU in every process and with the modules it had before training.
-
-        Args:
-            values: parameters by name that take other values than the current ones.
-        """
+    def gather(self) -> None:
+        """Put the model together again, on the CPU in every process and with the modules it had before training."""
         current = dict(self.model.named_parameters())
-        filled: dict[int, nn.Parameter] = {}
-        for name, empty in self.unsharded.named_parameters():
-            value = gathered(current[name].detach())
-            filled[id(empty)] = nn.Parameter((values or {}).get(name, value), empty.requires_grad)
+        filled = {
+            id(empty): nn.Parameter(gathered(current[name].detach()), empty.requires_grad)
+            for name, empty in self.unsharded.named_parameters()
+        }
         for module in self.unsharded.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 setattr(module, name, filled.get(id(parameter), parameter))

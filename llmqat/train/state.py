@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import gathered_on_first
+from llmqat.nn.dtensor import gathered_on_first, local_shard
 from llmqat.train.checkpoint import REMEDY
 
 # Buffers of a layer on its grid that no step changes. Others may, such as the ranges of static activations.
@@ -41,11 +41,16 @@ def check_base(saved: str, found: str, directory: Path) -> None:
         )
 
 
+def taken_out(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what this process holds of the `moving_tensors`."""
+    return {name: local_shard(tensor).to("cpu", copy=True) for name, tensor in moving_tensors(model).items()}
+
+
 @torch.no_grad()
 def put_back(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Give the `moving_tensors` of a whole model these values."""
+    """Give the `moving_tensors` values, of which each process has what it holds of them."""
     for name, tensor in moving_tensors(model).items():
-        tensor.copy_(values[name])
+        local_shard(tensor).copy_(values[name])
 
 
 def on_first(value: Any, copied: bool) -> Any:

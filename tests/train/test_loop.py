@@ -2,10 +2,12 @@ import dataclasses
 import os
 import re
 import signal
+import threading
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
@@ -15,7 +17,7 @@ from llmqat.models.float_view import FloatView
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 from llmqat.train import loop, objective
-from llmqat.train.checkpoint import NAME, Checkpoints, discard
+from llmqat.train.checkpoint import NAME, Background, Checkpoints, discard
 from llmqat.train.loop import Trainer, TrainingData, fit, lr_factor
 from llmqat.train.modes import add_lora, select_trainable
 
@@ -123,20 +125,91 @@ def test_a_state_is_not_put_on_another_base(prepared, train_config, mode, tmp_pa
         train(other, config, mode, checkpoints=Checkpoints(tmp_path, state=Checkpoints(tmp_path).load()))
 
 
+def bytes_of(state):
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+
+
 def test_a_checkpoint_holds_what_trains(prepared, train_config, mode, tmp_path):
-    """And the best state only where it is another."""
+    """Its values and two moments in float32; the best ones only where they are others."""
     run = prepared(mode)
     before = trained(run.model)
+    count, small = sum(tensor.numel() for tensor in before.values()), 4 * len(before) + torch.get_rng_state().nbytes
     result = train(run, train_config(mode, max_steps=2), mode, checkpoints=Checkpoints(tmp_path))
     state = Checkpoints(tmp_path).load()
-    assert state["trained"].keys() == before.keys()
     assert result.best_step == 2
     assert state["best"] is None
-    worse = prepared(mode)
-    train(worse, train_config(mode, lr=50.0, warmup=0.0), mode, checkpoints=Checkpoints(tmp_path))
+    assert bytes_of(state) == 12 * count + small
+    assert same(state["trained"], trained(run.model))
+    train(prepared(mode), train_config(mode, lr=50.0, warmup=0.0), mode, checkpoints=Checkpoints(tmp_path))
     state = Checkpoints(tmp_path).load()
     assert same(state["best"], before)
     assert not same(state["trained"], before)
+    assert bytes_of(state) == 16 * count + small
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(prepared, train_config, mode, monkeypatch, tmp_path):
+    """It holds the state of its step; full mode waits, rather than copy all weights."""
+    run, original, ahead, states, written = prepared(mode), Checkpoints.save, threading.Event(), {}, {}
+
+    def save(self, state):
+        step = state["result"]["steps"]
+        if step == 2 and mode != "full":
+            assert ahead.wait(30), "training waits for the checkpoint"
+        written[step] = {name: tensor.clone() for name, tensor in state["trained"].items()}
+        original(self, state)
+
+    def look(self, batches):
+        loss = step(self, batches)
+        states[self.result.steps] = trained(run.model)
+        if self.result.steps == 3:
+            assert (2 in written) == (mode == "full")
+            ahead.set()
+        return loss
+
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", look)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train(run, train_config(mode), mode, checkpoints=Checkpoints(tmp_path))
+    assert written.keys() == {0, 2, 4}
+    assert same(written[2], states[2])
+    assert not same(states[2], states[3])
+
+
+def test_what_goes_wrong_while_writing_ends_the_training(prepared, train_config, monkeypatch, tmp_path):
+    run, seen = prepared("lora"), []
+
+    def save(self, state):
+        raise LlmqatError("the disk is full")
+
+    stop_after(monkeypatch, 3, lambda: seen.append(3))
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(LlmqatError, match="the disk is full"):
+        train(run, train_config("lora", max_steps=9), "lora", checkpoints=Checkpoints(tmp_path))
+    assert not seen
+
+
+def test_one_thing_at_a_time_goes_on_behind():
+    running, most = [], []
+
+    def work():
+        running.append(1)
+        most.append(len(running))
+        running.pop()
+
+    def run(*all_work, then=bool):
+        with Background() as behind:
+            for each in all_work:
+                behind.start(each)
+            then()
+
+    run(*[work] * 20)
+    assert most == [1] * 20
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(crash, work)
+    assert len(most) == 20
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(work, then=crash)
+    assert len(most) == 21, "what was begun is finished"
 
 
 def test_live_figures(prepared, train_config, monkeypatch):

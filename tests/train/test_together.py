@@ -4,7 +4,7 @@ from torch import nn
 
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import gathered, local_shard, sharded_like
+from llmqat.nn.dtensor import from_shard, gathered, gathered_on_first, local_shard, sharded_like
 from llmqat.train import together
 from llmqat.train.sharding import sharding_requested
 from llmqat.train.together import (
@@ -72,5 +72,16 @@ def test_what_is_not_split_is_whole():
     assert gathered(tensor) is tensor
     assert gathered(7) == 7
     assert sharded_like(tensor, tensor) is tensor
+    assert from_shard(tensor, tensor) is tensor
     local_shard(tensor).add_(1)
     assert tensor.tolist() == [1, 2, 3]
+
+
+def test_only_the_process_that_writes_copies(monkeypatch):
+    tensor = torch.arange(3.0)
+    assert gathered_on_first(tensor, copied=False) is tensor
+    copied = gathered_on_first(tensor, copied=True)
+    tensor.add_(1)
+    assert copied.tolist() == [0, 1, 2]
+    monkeypatch.setenv("RANK", "1")
+    assert gathered_on_first(tensor, copied=True) is gathered_on_first(tensor, copied=False) is None
