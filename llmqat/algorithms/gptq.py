@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.quant.affine import check_weight, choose_scale, code_values, dequantize, grouped
+from llmqat.quant.affine import check_weight, code_values, dequantize, grouped, ranges_of
+from llmqat.quant.grid import row_chunks
 from llmqat.scheme import QuantScheme
 
 SHRINK_GRID = tuple(1 - i / 40 for i in range(24))
@@ -55,21 +56,21 @@ def search_scale(
         scheme: the grid.
         storage_dtype: dtype in which scales are stored.
     """
-    best = scale = zero_point = None
+    ranges = ranges_of(weight, scheme)
+    scale, zero_point = ranges.scale(scheme, storage_dtype)
     flips = (False, True) if scheme.symmetric else (False,)
-    for shrink in SHRINK_GRID:
-        for flip in flips:
-            s, z = choose_scale(weight, scheme, storage_dtype, shrink, flip)
-            w_hat = dequantize(code_values(weight, s, z, scheme), s, z, scheme)
-            error = grouped((w_hat.float() - weight).square_().mul_(importance), scheme).sum(-1)
-            if best is None or scale is None:
-                best, scale, zero_point = error, s, z
-                continue
+    candidates = [(shrink, flip) for shrink in SHRINK_GRID for flip in flips]
+    for rows in row_chunks(*weight.shape):
+        best = torch.full_like(scale[rows], torch.inf, dtype=torch.float32)
+        for shrink, flip in candidates:
+            s, z = ranges.rows(rows).scale(scheme, storage_dtype, shrink, flip)
+            w_hat = dequantize(code_values(weight[rows], s, z, scheme), s, z, scheme)
+            error = grouped((w_hat.float() - weight[rows]).square_().mul_(importance), scheme).sum(-1)
             better = error < best
-            best, scale = torch.where(better, error, best), torch.where(better, s, scale)
+            best = torch.where(better, error, best)
+            scale[rows] = torch.where(better, s, scale[rows])
             if z is not None and zero_point is not None:
-                zero_point = torch.where(better, z, zero_point)
-    assert scale is not None
+                zero_point[rows] = torch.where(better, z, zero_point[rows])
     return scale, zero_point
 
 
@@ -138,16 +139,16 @@ def gptq(
         LlmqatError: if the weight or H holds a non-finite value, or H cannot be inverted.
     """
     check_weight(weight, scheme, storage_dtype, layer)
-    W = weight.detach().float()
-    H = hessian.float().clone()
-    check_hessian(H, layer)
-    dead = H.diagonal() == 0
+    check_hessian(hessian, layer)
+    W, diagonal = weight.detach().float(), hessian.diagonal().float()
     # Nothing to compensate with or for: the column keeps its round-to-nearest code. In the unit of H, or it would drown
     # the damping of the others.
-    H.diagonal()[dead] = 1.0 if dead.all() else H.diagonal()[~dead].mean()
-    perm = H.diagonal().argsort(descending=True)
+    dead = diagonal == 0
+    diagonal = torch.where(dead, 1.0 if dead.all() else diagonal[~dead].mean(), diagonal)
+    perm = diagonal.argsort(descending=True)
     inverse = perm.argsort()
-    H = H[perm][:, perm]
+    H = hessian.float()[perm][:, perm]
+    H.diagonal().copy_(diagonal[perm])
     U = inverse_cholesky(H, damp, layer)
     importance = 1 / U.square().sum(0)[inverse]  # diag(H^-1) is that of U^T U
     scale, zero_point = search_scale(W, importance, scheme, storage_dtype)
@@ -168,20 +169,21 @@ def _quantize_columns(W: Tensor, U: Tensor, s: Tensor, z: Tensor | None, scheme:
         the weight of each column just before it was rounded, and its codes.
     """
     per_column = QuantScheme(scheme.bits, 1, scheme.symmetric)
-    latent, codes = W.clone(), torch.empty_like(W)
-    columns = W.shape[1]
+    latent = W.T.contiguous()  # a column lies in one piece, and so do the columns behind it
+    codes, s, z = torch.empty_like(latent), s.T.contiguous(), None if z is None else z.T.contiguous()
+    columns = len(latent)
     for i1 in range(0, columns, BLOCK_COLUMNS):
         i2 = min(i1 + BLOCK_COLUMNS, columns)
-        W1, Err1 = latent[:, i1:i2], torch.empty_like(latent[:, i1:i2])
-        for j in range(i2 - i1):
-            c = slice(i1 + j, i1 + j + 1)
-            w, zc = W1[:, j : j + 1], None if z is None else z[:, c]
-            codes[:, c] = code_values(w, s[:, c], zc, per_column)
-            q = dequantize(codes[:, c], s[:, c], zc, per_column).float()
-            Err1[:, j : j + 1] = err = (w - q) / U[i1 + j, i1 + j]
-            W1[:, j + 1 :] -= err * U[i1 + j, i1 + j + 1 : i2]
-        latent[:, i2:] -= Err1 @ U[i1:i2, i2:]
-    return latent, codes
+        Err1 = torch.empty_like(latent[i1:i2])
+        for j in range(i1, i2):
+            w, sc, zc = latent[j, :, None], s[j, :, None], None if z is None else z[j, :, None]
+            code = code_values(w, sc, zc, per_column)
+            q = dequantize(code, sc, zc, per_column).float()
+            codes[j], err = code[:, 0], ((w - q) / U[j, j])[:, 0]
+            Err1[j - i1] = err
+            latent[j + 1 : i2] -= U[j, j + 1 : i2, None] * err
+        latent[i2:] -= U[i1:i2, i2:].T @ Err1
+    return latent.T, codes.T
 
 
 def _anchor(latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:

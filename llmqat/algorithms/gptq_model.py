@@ -66,10 +66,9 @@ class _Forward(nn.Module):
         return self.model(input_ids=ids.to(next(self.model.parameters()).device), **arguments)
 
 
-def relative_output_error(weight: Tensor, w_hat: Tensor, H: Tensor) -> float:
-    """``||(W - W_hat) X||^2 / ||W X||^2``, from ``H`` alone."""
-    difference = weight - w_hat.float()
-    return float(((difference @ H) * difference).sum() / ((weight @ H) * weight).sum().clamp(min=1e-30))
+def output_power(weight: Tensor, H: Tensor) -> Tensor:
+    """``||W X||^2``, up to a factor, from ``H`` alone."""
+    return ((weight @ H) * weight).sum()
 
 
 def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: GptqSettings, name: str) -> LayerError:
@@ -77,12 +76,13 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
     weight, scheme, H = layer.weight.detach(), layer.scheme, statistics.H
     check_hessian(H, name)
     s, z = choose_scale(weight, scheme, layer.storage_dtype)
-    rtn = relative_output_error(weight, dequantize(quantize(weight, s, z, scheme), s, z, scheme), H)
+    power = output_power(weight, H).clamp(min=1e-30)
+    rtn = float(output_power(weight - dequantize(quantize(weight, s, z, scheme), s, z, scheme).float(), H) / power)
     if not statistics.enough:
         return LayerError(name, rtn, None)
     result = gptq(weight, H, scheme, layer.storage_dtype, settings.damp, name)
     w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
-    error = LayerError(name, rtn, relative_output_error(weight, w_hat, H))
+    error = LayerError(name, rtn, float(output_power(weight - w_hat.float(), H) / power))
     layer.set_grid(result.scale, result.zero_point)
     if settings.keep_float:
         layer.compensation = compensation_of(weight, result.latent, layer.grid)

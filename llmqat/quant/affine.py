@@ -9,6 +9,7 @@ product is rounded once, and every reader of the file that multiplies in the fil
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,28 +99,53 @@ def scale_floor(weight: Tensor) -> Tensor:
     return torch.where(largest > 0, largest * RELATIVE_SCALE_FLOOR, torch.ones_like(largest))
 
 
-def choose_scale(
-    weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype, shrink: float = 1.0, flip: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of round-to-nearest: the range of each group, times `shrink`.
+class Ranges(NamedTuple):
+    """The range of each group of a weight, from which its scales follow.
+
+    Attributes:
+        low: the least entry or zero, ``(out, groups)`` float32; for a symmetric scheme the entry of largest magnitude.
+        high: the greatest entry or zero; None for a symmetric scheme.
+        floor: smallest scale magnitude, see `scale_floor`.
+    """
+
+    low: Tensor
+    high: Tensor | None
+    floor: Tensor
+
+    def rows(self, rows: slice) -> "Ranges":
+        """The ranges of some rows of the weight."""
+        return Ranges(self.low[rows], None if self.high is None else self.high[rows], self.floor)
+
+    def scale(
+        self, scheme: QuantScheme, storage_dtype: torch.dtype, shrink: float = 1.0, flip: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of the ranges times `shrink`; see `choose_scale`."""
+        if self.high is None:
+            sign = -1.0 if flip else 1.0
+            return store(self.low * (sign * shrink / scheme.qmin), self.floor, storage_dtype), None
+        scale = store((self.high - self.low) * (shrink / scheme.qmax), self.floor, storage_dtype)
+        return scale, (-shrink * self.low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
+
+
+def ranges_of(weight: Tensor, scheme: QuantScheme) -> Ranges:
+    """The range of each group of `weight`."""
+    w, floor = grouped(weight.float(), scheme), scale_floor(weight)
+    if scheme.symmetric:
+        return Ranges(w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1), None, floor)
+    return Ranges(w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0), floor)
+
+
+def choose_scale(weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of round-to-nearest, from the range of each group.
 
     Symmetric: the entry of largest magnitude maps to ``-2^(bits-1)``, so the scale is negative where that entry is
-    positive and the whole range is used (the convention of GGUF's Q4_0). `flip` takes the opposite sign. Asymmetric:
-    the range from the least to the greatest entry, widened to hold zero.
+    positive and the whole range is used (the convention of GGUF's Q4_0); `Ranges.scale` can `flip` the sign.
+    Asymmetric: the range from the least to the greatest entry, widened to hold zero.
 
     Returns:
         scale ``(out, groups)`` in `storage_dtype`; zero_point ``(out, groups)`` float32 holding integers, or None.
     """
-    w = grouped(weight.float(), scheme)
-    floor = scale_floor(weight)
-    if scheme.symmetric:
-        extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        sign = -1.0 if flip else 1.0
-        return store(extreme * (sign * shrink / scheme.qmin), floor, storage_dtype), None
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    scale = store((high - low) * (shrink / scheme.qmax), floor, storage_dtype)
-    zero_point = (-shrink * low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
-    return scale, zero_point
+    return ranges_of(weight, scheme).scale(scheme, storage_dtype)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:

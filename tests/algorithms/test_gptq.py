@@ -133,6 +133,15 @@ def test_scale_search_weighs_columns(scheme):
     assert error(*found).sum() < min(error(*plain).sum(), error(*flat).sum())
 
 
+def test_scale_search_by_rows_is_that_of_the_whole_weight(scheme, monkeypatch):
+    weight, importance = torch.randn(32, COLUMNS), torch.rand(COLUMNS)
+    weight[5] *= 1e-7  # its scale is kept off zero by the largest entry of the whole weight
+    expected = search_scale(weight, importance, scheme, torch.float32)
+    monkeypatch.setattr("llmqat.quant.grid.CHUNK_ELEMENTS", 3 * COLUMNS)
+    found = search_scale(weight, importance, scheme, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
+
+
 @pytest.mark.parametrize("damp", [0.01, 0.5])
 def test_damping_and_factor(damp):
     _, H = problem()

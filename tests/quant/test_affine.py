@@ -13,6 +13,7 @@ from llmqat.quant.affine import (
     grouped,
     quantize,
     quantize_activation,
+    ranges_of,
     store,
 )
 from llmqat.scheme import QuantScheme
@@ -71,8 +72,8 @@ def test_asymmetric_range_is_widened_to_hold_zero(bits, sign):
 def test_shrink_and_flip():
     scheme, weight = QuantScheme(4, 16), torch.randn(8, 32)
     scale, _ = choose_scale(weight, scheme, torch.float32)
-    assert torch.equal(choose_scale(weight, scheme, torch.float32, shrink=0.5)[0], scale * 0.5)
-    assert torch.equal(choose_scale(weight, scheme, torch.float32, flip=True)[0], -scale)
+    assert torch.equal(ranges_of(weight, scheme).scale(scheme, torch.float32, shrink=0.5)[0], scale * 0.5)
+    assert torch.equal(ranges_of(weight, scheme).scale(scheme, torch.float32, flip=True)[0], -scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

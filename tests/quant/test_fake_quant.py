@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llmqat.quant import grid
-from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, grouped, quantize
+from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, grouped, quantize, ranges_of
 from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.scheme import QuantScheme
@@ -78,7 +78,7 @@ class Case:
     ):
         weight = torch.randn(12, 32)
         # ranges shrunk to 0.6 of what the weights need: a good part of them lies beyond the grid
-        scale, z = choose_scale(weight, scheme, torch.float32, shrink=0.6)
+        scale, z = ranges_of(weight, scheme).scale(scheme, torch.float32, shrink=0.6)
         tensors = {"x": torch.randn(2, 5, 32), "weight": weight, "scale": scale * 1.013, "bias": torch.randn(12)}
         if z is not None:
             tensors["zero_point"] = z + 0.2 * torch.rand_like(z)
