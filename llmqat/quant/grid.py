@@ -5,6 +5,8 @@ needs them laid flat. Shapes as in `llmqat.quant.affine`: a weight is ``(out, in
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,10 +19,24 @@ from llmqat.scheme import QuantScheme
 CHUNK_ELEMENTS = 1 << 18
 
 
+_first_rows_alone = ContextVar("_first_rows_alone", default=False)
+
+
+@contextmanager
+def first_rows_alone() -> Iterator[None]:
+    """Visit the first chunk of each matrix and no other inside the ``with``: for tensors without values, of which all
+    rows cost the same."""
+    token = _first_rows_alone.set(True)
+    try:
+        yield
+    finally:
+        _first_rows_alone.reset(token)
+
+
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
     step = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
+    for start in range(0, step if _first_rows_alone.get() else rows, step):
         yield slice(start, min(start + step, rows))
 
 
