@@ -73,7 +73,35 @@ def kd_loss(student: BelowHead, teacher: BelowHead, counts: Tensor | None = None
     return _head_loss(student, lambda chunk: teacher.logits(theirs[chunk]), _tokens(student.hidden, counts))
 
 
-def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
+class _HiddenLoss(torch.autograd.Function):
+    """Mean relative squared error of hidden states; the differences become the gradients, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, targets: list[Tensor], counts: Tensor | None, *states: Tensor) -> Tensor:
+        """`targets` are let go of one by one."""
+        errors, ctx.differences, ctx.powers, ctx.counts = [], [], [], counts
+        ctx.dtypes = [state.dtype for state in states]
+        for state in states:
+            target = targets.pop(0).float()
+            power = target.square().sum(-1).clamp(min=1e-12)
+            difference = state.float() - target
+            error = difference.square().sum(-1) / power
+            errors.append((error if counts is None else error[counts]).mean())
+            ctx.differences.append(difference)
+            ctx.powers.append(power)
+        return torch.stack(errors).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, blocks = [], len(ctx.differences)
+        for difference, power, dtype in zip(ctx.differences, ctx.powers, ctx.dtypes, strict=True):
+            weight = torch.ones_like(power) if ctx.counts is None else ctx.counts.to(power.dtype)
+            of_token = weight * (grad / blocks / weight.sum()) / power
+            gradients.append(difference.mul_(2).mul_(of_token.unsqueeze(-1)).to(dtype))
+        return None, None, *gradients
+
+
+def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], counts: Tensor | None = None) -> Tensor:
     """Squared error of hidden states relative to the teacher's, ``|h - h_T|^2 / |h_T|^2``, mean over tokens and blocks.
 
     A denser signal than the logits alone: each block is told its own error. On the bundled Llama at 4 bits it took
@@ -81,7 +109,7 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], coun
 
     Args:
         states: ``(batch, length, hidden)`` after each block.
-        teacher_states: the teacher's, of the same shapes.
+        teacher_states: the teacher's, of the same shapes; emptied, so that they go as the differences are made.
         counts: ``(batch, length)`` bool, the positions that count; by default all.
 
     Raises:
@@ -89,12 +117,8 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: Sequence[Tensor], coun
     """
     if [state.shape for state in states] != [target.shape for target in teacher_states]:
         raise LlmqatError("hidden states of model and teacher differ in depth or width; set hidden_weight to 0")
-    errors = []
-    for state, target in zip(states, teacher_states, strict=True):
-        h, t = state.float(), target.float()
-        error = (h - t).square().sum(-1) / t.square().sum(-1).clamp(min=1e-12)
-        errors.append((error if counts is None else error[counts]).mean())
-    return torch.stack(errors).mean()
+    loss: Tensor = _HiddenLoss.apply(teacher_states, counts, *states)
+    return loss
 
 
 def ce_loss(student: BelowHead, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,11 @@ class Objective:
         arguments = {"input_ids": ids, "use_cache": False, "output_hidden_states": weight > 0}
         with self.teacher.active() as float_model, autocast():
             teacher = self.teacher_head.below(float_model, **arguments)
+        states = list(teacher.outputs.hidden_states[1:]) if weight > 0 else []
+        teacher = replace(teacher, outputs=None)  # which would hold on to the states
         with autocast():
             student = self.head.below(model, **arguments)
             loss = kd_loss(student, teacher, counts)
         if weight > 0:
-            states = student.outputs.hidden_states[1:], teacher.outputs.hidden_states[1:]
-            loss = loss + weight * hidden_loss(*states, counts)
+            loss = loss + weight * hidden_loss(student.outputs.hidden_states[1:], states, counts)
         return loss

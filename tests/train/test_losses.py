@@ -97,11 +97,11 @@ def test_token_mean_does_not_depend_on_the_batch(loss):
 
 def test_hidden_loss_is_the_relative_error_of_each_token_and_block():
     teacher = [torch.randn(2, 5, 8) for _ in range(3)]
-    assert hidden_loss(teacher, teacher) == 0
+    assert hidden_loss(teacher, list(teacher)) == 0
     off = [state * (1 + 0.1 * (block + 1)) for block, state in enumerate(teacher)]
-    torch.testing.assert_close(hidden_loss(off, teacher), torch.tensor((0.01 + 0.04 + 0.09) / 3))
+    torch.testing.assert_close(hidden_loss(off, list(teacher)), torch.tensor((0.01 + 0.04 + 0.09) / 3))
     scaled = hidden_loss([100 * state for state in off], [100 * state for state in teacher])
-    torch.testing.assert_close(scaled, hidden_loss(off, teacher))  # no block counts more for being larger
+    torch.testing.assert_close(scaled, hidden_loss(off, list(teacher)))  # no block counts more for being larger
 
 
 @pytest.mark.parametrize("states", [[torch.ones(1, 2, 8)], [torch.ones(1, 2, 4), torch.ones(1, 2, 4)]])
@@ -137,4 +137,20 @@ def test_hidden_loss_of_the_positions_that_count():
     counts = torch.zeros(2, 5, dtype=torch.bool)
     counts[0, 1:3] = True
     expected = hidden_loss([states[0][:1, 1:3]], [teacher[0][:1, 1:3]])
-    torch.testing.assert_close(hidden_loss(states, teacher, counts), expected)
+    torch.testing.assert_close(hidden_loss(states, list(teacher), counts), expected)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_gradient_of_the_hidden_loss_is_that_of_its_formula(some):
+    states = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(3)]
+    teacher = [torch.randn(2, 5, 8) for _ in range(3)]
+    counts = torch.rand(2, 5) < 0.5 if some else None
+    errors = [(h - t).square().sum(-1) / t.square().sum(-1) for h, t in zip(states, teacher, strict=True)]
+    formula = torch.stack([(e if counts is None else e[counts]).mean() for e in errors]).mean()
+    expected = torch.autograd.grad(3 * formula, states)
+    given = list(teacher)
+    loss = hidden_loss(states, given, counts)
+    assert given == [], "nothing holds the teacher's states any more"
+    found = torch.autograd.grad(3 * loss, states)
+    assert torch.equal(loss, formula)
+    assert all(map(torch.equal, found, expected)), "to the bit"
