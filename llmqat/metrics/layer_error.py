@@ -1,6 +1,6 @@
 """How far the output of each layer is from the float model's, measured while the two score the same tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,30 @@ from llmqat.models.patcher import transformers_model
 
 # Every 127th token is compared: a prime, so that samples wander through windows of any usual length.
 STRIDE = 127
+
+
+@contextmanager
+def sampled_outputs(model: nn.Module, names: Collection[str], tokens: int) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs ``(tokens / STRIDE, out)`` of the layers `names` in one forward of `model` inside the
+    ``with``."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, args: object, output: Tensor) -> None:
+            rows = output.detach().flatten(0, -2)
+            if len(rows) == tokens:
+                # A copy, always: a view would keep the outputs of all tokens of all layers in memory.
+                found[name] = rows[::STRIDE].clone()
+
+        return module.register_forward_hook(hook)
+
+    modules = dict(transformers_model(model).named_modules()) if names else {}
+    handles = [keep(name, modules[name]) for name in names if name in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class LayerErrors:
@@ -24,38 +48,11 @@ class LayerErrors:
         self.names = list(names)
         self.totals: dict[str, tuple[float, float]] = {}
 
-    @contextmanager
-    def outputs(self, model: nn.Module, tokens: int) -> Iterator[dict[str, Tensor]]:
-        """Collect the outputs ``(tokens / STRIDE, out)`` of one forward of `model` inside the ``with``, by layer."""
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-            def hook(_: nn.Module, args: object, output: Tensor) -> None:
-                rows = output.detach().flatten(0, -2)
-                if len(rows) == tokens:
-                    # A copy, always: a view would keep the outputs of all tokens of all layers in memory.
-                    found[name] = rows[::STRIDE].to(torch.float32, copy=True)
-
-            return module.register_forward_hook(hook)
-
-        modules = dict(transformers_model(model).named_modules()) if self.names else {}
-        handles = [keep(name, modules[name]) for name in self.names if name in modules]
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def watches(self, model: nn.Module, layer: nn.Module | None) -> bool:
-        """Whether `layer` of `model` is one of those compared."""
-        modules = dict(transformers_model(model).named_modules()) if self.names and layer is not None else {}
-        return any(modules[name] is layer for name in self.names if name in modules)
-
     def add(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
         """Count a batch: outputs of the quantized model against those of the float one."""
         for name in outputs.keys() & targets.keys():
             error, power = self.totals.get(name, (0.0, 0.0))
-            y, target = outputs[name], targets[name]
+            y, target = outputs[name].float(), targets[name].to(outputs[name].device).float()
             self.totals[name] = (error + float((y - target).square().sum()), power + float(target.square().sum()))
 
     def result(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ perplexity is the exponential of the mean cross-entropy over all answer tokens.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,9 @@ from llmqat.config import BOS_RULES
 from llmqat.data.chat import chat_rows, positions, token_count, unstack
 from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
+from llmqat.metrics.forwards import Forwards, ReferenceForwards
 from llmqat.metrics.layer_error import LayerErrors
-from llmqat.models.output_head import BelowHead, OutputHead, Reference, ReferenceHead
+from llmqat.models.output_head import BelowHead, Reference
 from llmqat.nn.context import check_sequence
 from llmqat.progress import track
 
@@ -69,6 +70,11 @@ class Windows:
     def sha256(self) -> str:
         """Hash of the ids and labels (int64, little endian): two results compare only if this agrees."""
         return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def batches(self, description: str) -> Iterable[Tensor]:
+        """The rows of `ids` in batches of about `BATCH_TOKENS` tokens, under a progress bar."""
+        parts = self.ids.split(max(1, BATCH_TOKENS // self.ids.shape[-1]))
+        return track(parts, description, len(parts))
 
 
 def windows(
@@ -171,10 +177,6 @@ class Perplexity:
         return np.exp(np.average(self.losses[draws], axis=1, weights=weights))
 
 
-def _batches(ids: Tensor) -> Iterator[Tensor]:
-    yield from ids.split(max(1, BATCH_TOKENS // ids.shape[-1]))
-
-
 @dataclass
 class Scores:
     """Sums over the windows that `evaluate` has scored.
@@ -232,30 +234,41 @@ def evaluate(
     Raises:
         LlmqatError: if the loss is not finite, or a window exceeds the model's tables (`check_sequence`).
     """
+    theirs = None if reference is None else ReferenceForwards(reference, layers)
+    return compare(model, data, theirs, description, layers)
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, data: Windows, theirs: ReferenceForwards | None, description: str, layers: Iterable[str] = ()
+) -> Perplexity:
+    """Score every window of `data`, beside the forwards of the float model on them; see `evaluate`."""
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    scores, errors = Scores(), LayerErrors(layers)
-    head = OutputHead(model)
-    if errors.watches(model, head.layer):  # its outputs are compared
-        head = OutputHead(model, apart=False)
-    float_head = None if reference is None else ReferenceHead(reference, apart=head.layer is not None)
-    total = -(-len(data.ids) // max(1, BATCH_TOKENS // data.ids.shape[-1]))
-    for cpu_batch in track(_batches(data.ids), description, total):
-        batch, counts = unstack(cpu_batch.to(device))
-        check_sequence(model, batch)
-        with errors.outputs(model, batch.numel()) as outputs:
-            below, float_below = head.below(model, input_ids=batch, use_cache=False), None
-        if reference is not None and float_head is not None:
-            with reference.active() as float_model, errors.outputs(float_model, batch.numel()) as float_outputs:
-                float_below = float_head.below(float_model, input_ids=batch, use_cache=False)
-            errors.add(outputs, float_outputs)
-        scores.add(batch, counts, below, float_below)
-    model.train(training)
+    try:
+        return score(Forwards(model, layers), data, theirs, description)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def score(
+    forwards: Forwards, data: Windows, theirs: ReferenceForwards | None = None, description: str = "perplexity"
+) -> Perplexity:
+    """Score every window of `data` by forwards of a model, which is in evaluation mode; see `evaluate`."""
+    scores, errors = Scores(), LayerErrors(forwards.layers)
+    for index, batch in enumerate(data.batches(description)):
+        ids, counts = unstack(batch.to(forwards.device))
+        check_sequence(forwards.model, ids)
+        below, outputs = forwards.of(index, ids)
+        float_below, targets = (None, None) if theirs is None else theirs.of(index, ids)
+        if targets is not None:
+            errors.add(outputs, targets)
+        scores.add(ids, counts, below, float_below)
     if not all(map(math.isfinite, scores.losses)):
         raise LlmqatError("the model's loss is not finite; check its weights and dtype")
     n, targets_each = sum(scores.targets), tuple(scores.targets) if data.is_chat else None
-    if reference is None:
+    if theirs is None:
         return Perplexity(np.array(scores.losses), targets=targets_each)
     return Perplexity(np.array(scores.losses), scores.kl / n, scores.agree / n, targets_each, errors.result() or None)
 

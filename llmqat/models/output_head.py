@@ -76,10 +76,15 @@ class OutputHead:
         self.after = [(AFTER_HEAD[name], value) for name, value in values.items() if value is not None]
         self.compared = False
 
+    def output(self, hidden: Tensor) -> Tensor:
+        """The head alone, on inputs ``(..., hidden)``: ``(..., vocabulary)``."""
+        assert self.layer is not None
+        output: Tensor = self.layer(hidden)
+        return output
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(..., vocabulary)`` of inputs of the head ``(..., hidden)``, as the model's forward gives them."""
-        assert self.layer is not None
-        logits: Tensor = self.layer(hidden)
+        logits = self.output(hidden)
         for change, value in self.after:
             logits = change(logits, value)
         return logits
@@ -118,7 +123,7 @@ class OutputHead:
 
 def follows_inputs(layer: nn.Module) -> bool:
     """Whether `layer` follows the range of its inputs, and so has to see those of all tokens at once."""
-    return any(isinstance(module, FakeQuantLinear) and module.act_state is not None for module in layer.modules())
+    return any(isinstance(m, FakeQuantLinear) and m.enabled and m.act_state is not None for m in layer.modules())
 
 
 def whole_forward(forward: Callable[..., Any], inputs: dict[str, Any]) -> BelowHead:
@@ -148,7 +153,7 @@ class ReferenceHead(OutputHead):
         with reference.active() as model:
             super().__init__(model, apart)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the float model, without gradients."""
+    def output(self, hidden: Tensor) -> Tensor:
+        """The head of the float model alone, without gradients."""
         with self.reference.active(self.layer):
-            return super().logits(hidden)
+            return super().output(hidden)

@@ -20,8 +20,9 @@ from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import expected_in, verify_loaded
 from llmqat.formats.writer import write_contents
 from llmqat.kernels.native import kernel_name
+from llmqat.metrics.float_pass import FloatPass
 from llmqat.metrics.memory import peak_memory
-from llmqat.metrics.perplexity import Perplexity, evaluate
+from llmqat.metrics.perplexity import Perplexity
 from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
 from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
@@ -30,7 +31,6 @@ from llmqat.models.patcher import (
     GPTQ_REMEDY,
     gptq_part_count,
     prepare,
-    quantized_layers,
     round_float_parts,
     run_gptq,
     smooth,
@@ -235,7 +235,10 @@ class Run:
         recipe = self.recipe
         trains_weights = self.train and recipe.train.mode == "full"
         self.float_copy = FloatCopy(copy.deepcopy(self.model)) if trains_weights else None
-        self.measure("float", partial(evaluate, self.model, self.inputs.test, description="perplexity, float"))
+        watched = [layer.name for layer in self.coverage.quantized]
+        # Also in a resumed run that has the float row: the others are compared with what the first run had.
+        self.float_pass = FloatPass(self.float_copy or FloatCopy(self.model), self.inputs.test, watched)
+        self.measure("float", partial(self.float_pass.score, "perplexity, float"))
         prepare(
             self.model,
             recipe.scheme(),
@@ -251,8 +254,8 @@ class Run:
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores)
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
-        self.reference = self.float_copy or FloatView(self.model)
-        self.measure("rtn", partial(self.compare_with_float, "round to nearest"))
+        self.float_pass.reference = self.float_copy or FloatView(self.model)
+        self.measure("rtn", partial(self.float_pass.compare, self.model, "perplexity, round to nearest"))
 
     @property
     def calibrated(self) -> bool:
@@ -270,9 +273,9 @@ class Run:
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
-        self.reference = self.float_copy or FloatView(self.model)
+        self.float_pass.reference = self.float_copy or FloatView(self.model)
         if recipe.init.method == "gptq":
-            self.measure("gptq", partial(self.compare_with_float, "GPTQ"))
+            self.measure("gptq", partial(self.float_pass.compare, self.model, "perplexity, GPTQ"))
 
     def mark_trainable(self) -> None:
         """Mark what trains; LoRA wraps the model."""
@@ -291,7 +294,7 @@ class Run:
             fit,
             data=TrainingData(inputs.training, inputs.validation.ids),
             config=recipe.train,
-            teacher=self.reference if recipe.train.loss == "kd" else None,
+            teacher=self.float_pass.reference if recipe.train.loss == "kd" else None,
             seed=recipe.seed,
         )
         if recipe.eval.control:
@@ -309,14 +312,14 @@ class Run:
         control, saved = copy.deepcopy(self.model), self.checkpoints.subdirectory(CONTROL)
         with disable_quantizers(control, disable_adapters=False):
             train(control, checkpoints=Checkpoints(saved.directory, saved.run, saved.load()))
-            return evaluate(control, self.inputs.test, self.reference, "perplexity, control")
+            return self.float_pass.compare(control, "perplexity, control", watch=False)
 
     def round_and_measure_trained(self) -> None:
         """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
-        for model in (self.model, self.reference.model):
+        for model in (self.model, self.float_pass.reference.model):
             model.to("cpu")  # where the packed file is loaded and measured
         round_float_parts(self.model)
-        self.measured.perplexity["qat"] = self.compare_with_float("trained")
+        self.measured.perplexity["qat"] = self.float_pass.compare(self.model, "perplexity, trained")
         if self.recipe.train.mode == "lora":
             for config in self.model.peft_config.values():
                 config.base_model_name_or_path = public_name(self.recipe.model)
@@ -339,8 +342,7 @@ class Run:
         """Perplexity through the kernel op, throughput, and the proof."""
         self.measured.kernel = kernel_name()
         packed = load_packed(self.directory, torch.float32)
-        description = "perplexity, packed"
-        self.measured.perplexity["packed"] = evaluate(packed, self.inputs.test, self.reference, description)
+        self.measured.perplexity["packed"] = self.float_pass.compare(packed, "perplexity, packed", watch=False)
         expected = expected_in(self.directory, self.contents)
         self.measured.verification = verify_loaded(self.directory, packed, expected)
         del packed
@@ -356,7 +358,7 @@ class Run:
         """Report, model card, and the recipe to publish."""
         with replacing(self.directory) as scratch:
             write_json(self.measured, scratch / REPORT)
-            found = details.collect(self.measured, self.contents.layers, self.reference.model)
+            found = details.collect(self.measured, self.contents.layers, self.float_pass.reference.model)
             details.write(found, scratch / details.NAME)
             (scratch / "README.md").write_text(model_card(self.measured))
             (scratch / RECIPE).write_text(to_yaml(public_recipe(self.recipe)))
@@ -382,8 +384,3 @@ class Run:
             self.scores[variant] = evaluation()
             if is_first():
                 write_measurements(self.checkpoint, self.record.key, self.scores)
-
-    def compare_with_float(self, name: str) -> Perplexity:
-        """Perplexity of the current state, and its distance from the float model."""
-        layers = [on_grid.name for on_grid in quantized_layers(self.model)]
-        return evaluate(self.model, self.inputs.test, self.reference, f"perplexity, {name}", layers)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llmqat.algorithms import activation_ranges
 from llmqat.algorithms.blocks import BlockInputs
@@ -20,6 +20,7 @@ from llmqat.formats import verify as verify_module
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import write_contents
+from llmqat.metrics import perplexity
 from llmqat.metrics.perplexity import evaluate
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
@@ -27,8 +28,9 @@ from llmqat.models.patcher import round_float_parts
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
+from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline import run as run_module
-from llmqat.pipeline.inputs import fit_context
+from llmqat.pipeline.inputs import fit_context, tokenized
 from llmqat.pipeline.output import check_output, saved_recipe
 from llmqat.pipeline.run import run
 from llmqat.report.names import public_recipe
@@ -102,6 +104,32 @@ def test_codes_are_derived_and_the_file_is_loaded_once(go, monkeypatch):
     done = go()
     assert calls == dict.fromkeys([*written[0].layers, "load", "torch.float32", "torch.float64"], 1)
     assert done.measured.verification.ok
+
+
+def test_the_float_model_scores_the_windows_once(go, finished, tmp_path, monkeypatch):
+    """In a whole run, and in one that is resumed."""
+    windows, original, forwards = [], LlamaForCausalLM.forward, Counter()
+
+    def forward(self, input_ids=None, **kwargs):
+        if any(torch.equal(input_ids, batch) for batch in windows):
+            layers = [m for m in self.modules() if isinstance(m, FakeQuantLinear | PackedLinear)]
+            on_grid = any(getattr(layer, "enabled", True) for layer in layers)
+            forwards["on the grid" if on_grid else "float"] += 1
+        return original(self, input_ids, **kwargs)
+
+    def remember(*args):
+        inputs = tokenized(*args)
+        windows[:] = inputs.test.ids.split(perplexity.BATCH_TOKENS // 32)
+        return inputs
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    monkeypatch.setattr(run_module, "tokenized", remember)
+    go({"train.mode": "lora", "quant.lm_head_bits": 8})
+    assert forwards == {"float": 1, "on the grid": 4}  # round to nearest, GPTQ, trained, packed
+    forwards.clear()
+    directory = shutil.copytree(finished, tmp_path / "copy")
+    assert main(["finetune", "--output", str(directory), "--resume"]) == 0
+    assert forwards == {"float": 1, "on the grid": 2}
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "scales"])
