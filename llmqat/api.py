@@ -15,6 +15,7 @@ from llmqat.algorithms.smoothquant import Smoothed
 from llmqat.config.options import shown
 from llmqat.data.corpus import load_corpus
 from llmqat.data.tokens import encode, sequences, split_stream
+from llmqat.devices import find_device
 from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
@@ -75,8 +76,8 @@ def finetune(
         teacher: the float model to distil from; "self" for the float model inside a LoRA or scales model prepared with
             ``keep_float=True``; None trains by cross-entropy.
         output: directory for checkpoints; None keeps none.
-        options: fields of the recipe's ``train`` section, such as ``max_steps=100, lr=0.02``; and ``seed``, of the
-            order of the sequences.
+        options: fields of the recipe's ``train`` section, such as ``max_steps=100, lr=0.02``; ``seed``, of the order of
+            the sequences; and ``device``, to which `model` moves: "auto" leaves it on its accelerator, if it is on one.
 
     Returns:
         steps, tokens, seconds, losses by step, and the share of codes that training changed.
@@ -86,10 +87,13 @@ def finetune(
             or the run was interrupted.
     """
     options = _options(options)
-    values = {"seed": options.pop("seed", 0), "train": {**options, "mode": mode}}
+    values: dict[str, Any] = {"seed": options.pop("seed", 0), "device": options.pop("device", "auto")}
+    values["train"] = {**options, "mode": mode}
     recipe = config_module.resolve(config_module.from_dict(values), sum(p.numel() for p in model.parameters()))
     if not quantized_layers(model):
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
+    if recipe.device != "auto" or next(model.parameters()).device.type == "cpu":
+        model.to(find_device(recipe.device))
     view = _teacher(model, teacher, mode)
     select_trainable(model, mode, recipe.train.lr_scale > 0)
     if isinstance(view, FloatView) and view.model is model:

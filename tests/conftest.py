@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import is_initialized
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
@@ -156,6 +158,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
     """A machine that has a device beside its CPU; see tests/pretended_device.py."""
     with entered(monkeypatch) as device:
         yield device
+    if is_initialized():  # accelerate remembers the device for the whole process
+        PartialState().device = torch.device("cpu")
 
 
 @pytest.fixture

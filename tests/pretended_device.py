@@ -8,6 +8,7 @@ operators do on a GPU. What only a real one shows is not proven: kernels, roundi
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,9 +162,12 @@ def entered(patch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
         patch.setattr(torch.accelerator, name, lambda *_: 0)
     for name in ("set_device_index", "synchronize", "reset_peak_memory_stats"):
         patch.setattr(torch.accelerator, name, lambda *_: None)
+    stream = SimpleNamespace(is_capturing=lambda: False)  # asked by optimizers
+    patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
     patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(PRETENDED.type))
     _let_autocast_be_that_of_the_cpu(patch)
     _let_gradients_be_seen(patch, device)
+    _let_groups_tell_the_device(patch, device)
     with device.calls, device.operators:
         yield device
 
@@ -191,3 +195,14 @@ def _let_gradients_be_seen(patch: pytest.MonkeyPatch, device: PretendedDevice) -
 
     for module in (torch.autograd, graph):
         patch.setattr(module, "_engine_run_backward", seen)
+
+
+def _let_groups_tell_the_device(patch: pytest.MonkeyPatch, device: PretendedDevice) -> None:
+    """Lists of tensors that optimizers treat together are sorted by the device that they tell Python."""
+    group = torch._C._group_tensors_by_device_and_dtype
+
+    def grouped(*args: Any) -> Any:
+        groups = group(*args).items()
+        return {(PRETENDED if device.holds(g[0][0][0]) else key[0], key[1]): g for key, g in groups}
+
+    patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)

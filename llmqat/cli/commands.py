@@ -59,18 +59,21 @@ def print_machine() -> None:
     print(f"{'native path':>13}: {native_path()}")
 
 
-def load_any(name: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:
-    """A float or packed model, and its tokenizer."""
+def load_any(name: str, device: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:
+    """A float or packed model on a device that was asked for, and its tokenizer."""
+    from llmqat.devices import find_device
     from llmqat.formats.reader import is_packed, load_packed, local_directory
     from llmqat.models.loading import load_float, load_tokenizer, resolve_name
 
+    place = find_device(device)
     directory = local_directory(resolve_name(name))
     if is_packed(directory):
-        model: Any = load_packed(directory, dtype, activations=activations)
+        model: Any = load_packed(directory, dtype, place, activations)
     elif activations:
         raise LlmqatError(f"--activations {activations} is for packed models; {name} is a float model")
     else:
         model = load_float(str(directory), dtype)
+        model.to(place)
     return model, load_tokenizer(str(directory))
 
 
@@ -89,7 +92,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     check_fields(DataConfig, vars(args))
     check_fields(EvalConfig, vars(args))
-    model, tokenizer = load_any(args.model, torch.float32, args.activations)
+    model, tokenizer = load_any(args.model, args.device, torch.float32, args.activations)
     source = DataConfig(**{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
     data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, args.bos)
     check_context(position_limit(model), data.ids.shape[-1])
@@ -112,7 +115,7 @@ def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[
     from llmqat.models.float_view import FloatCopy
     from llmqat.serve.activations import AsTrained
 
-    reference = FloatCopy(load_any(args.against, torch.float32)[0]) if args.against else None
+    reference = FloatCopy(load_any(args.against, args.device, torch.float32)[0]) if args.against else None
     result = evaluate(model, data, reference)
     numbers = {
         "model": args.model,
@@ -126,7 +129,7 @@ def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[
         "bos": data.bos,
         "tokens": data.tokens,
         "sha256": data.sha256,
-        "kernel": kernel_name(),
+        "kernel": kernel_name(model.device),
     }
     if args.activations:
         trained = evaluate(model, data, AsTrained(model))
@@ -141,7 +144,9 @@ def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, An
     from llmqat.pipeline.inputs import speed_lengths
 
     prompt, new_tokens = speed_lengths(EvalConfig.prompt, EvalConfig.new_tokens, context)
-    speed = throughput(load_any(args.model, None, args.activations)[0], prompt, new_tokens, EvalConfig.repeats)
+    speed = throughput(
+        load_any(args.model, args.device, None, args.activations)[0], prompt, new_tokens, EvalConfig.repeats
+    )
     path = speed.paths.summary() if speed.paths else None
     return {"prefill_tok_s": speed.prefill_tok_s, "decode_tok_s": speed.decode_tok_s, "path": path}
 
@@ -160,9 +165,10 @@ def write_text(path: Path, text: str) -> None:
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run `llmqat verify`."""
+    from llmqat.devices import find_device
     from llmqat.formats.verify import verify
 
-    check = verify(args.model, logits=not args.no_logits)
+    check = verify(args.model, logits=not args.no_logits, device=find_device(args.device))
     print(
         f"layers           {check.layers}\ncodes equal      {check.codes_equal}\n"
         f"scales equal     {check.scales_equal}\nfiles equal      {not check.changed}"
@@ -196,7 +202,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     check_sampling(args)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model, tokenizer = load_any(args.model, dtype, args.activations)
+    model, tokenizer = load_any(args.model, args.device, dtype, args.activations)
     text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
     encoded = tokenizer(text, add_special_tokens=not args.chat)
     ids = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)

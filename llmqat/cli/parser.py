@@ -6,7 +6,7 @@ from typing import Any
 
 import llmqat
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
-from llmqat.config import DataConfig, EvalConfig
+from llmqat.config import DataConfig, EvalConfig, Recipe
 from llmqat.version import __version__
 
 FINETUNE = """\
@@ -132,12 +132,13 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
     add_fields(sub, EvalConfig, tuple(EVAL_OPEN), EVAL_OPEN)
     sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
-    add_activations_flag(sub)
+    add_running_flags(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
 
     sub = command("verify", VERIFY)
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
+    add_fields(sub, Recipe, ("device",))
 
     sub = command("report", REPORT)
     sub.add_argument("model", help="directory of a finished run")
@@ -151,15 +152,16 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add (default: 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default)")
     sub.add_argument("--dtype", choices=DTYPES, default="auto", help="to compute in; auto: as stored (default)")
-    add_activations_flag(sub)
+    add_running_flags(sub)
 
     sub = command("recipes", RECIPES)
     sub.add_argument("name", nargs="?", help="recipe to print")
     return parser
 
 
-def add_activations_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag `--activations int8`."""
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a model that runs: `--device`, and `--activations int8`."""
+    add_fields(parser, Recipe, ("device",))
     parser.add_argument(
         "--activations",
         choices=("int8",),

@@ -6,6 +6,6 @@ from llmqat.compat.register import leans_on
 
 
 @leans_on("accelerate.state.AcceleratorState._reset_state", test="tests/train/test_together.py")
-def forget_precision() -> None:
-    """Let the next accelerator of this process compute in another precision than the last one."""
+def forget_accelerator() -> None:
+    """Let the next accelerator of this process compute in another precision or place than the last one."""
     AcceleratorState._reset_state()

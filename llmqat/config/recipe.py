@@ -23,6 +23,11 @@ class Recipe:
 
     model: str = option("llama", "Hub id, local directory, or llama: the small Llama inside this package", "--model")
     output: str = option("runs/llmqat", "directory to write", "--output")
+    device: str = option(
+        "auto",
+        "where everything is computed: cpu, cuda, cuda:1, xpu or mps; auto: the accelerator that torch sees, else cpu",
+        "--device",
+    )
     seed: int = option(0, "order of the data, initial adapters", "--seed", least=0, most=2**63 - 1)
     quant: QuantConfig = field(default_factory=QuantConfig)
     init: InitConfig = field(default_factory=InitConfig)

@@ -42,7 +42,8 @@ def prompts_for(model: PreTrainedModel) -> list[Tensor]:
         return []
     length = min(PROMPT, context // 2)
     vocabulary = model.config.get_text_config().vocab_size
-    return list(torch.randint(vocabulary, (PROBES, 1, length), generator=torch.Generator().manual_seed(1)))
+    prompts = torch.randint(vocabulary, (PROBES, 1, length), generator=torch.Generator().manual_seed(1))
+    return list(prompts.to(model.device))
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def without_cache(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits ``(1, length, vocabulary)`` of a whole sequence at once, in float64 on the CPU."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.double().cpu()
+    return logits.cpu().double()
 
 
 def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> Decoding | None:
@@ -96,12 +97,12 @@ def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Modul
             for ids, logits in greedy_continuations(model, prompts, logits=True):
                 right = without_cache(reference, ids)
                 new = right[:, -logits.shape[1] - 1 : -1]
-                behind_cache = float((logits.double() - new).abs().max())
+                behind_cache = float((logits.cpu().double() - new).abs().max())
                 errors.append(max(behind_cache, float((without_cache(model, ids) - right).abs().max())))
                 bounds.append(4 * float((without_cache(plain[0], ids) - without_cache(plain[1], ids)).abs().max()))
     for ids, _ in greedy_continuations(model, prompts, logits=False):
         new = without_cache(reference, ids)[:, prompts[0].shape[1] - 1 : -1]
-        chosen = new.gather(-1, ids[:, prompts[0].shape[1] :, None])
+        chosen = new.gather(-1, ids[:, prompts[0].shape[1] :, None].cpu())
         gaps.append(float((new.amax(-1, keepdim=True) - chosen).max()))
     error = max(sorted(errors[:PROBES])[PROBES // 2], sorted(errors[PROBES:])[PROBES // 2])
     return Decoding(error, max(bounds), max(gaps) <= 2 * max(bounds))
@@ -115,7 +116,8 @@ def nudge(plain: PreTrainedModel) -> None:
     happens to move no code says nothing about one where it moves some.
     """
     weight = plain.get_input_embeddings().get_parameter("weight")
-    weight.mul_(1 + NUDGE * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    weight.mul_(1 + NUDGE * noise.to(weight.device))
 
 
 @contextmanager

@@ -24,17 +24,19 @@ class PartialModel:
         dtype: in which its weights are stored.
     """
 
-    def __init__(self, name: str) -> None:
-        """Open the model `name`: a Hub id, a directory or an alias.
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Open the model `name`: a Hub id, a directory or an alias; what is read goes to `device`.
 
         Raises:
             LlmqatError: see `load_config`; or if its weights are damaged, or are not safetensors.
         """
-        self.name = name
+        self.name, self.device = name, device
         load_config(name)  # says what is wrong with a name better than a download
         directory = local_directory(resolve_name(name))
         self.model, self.dtype = load_empty(name)
         self.model.eval()
+        for buffer in self.model.buffers():  # in no file, and so not on the meta device
+            buffer.data = buffer.data.to(device)
         if not any(directory.glob("*.safetensors")):
             raise LlmqatError(
                 f"model {name} has no safetensors, which can be read in parts; load it once with transformers and "
@@ -67,7 +69,7 @@ class PartialModel:
             what = ", ".join(lost[:3])
             raise LlmqatError(f"cannot load the weights of {self.name}: they lack {what}; copy or download it again")
         for parameter in wanted.values():
-            parameter.data = parameter.data.clone()  # a float32 file would stay mapped otherwise
+            parameter.data = parameter.data.to(self.device, copy=True)  # a float32 file would stay mapped otherwise
 
 
 def _opened(path: Path, stack: ExitStack) -> Any:

@@ -101,7 +101,12 @@ def expected_in(directory: Path, against: Contents | None) -> Expected:
     return Expected(against.hashes, against.tensor_hashes, files, against.model)
 
 
-def verify(directory: str | Path, against: nn.Module | None = None, logits: bool = True) -> Verification:
+def verify(
+    directory: str | Path,
+    against: nn.Module | None = None,
+    logits: bool = True,
+    device: torch.device | str = "cpu",
+) -> Verification:
     """Compare a packed directory with the trained model, or with the fingerprint that training left.
 
     Every tensor counts, with its name, dtype and shape, and every byte of every file that was written with the model.
@@ -110,6 +115,7 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
         directory: packed model.
         against: the trained model itself; without it, the hashes in ``fingerprint.json``.
         logits: also run the model; takes memory for dense float64 and float32 copies.
+        device: where it runs.
 
     Returns:
         what was compared; ``ok`` is whether all of it holds.
@@ -119,7 +125,7 @@ def verify(directory: str | Path, against: nn.Module | None = None, logits: bool
     """
     directory = local_directory(directory)
     expected = expected_in(directory, None if against is None else contents_of(against))
-    return verify_loaded(directory, load_packed(directory, torch.float32), expected, logits)
+    return verify_loaded(directory, load_packed(directory, torch.float32, device), expected, logits)
 
 
 def verify_loaded(directory: Path, model: PreTrainedModel, expected: Expected, logits: bool = True) -> Verification:
@@ -130,6 +136,8 @@ def verify_loaded(directory: Path, model: PreTrainedModel, expected: Expected, l
     codes_wrong, scales_wrong, count = compare_layers(model, expected.layers)
     error = bound = decoded = None
     if logits:
+        if model.device.type == "mps":  # which has no float64
+            model.to("cpu")  # type: ignore[arg-type]
         plain, exact = dense_copy(model, torch.float32), dense_copy(model, torch.float64)
         error, bound = logit_error(model, plain, exact)
         decoded = decode_error(model, plain, exact, expected.trained)
@@ -233,7 +241,7 @@ def logit_error(model: PreTrainedModel, plain: PreTrainedModel, exact: PreTraine
     generator = torch.Generator().manual_seed(0)
     count, length = PROBES_OF_INT8_INPUTS if quantizes_inputs(model) else PROBES
     length = min(length, getattr(model.config, "max_position_embeddings", length))
-    probes = torch.randint(model.config.vocab_size, (count, 1, length), generator=generator)
+    probes = torch.randint(model.config.vocab_size, (count, 1, length), generator=generator).to(model.device)
 
     def logits(candidate: nn.Module) -> list[Tensor]:
         with disable_quantizers(candidate):

@@ -160,9 +160,9 @@ def available() -> list[str]:
     return [name for number, name in enumerate(ISAS) if loaded.llmqat_has_isa(number)]
 
 
-def kernel_name() -> str:
-    """Name of what runs `packed_linear` on a CPU here, as reports print it."""
-    if library() is None:
+def kernel_name(device: torch.device | str = "cpu") -> str:
+    """Name of what runs `packed_linear` on a device here, as reports print it."""
+    if library() is None or torch.device(device).type != "cpu":
         return REFERENCE
     return os.environ.get("LLMQAT_KERNELS") or available()[-1]
 

@@ -11,9 +11,15 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """`bytes` holds the peak once the stretch is over: of the process (resident), or of the GPU if there is one."""
+    """The peak, once the stretch is over.
+
+    Attributes:
+        bytes: of the process, resident.
+        device_bytes: that torch had handed out on the accelerator; None without one, and for one that does not count.
+    """
 
     bytes = 0
+    device_bytes: int | None = None
 
 
 def _resident_peak() -> int:
@@ -25,22 +31,25 @@ def _resident_peak() -> int:
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
+def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
     """Measure the peak inside the ``with``; where the system cannot reset its counter, the peak since the start.
 
+    Args:
+        device: an accelerator whose memory is measured beside that of the process.
+
     Returns:
-        an object whose ``bytes`` is set when the ``with`` ends.
+        an object whose ``bytes`` and ``device_bytes`` are set when the ``with`` ends.
     """
-    peak = Peak()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        try:
-            _CLEAR.write_text("5")
-        except OSError:
-            pass
+    peak, device = Peak(), torch.device(device)
+    counts = device.type not in ("cpu", "mps")
+    if counts:
+        torch.accelerator.reset_peak_memory_stats(device)
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        pass
     try:
         yield peak
     finally:
-        peak.bytes = torch.cuda.max_memory_allocated() if cuda else _resident_peak()
+        peak.bytes = _resident_peak()
+        peak.device_bytes = torch.accelerator.max_memory_allocated(device) if counts else None

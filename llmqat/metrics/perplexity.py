@@ -202,11 +202,11 @@ class Scores:
             loss = 0.0
             for chunk in below.chunks(len(hidden)):
                 log_q = torch.log_softmax(below.logits(hidden[chunk]).float(), -1)
-                loss -= float(log_q.gather(-1, following[chunk].unsqueeze(-1)).double().sum())
+                loss -= float(log_q.gather(-1, following[chunk].unsqueeze(-1)).cpu().double().sum())
                 if reference is not None and theirs is not None:
                     log_p = torch.log_softmax(reference.logits(theirs[chunk]).float(), -1)
-                    self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-                    self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).double().sum())
+                    self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum())
+                    self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).cpu().double().sum())
             self.losses.append(loss / len(hidden))
             self.targets.append(len(hidden))
 

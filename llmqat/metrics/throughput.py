@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -101,7 +102,9 @@ class _Clock:
 @torch.inference_mode()
 def _once(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of a prefill, and of `new_tokens` greedy steps of `generate` after its first token."""
-    synchronize = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
+    synchronize = (
+        (lambda: None) if prompt.device.type == "cpu" else partial(torch.accelerator.synchronize, prompt.device)
+    )
     synchronize()
     started = time.perf_counter()
     model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
@@ -151,7 +154,7 @@ def throughput(
     before = path_counts(model)
     seconds = [_once(model, ids, new_tokens) for _ in range(repeats)]
     paths = path_counts(model) - before
-    if paths.native and paths.reference_calls:
+    if device.type == "cpu" and paths.native and paths.reference_calls:
         raise LlmqatError(
             f"throughput was measured on the wrong path ({paths.summary()}); take away what keeps the model from its "
             "native path, or load it with native=False to time the code of transformers"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_block
 from llmqat.config import Recipe, to_yaml
+from llmqat.devices import find_device
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.formats import fingerprint
@@ -66,7 +67,7 @@ def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport
 
 
 def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
-    source = PartialModel(asked.model)
+    source = PartialModel(asked.model, find_device(asked.device))
     resolved = resolve_for(source.model, asked)
     recipe = fit_context(resolved, getattr(source.model.config, "max_position_embeddings", None))
     architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")

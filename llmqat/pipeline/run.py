@@ -12,6 +12,7 @@ from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved, to_yaml
+from llmqat.devices import find_device
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.forecast.words import announce
@@ -109,6 +110,7 @@ class Run:
         self.claim_directory()
         self.restore_state()
         torch.manual_seed(self.recipe.seed)
+        self.model.to(self.device)
         self.smooth_model()
         self.prepare_model()
         self.initialize_codes()
@@ -128,10 +130,11 @@ class Run:
     def open_inputs(self) -> None:
         """Read the dataset, load the model, and choose what the recipe left open."""
         asked = self.asked
+        self.device = find_device(asked.device)
         log(f"reading {asked.data.dataset}")
         self.corpus = read(asked.data, asked.data.dataset)
         if is_first():
-            announce(asked, torch.accelerator.current_accelerator() or torch.device("cpu"), self.train)
+            announce(asked, self.device, self.train)
         log(f"loading {asked.model}")
         self.model = load_float(asked.model, torch.float32)
         self.tokenizer = load_tokenizer(asked.model)
@@ -141,6 +144,11 @@ class Run:
     def plan_layers(self) -> None:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
         recipe, quant = self.recipe, self.recipe.quant
+        if self.device.type == "mps" and quant.act_static:
+            raise LlmqatError(
+                "static activations are observed in float64, which mps does not have; leave --act-static out, or add "
+                "--device cpu"
+            )
         self.coverage = checked_plan(
             self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
         )
@@ -158,7 +166,7 @@ class Run:
         hashes = self.inputs.hashes()
         hashes["float weights"] = hash_of_weights(self.model)
         hashes["rules of the tokenizer"] = hash_of_tokenizer(self.tokenizer)
-        self.record = Record(self.recipe, hashes)
+        self.record = Record(self.recipe, hashes, str(self.device))
 
     # -- what an earlier run left ---------------------------------------------------------------------------------
 
@@ -178,7 +186,7 @@ class Run:
                     log("nothing to resume: starting from the beginning")
                 forget_earlier(self.directory)
             self.record.write(self.checkpoint)
-        wait_for_all_processes()
+        wait_for_all_processes(self.device)
 
     def restore_state(self) -> None:
         """Restore what the interrupted run had measured and trained; every process must find the same."""
@@ -252,7 +260,7 @@ class Run:
         observe_activations(self.model, [] if self.calibrated else self.calibration, recipe.quant.observer)
         log(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
-        self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores)
+        self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores, device=str(self.device))
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         self.float_pass.reference = self.float_copy or FloatView(self.model)
         self.measure("rtn", partial(self.float_pass.compare, self.model, "perplexity, round to nearest"))
@@ -300,10 +308,10 @@ class Run:
         if recipe.eval.control:
             self.measure("float_finetuned", partial(self.train_control, train))
         torch.manual_seed(recipe.seed)
-        with peak_memory() as peak:
+        with peak_memory(self.device) as peak:
             checkpoints = Checkpoints(self.checkpoint, self.record.key, self.state)
             self.measured.training = train(self.model, checkpoints=checkpoints)
-        self.measured.peak_memory_bytes = peak.bytes
+        self.measured.peak_memory_bytes, self.measured.peak_device_memory_bytes = peak.bytes, peak.device_bytes
         self.measured.tokens["train"] = self.measured.training.tokens
 
     def train_control(self, train: Callable[..., Any]) -> Perplexity:
@@ -317,7 +325,7 @@ class Run:
     def round_and_measure_trained(self) -> None:
         """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
         for model in (self.model, self.float_pass.reference.model):
-            model.to("cpu")  # where the packed file is loaded and measured
+            model.to(self.device)  # sharded models were gathered on the CPU
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.float_pass.compare(self.model, "perplexity, trained")
         if self.recipe.train.mode == "lora":
@@ -340,8 +348,8 @@ class Run:
 
     def measure_packed(self) -> None:
         """Perplexity through the kernel op, throughput, and the proof."""
-        self.measured.kernel = kernel_name()
-        packed = load_packed(self.directory, torch.float32)
+        self.measured.kernel = kernel_name(self.device)
+        packed = load_packed(self.directory, torch.float32, self.device)
         self.measured.perplexity["packed"] = self.float_pass.compare(packed, "perplexity, packed", watch=False)
         expected = expected_in(self.directory, self.contents)
         self.measured.verification = verify_loaded(self.directory, packed, expected)
@@ -352,7 +360,9 @@ class Run:
                 ("float", partial(load_float, self.recipe.model)),
                 ("packed", partial(load_packed, self.directory)),
             ):
-                self.measured.throughput[variant] = throughput(load(), config.prompt, config.new_tokens, config.repeats)
+                model: Any = load()
+                model.to(self.device)
+                self.measured.throughput[variant] = throughput(model, config.prompt, config.new_tokens, config.repeats)
 
     def write_report(self) -> None:
         """Report, model card, and the recipe to publish."""

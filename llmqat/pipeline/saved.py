@@ -17,21 +17,22 @@ from llmqat.errors import LlmqatError
 from llmqat.files import read_sealed_json, replacing, sealed_json
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.processes import process_count
+from llmqat.progress import log
 from llmqat.train.checkpoint import REMEDY
 
 FORMAT = 2
 INPUTS, MEASURED = "inputs.json", "measured.json"
 # The directory may have moved; how a step is cut into batches may change with the machines (see `check_same_step`).
-MAY_DIFFER = ("output", "train.batch_size", "train.accumulation")
+MAY_DIFFER = ("output", "device", "train.batch_size", "train.accumulation")
 # What a run without training does not read: it may be trained later.
 TRAINING_ONLY = ("training tokens", "validation tokens")
 
 
 class Record:
-    """The inputs of a run: recipe, and hashes by name."""
+    """The inputs of a run: recipe, and hashes by name; and the device that computes, which may be another on resume."""
 
-    def __init__(self, recipe: Recipe, hashes: dict[str, str]) -> None:
-        self.recipe, self.hashes = flattened(recipe.to_dict()), hashes
+    def __init__(self, recipe: Recipe, hashes: dict[str, str], device: str = "cpu") -> None:
+        self.recipe, self.hashes, self.device = flattened(recipe.to_dict()), hashes, device
 
     @property
     def key(self) -> str:
@@ -43,7 +44,7 @@ class Record:
     def write(self, checkpoint: Path) -> None:
         """Keep the record for a resume."""
         with replacing(checkpoint) as scratch:
-            values = {"format": FORMAT, "recipe": self.recipe, "hashes": self.hashes}
+            values = {"format": FORMAT, "recipe": self.recipe, "hashes": self.hashes, "device": self.device}
             (scratch / INPUTS).write_text(sealed_json(values))
 
     def check(self, checkpoint: Path) -> bool:
@@ -62,6 +63,12 @@ class Record:
                     f"--resume: the {name} are not those that the run in {checkpoint.parent} began with; give it the "
                     f"same dataset, model and tokenizer, or {REMEDY}"
                 )
+        before = str(saved.get("device", self.device))
+        if before.partition(":")[0] != self.device.partition(":")[0]:
+            log(
+                f"this run was on {before}, and goes on on {self.device}, where sums round otherwise: its last "
+                "bits will not be those of a run on one device"
+            )
         self.hashes = {**saved["hashes"], **self.hashes}
         return True
 

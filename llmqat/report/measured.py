@@ -27,6 +27,9 @@ class Measured:
         tokens: training, calibration and evaluation tokens used.
         size: bytes of the quantized layers, float (in the storage dtype) and packed, and bits per weight of them.
         kernel: implementation that ran the packed layers.
+        device: where the codes were derived, and everything was measured.
+        peak_memory_bytes: of the process while it trained.
+        peak_device_memory_bytes: likewise of the device, where that is not the CPU.
     """
 
     recipe: Resolved
@@ -39,6 +42,8 @@ class Measured:
     kernel: str | None = None
     training: TrainResult | None = None
     peak_memory_bytes: int | None = None
+    peak_device_memory_bytes: int | None = None
+    device: str = "cpu"
     verification: Verification | None = None
 
     def ppl(self, variant: str) -> float | None:
@@ -73,6 +78,7 @@ class Measured:
             "model": public_name(self.recipe.model),
             "recipe": public_recipe(self.recipe).to_dict(),
             "environment": environment(),
+            "device": self.device,
             "tokens": {
                 "train": self.tokens.get("train"),
                 "calibration": self.tokens.get("calibration"),
@@ -94,6 +100,7 @@ class Measured:
                 "steps": training.steps if training else None,
                 "seconds": training.seconds if training else None,
                 "peak_memory_bytes": self.peak_memory_bytes,
+                "peak_device_memory_bytes": self.peak_device_memory_bytes,
                 "codes_changed": training.codes_changed if training else None,
                 "clip_rate": training.clip_rate if training else None,
             },

@@ -197,7 +197,8 @@ REPORT = record(
                 "peak_memory_bytes": optional(number),
                 "codes_changed": optional(number),
                 "clip_rate": optional(number),
-            }
+            },
+            {"peak_device_memory_bytes": optional(number)},
         ),
         "verify": record(
             {
@@ -213,7 +214,8 @@ REPORT = record(
                 "greedy_equal": optional(flag),
             },
         ),
-    }
+    },
+    {"device": text},
 )
 
 LAYER = record(

@@ -60,6 +60,8 @@ def _training_lines(measured: Measured) -> list[str]:
     if done is None:
         return []
     memory = "" if measured.peak_memory_bytes is None else f", peak {measured.peak_memory_bytes / 1e9:.2f} GB"
+    if measured.peak_device_memory_bytes is not None:
+        memory += f" and {measured.peak_device_memory_bytes / 1e9:.2f} GB on {measured.device}"
     return [
         f"training: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s{memory}; best at step "
         f"{done.best_step}; {done.codes_changed:.1%} of codes changed, {done.clip_rate:.2%} of weights beyond the grid"
@@ -69,7 +71,8 @@ def _training_lines(measured: Measured) -> list[str]:
 def measured_on(measured: Measured) -> str:
     """The test tokens of the scoreboard, and how they were scored."""
     data, dataset = measured.data, public_name(measured.recipe.data.dataset)
-    return f"{data.tokens:,} test tokens of {dataset}: {data.protocol}, float32 compute, ids {data.sha256[:12]}"
+    place = "" if measured.device == "cpu" else f" on {measured.device}"
+    return f"{data.tokens:,} test tokens of {dataset}: {data.protocol}, float32 compute{place}, ids {data.sha256[:12]}"
 
 
 def _verify_lines(check: Verification | None) -> list[str]:

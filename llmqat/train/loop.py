@@ -96,7 +96,7 @@ class Trainer:
         self.config, self.teacher, self.checkpoints, self.data, self.seed = config, teacher, checkpoints, data, seed
         directory = None if checkpoints is None else checkpoints.directory
         check_tracker(config.tracker, directory)
-        self.accelerator = accelerator_for(config, directory)
+        self.accelerator = accelerator_for(config, directory, next(model.parameters()).device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.held_out = data.held_out.split(config.batch_size)

@@ -11,16 +11,18 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_objec
 from torch import nn
 
 from llmqat.algorithms.activation_ranges import static_layers
-from llmqat.compat.accelerate import forget_precision
+from llmqat.compat.accelerate import forget_accelerator
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.processes import process_count
 
+CPU = torch.device("cpu")
 
-def wait_for_all_processes() -> None:
-    """Wait until every process has come this far."""
+
+def wait_for_all_processes(device: torch.device) -> None:
+    """Wait until every process, each of which computes on a `device` of its own, has come this far."""
     if process_count() > 1:
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+        PartialState(cpu=device.type == "cpu").wait_for_everyone()
 
 
 def close_process_group() -> None:
@@ -46,8 +48,8 @@ def check_agreement(value: Any, directory: Path) -> None:
         )
 
 
-def accelerator_for(config: TrainConfig, directory: Path | None) -> Accelerator:
-    """The accelerator of a training run: devices and processes are accelerate's choice, precision is the recipe's.
+def accelerator_for(config: TrainConfig, directory: Path | None, device: torch.device = CPU) -> Accelerator:
+    """The accelerator of a training run on `device`; the processes are accelerate's choice, precision is the recipe's.
 
     Raises:
         LlmqatError: under DeepSpeed, whose engine keeps optimizer and masters to itself.
@@ -58,11 +60,11 @@ def accelerator_for(config: TrainConfig, directory: Path | None) -> Accelerator:
             "the prepared model by transformers.Trainer (docs/distributed.md)"
         )
     precision = "bf16" if config.precision == "bf16" else "no"
-    if is_initialized() and AcceleratorState().mixed_precision != precision:
-        forget_precision()
-    return Accelerator(
+    if is_initialized() and (AcceleratorState().mixed_precision, AcceleratorState().device) != (precision, device):
+        forget_accelerator()
+    accelerator = Accelerator(
         mixed_precision=precision,
-        cpu=not torch.accelerator.is_available(),
+        cpu=device.type == "cpu",
         # The plugin, because an environment variable would win over the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation),
         log_with=config.tracker,
@@ -71,6 +73,11 @@ def accelerator_for(config: TrainConfig, directory: Path | None) -> Accelerator:
         # the weights.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)  # libraries below launch their kernels there
+    if accelerator.num_processes == 1:  # of several, accelerate has given each its own
+        PartialState().device = accelerator.state.device = device  # the second is a copy of the first, now and then
+    return accelerator
 
 
 def mean(accelerator: Accelerator, value: float | torch.Tensor) -> float:

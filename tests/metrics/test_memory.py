@@ -5,6 +5,7 @@ import torch
 
 from llmqat.metrics import memory
 from llmqat.metrics.memory import peak_memory
+from tests.pretended_device import PRETENDED
 
 MIB = 1 << 20
 
@@ -47,3 +48,13 @@ def test_without_proc(monkeypatch, tmp_path):
     with peak_memory() as peak:
         pass
     assert peak.bytes >= 0.9 * resident()
+
+
+def test_memory_of_a_device_counts_beside_that_of_the_process(pretended, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 7 * MIB)
+    with peak_memory(PRETENDED) as peak:
+        pass
+    assert (peak.bytes > 0, peak.device_bytes) == (True, 7 * MIB)
+    with peak_memory() as peak:
+        pass
+    assert peak.device_bytes is None

@@ -127,14 +127,14 @@ def test_a_model_of_three_times_the_memory(tmp_path, text_file, large, way):
 
 def test_lost_and_damaged_weights(saved):
     directory = saved("llama")
-    source = PartialModel(str(directory))
+    source = PartialModel(str(directory), torch.device("cpu"))
     index = directory / "model.safetensors.index.json"
     weights = json.loads(index.read_text())
     first = directory / weights["weight_map"].pop("model.layers.1.mlp.up_proj.weight")
     tensors = load_file(first)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, first)
-    source = PartialModel(str(directory))
+    source = PartialModel(str(directory), torch.device("cpu"))
     source.read("model.layers.0.")
     with pytest.raises(
         LlmqatError, match=r"they lack model\.layers\.1\.mlp\.up_proj\.weight; copy or download it again"
@@ -142,12 +142,12 @@ def test_lost_and_damaged_weights(saved):
         source.read("model.layers.1.")
     first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(LlmqatError, match=rf"{first.name}: .*; copy or download the model again"):
-        PartialModel(str(directory))
+        PartialModel(str(directory), torch.device("cpu"))
 
 
 def test_weights_damaged_after_they_were_opened(saved):
     directory = saved("llama")
-    source = PartialModel(str(directory))
+    source = PartialModel(str(directory), torch.device("cpu"))
     path = source.file_of["model.layers.1.mlp.up_proj.weight"]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(LlmqatError, match=rf"{path.name} is damaged \(.*\); copy or download the model again"):
@@ -159,7 +159,7 @@ def test_weights_of_another_format(saved):
     for path in directory.glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     with pytest.raises(LlmqatError, match=r"has no safetensors, .* write it again with save_pretrained"):
-        PartialModel(str(directory))
+        PartialModel(str(directory), torch.device("cpu"))
 
 
 def test_smoothing_needs_the_whole_model(small_recipe, tmp_path):

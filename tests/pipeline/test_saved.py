@@ -50,6 +50,16 @@ HASHES = {"test tokens": "a", "calibration tokens": "b", "float weights": "c"}
 TRAINED = {**HASHES, "training tokens": "d", "validation tokens": "e"}
 
 
+def test_another_device_may_go_on_and_says_so(tmp_path, capsys):
+    Record(Recipe(), TRAINED, "cuda:0").write(tmp_path)
+    again = Record(Recipe().with_values({"device": "cuda:1"}), TRAINED, "cuda:1")
+    assert again.check(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert Record(Recipe(), TRAINED, "cpu").check(tmp_path)
+    assert "this run was on cuda:0, and goes on on cpu, where sums round otherwise" in capsys.readouterr().err
+    assert again.key == Record(Recipe(), TRAINED).key
+
+
 def test_a_record_is_of_one_run(tmp_path):
     record = Record(Recipe(), TRAINED)
     assert not record.check(tmp_path)

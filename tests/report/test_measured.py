@@ -37,8 +37,9 @@ SCHEMA = {
     "format": None,
     "llmqat": None,
     "model": None,
-    "recipe": dict.fromkeys(("model", "output", "seed", "quant", "init", "train", "data", "eval")),
+    "recipe": dict.fromkeys(("model", "output", "device", "seed", "quant", "init", "train", "data", "eval")),
     "environment": dict.fromkeys((*PACKAGES, "python", "cpu", "cores", "threads", "gpu")),
+    "device": None,
     "tokens": dict.fromkeys(("train", "calibration", "eval", "eval_sha256")),
     "perplexity": dict.fromkeys(("float", "float_finetuned", "rtn", "gptq", "qat", "packed")),
     "gap_recovered": None,
@@ -51,7 +52,9 @@ SCHEMA = {
         "float": dict.fromkeys(("prefill_tok_s", "decode_tok_s")),
         "packed": dict.fromkeys(("prefill_tok_s", "decode_tok_s", "weight_gb_s", "path")),
     },
-    "training": dict.fromkeys(("steps", "seconds", "peak_memory_bytes", "codes_changed", "clip_rate")),
+    "training": dict.fromkeys(
+        ("steps", "seconds", "peak_memory_bytes", "peak_device_memory_bytes", "codes_changed", "clip_rate")
+    ),
     "verify": dict.fromkeys(PROOF),
 }
 
@@ -96,7 +99,8 @@ def full():
         "packed": Throughput((400.0,), (50.0,), 8, 4, 2_000_000_000, PATHS),
     }
     measured.kernel = "reference"
-    measured.peak_memory_bytes = 123_000_000
+    measured.peak_memory_bytes, measured.peak_device_memory_bytes = 123_000_000, 456_000_000
+    measured.device = "cuda:1"
     measured.verification = Verification(1, True, True, (), 1e-6, 2e-6, ("model.norm.weight",), 3e-6, 4e-6, True)
     return measured
 
@@ -133,6 +137,7 @@ def test_numbers(full):
         "steps": 300,
         "seconds": 12.5,
         "peak_memory_bytes": 123_000_000,
+        "peak_device_memory_bytes": 456_000_000,
         "codes_changed": 0.031,
         "clip_rate": 0.002,
     }
@@ -242,7 +247,7 @@ def test_facts(full):
         r"4\.50 bits per weight; 25\.0% of all parameters",
         r"float: prefill 200 \[100, 300\] tok/s of 8, decode 20 \[10, 30\] tok/s of 4$",
         rf"decode 50 \[50, 50\] tok/s of 4, 100\.00 GB/s of weights, kernel reference; {re.escape(PATHS.summary())}$",
-        r"300 steps, 1,000 tokens, 12 s, peak 0\.12 GB; best at step 250; 3\.1% of codes changed, 0\.20% of weights",
+        r"300 steps, 1,000 tokens, 12 s, peak 0\.12 GB and 0\.46 GB on cuda:1; best at step 250; 3\.1% of codes",
         r"codes and scales of 1 layers equal to the trained ones; logits within 1\.0e-06 of float64 \(bound 2\.0e-06\)",
     ):
         assert re.search(part, text, re.MULTILINE), part

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from llmqat.config import TrainConfig
@@ -15,10 +16,11 @@ from llmqat.train.together import (
     mean,
     wait_for_all_processes,
 )
+from tests.pretended_device import PRETENDED
 
 
 def test_alone_nothing_happens(tmp_path):
-    wait_for_all_processes()
+    wait_for_all_processes(torch.device("cpu"))
     check_agreement(3, tmp_path)
     accelerator = accelerator_for(TrainConfig(precision="fp32"), None)
     assert mean(accelerator, torch.tensor(0.1, requires_grad=True)) == torch.tensor(0.1).item()
@@ -85,3 +87,12 @@ def test_only_the_process_that_writes_copies(monkeypatch):
     assert copied.tolist() == [0, 1, 2]
     monkeypatch.setenv("RANK", "1")
     assert gathered_on_first(tensor, copied=True) is gathered_on_first(tensor, copied=False) is None
+
+
+def test_the_device_of_a_run_stays(pretended):
+    """accelerate copies its choice over ours whenever somebody asks for its state."""
+    accelerator = accelerator_for(TrainConfig(), None, PRETENDED)
+    AcceleratorState()
+    with accelerator.autocast():
+        assert accelerator.device == PRETENDED
+    assert accelerator_for(TrainConfig(), None, torch.device("cpu")).device == torch.device("cpu")
