@@ -76,7 +76,7 @@ def predicted(recipe, **_):
 
 def test_time_and_memory_are_said_first(announced, monkeypatch):
     monkeypatch.setattr(words, "forecast", predicted)
-    assert announced(100) == "this run takes about 22 s and 60.0 GB of memory, in training, on cpu\n"
+    assert announced(100) == "this run takes about 26 s and 60.0 GB of memory, in training, on cpu\n"
 
 
 def test_the_flag_is_named_where_memory_is_short(announced, monkeypatch):
