@@ -11,9 +11,9 @@ from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.affine import choose_scale, dequantize, grouped, quantize, smallest_scale
 from llmqat.quant.fake_quant import codes_of
-from llmqat.quant.grid import Grid, Latent
+from llmqat.quant.grid import Compensation, Grid, Latent
 
 HEAD = "output head"
 
@@ -92,21 +92,30 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
 
 
 @torch.no_grad()
-def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Tensor:
-    """The difference that gives `weight` the codes of `latent` when added, both ``(out, in)``.
+def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Compensation:
+    """The change that gives `weight` the codes of `latent` when added, both ``(out, in)``.
 
-    ``latent - weight`` in the storage dtype, which halves its memory; where that rounding would change a code, the
-    difference to the middle of the code's interval instead, and float32 throughout if even that is too coarse.
+    ``latent - weight`` in steps of 1/127 of the largest change in the group; where that rounding would change a code,
+    the change to the middle of the code's interval instead, and finer steps in a wider integer throughout if even that
+    is too coarse.
     """
     codes = codes_of(Latent(latent), grid)
-    middle = grid.stored().dequantize(codes).float()
-    for dtype in (grid.storage_dtype, torch.float32):
-        difference = (latent - weight).to(dtype)
-        moved = codes_of(Latent(weight, difference), grid) != codes
-        difference = torch.where(moved, (middle - weight).to(dtype), difference)
-        if torch.equal(codes_of(Latent(weight, difference), grid), codes):
+    change, to_middle = latent - weight, grid.stored().dequantize(codes).float() - weight
+    largest = grouped(torch.maximum(change.abs(), to_middle.abs()), grid.scheme).amax(-1)
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        limit = torch.iinfo(dtype).max
+        step = (largest / limit).clamp(min=smallest_scale(torch.bfloat16)).to(torch.bfloat16)
+
+        def in_steps(change: Tensor, step: Tensor = step, limit: int = limit) -> Tensor:
+            multiples = (grouped(change, grid.scheme) / step.float().unsqueeze(-1)).round_()
+            return multiples.clamp_(-limit, limit).flatten(-2)
+
+        multiples = in_steps(change)
+        moved = codes_of(Latent(weight, Compensation(multiples, step)), grid) != codes
+        found = Compensation(torch.where(moved, in_steps(to_middle), multiples).to(dtype), step)
+        if torch.equal(codes_of(Latent(weight, found), grid), codes):
             break
-    return difference
+    return found
 
 
 def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, name: str = "block") -> list[LayerError]:
@@ -185,7 +194,7 @@ def gptq_model(
 def restored(part: nn.Module, index: int, settings: GptqSettings, saved: Saved | None) -> list[LayerError] | None:
     """Put what an earlier run found for a part of the model in place; the errors of its layers, or None for no such."""
     kept = None if saved is None else saved.get(index)
-    if kept is None or kept["keep_float"] != settings.keep_float:
+    if kept is None or kept.get("changed") != changed_tensors(settings.keep_float):
         return None
     part.load_state_dict(kept["state"], strict=False)
     return [LayerError(*error) for error in kept["errors"]]
@@ -200,7 +209,12 @@ def keep(
         name = HEAD if isinstance(part, FakeQuantLinear) else f"block {index}"
         written = {path for path in layers_of(part) if f"{name} {path}".strip() in improved}
         state, rows = written_state(part, written, settings.keep_float), [tuple(error) for error in errors]
-        saved.put(index, {"state": state, "errors": rows, "keep_float": settings.keep_float})
+        saved.put(index, {"state": state, "errors": rows, "changed": changed_tensors(settings.keep_float)})
+
+
+def changed_tensors(keep_float: bool) -> list[str]:
+    """Names of the tensors of a layer that hold what GPTQ did to its weight."""
+    return ["compensation_multiples", "compensation_step"] if keep_float else ["weight"]
 
 
 def written_state(part: nn.Module, written: Collection[str], keep_float: bool) -> dict[str, Tensor]:
@@ -208,6 +222,6 @@ def written_state(part: nn.Module, written: Collection[str], keep_float: bool) -
 
     They are all that a later run needs to go on after that part.
     """
-    tensors = ("scale", "zero_point", "compensation" if keep_float else "weight")
+    tensors = ("scale", "zero_point", *changed_tensors(keep_float))
     names = {f"{path}.{tensor}".removeprefix(".") for path in written for tensor in tensors}
     return {name: tensor for name, tensor in part.state_dict().items() if name in names}

@@ -16,6 +16,7 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.patcher import put_on_grid, quantized_layers
 from llmqat.nn.kv_cache import quantize_kv
+from llmqat.quant.grid import Compensation
 from llmqat.train.modes import add_lora, select_trainable
 from llmqat.train.objective import Teacher
 
@@ -62,7 +63,10 @@ def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport,
         quantize_kv(model, quant.kv_bits)
     if recipe.init.method == "gptq" and float_copy is None:
         for on_grid in quantized_layers(model):
-            on_grid.layer.compensation = torch.empty_like(on_grid.layer.weight, dtype=stored)
+            on_grid.layer.compensation = Compensation(
+                torch.empty_like(on_grid.layer.weight, dtype=torch.int8),
+                torch.empty_like(on_grid.layer.scale, dtype=torch.bfloat16),
+            )
     marked = add_lora(model, train.lora_r, alpha=1.0) if train.mode == "lora" else model
     select_trainable(marked, train.mode, train.lr_scale > 0)
     return Shapes(marked, FloatView(marked) if float_copy is None else FloatCopy(float_copy))

@@ -224,16 +224,14 @@ class OnGrid(NamedTuple):
             LlmqatError: if one of them holds NaN or infinity, or more than its storage dtype.
         """
         layer, adapters = self.layer, () if self.adapters is None else (self.adapters.a, self.adapters.b)
-        for tensor, what in (
-            (layer.weight, "weight"),
-            (layer.compensation, "change by GPTQ"),
-            (layer.zero_point, "zero point"),
-        ):
-            check_storable(tensor, torch.float32, f"the {what} of {self.name}")
+        masters: dict[str, Tensor | None] = {"weight": layer.weight, "zero point": layer.zero_point}
+        masters["change by GPTQ"] = layer.compensation_step
+        for what, master in masters.items():
+            check_storable(master, torch.float32, f"the {what} of {self.name}")
         for tensor in adapters:
             check_storable(tensor, torch.float32, f"an adapter of {self.name}")
-        for tensor, what in ((layer.scale, "scale"), (layer.bias, "bias"), (layer.act_scale, "activation scale")):
-            check_storable(tensor, layer.storage_dtype, f"the {what} of {self.name}")
+        for stored, what in ((layer.scale, "scale"), (layer.bias, "bias"), (layer.act_scale, "activation scale")):
+            check_storable(stored, layer.storage_dtype, f"the {what} of {self.name}")
 
     def pack(self) -> PackedLinear:
         """The layer that ships, on copies of this one's codes and scales.
@@ -286,10 +284,10 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
 
 def float_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters outside the grid: norms, embeddings, the output head, biases; neither quantizers nor adapters."""
-    layers = [on_grid.layer for on_grid in quantized_layers(model)]
-    trained = {id(p) for layer in layers for p in (layer.weight, layer.scale, layer.zero_point)}
-    trained |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
-    return [p for p in transformers_model(model).parameters() if id(p) not in trained]
+    layers = [found.layer for found in quantized_layers(model)]
+    on_grid = {id(p) for layer in layers for p in layer.parameters() if p is not layer.bias}
+    on_grid |= {id(p) for m in model.modules() if isinstance(m, LoraFakeQuantLinear) for p in m.adapter_parameters()}
+    return [p for p in transformers_model(model).parameters() if id(p) not in on_grid]
 
 
 @torch.no_grad()

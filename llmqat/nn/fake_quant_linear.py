@@ -10,11 +10,12 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
-from llmqat.quant.grid import Adapters, Grid, Latent
+from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
 from llmqat.scheme import QuantScheme
 
 DEFAULT_OBSERVER = "mse"
+OPTIONAL = ("code_scale", "compensation_multiples", "compensation_step")
 
 
 class FakeQuantLinear(KeepsDtypes):
@@ -29,7 +30,8 @@ class FakeQuantLinear(KeepsDtypes):
         scale: ``(out, groups)`` float32, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
-        compensation: ``(out, in)`` or None: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``).
+        compensation: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``), or None. Its tensors are
+            frozen Parameters, because FSDP2 shards no buffers: `compensation_multiples` and `compensation_step`.
         name: its path in the model, for messages.
         enabled: False runs the plain float layer, without grid and compensation.
         holds_float: whether the weight is still that of the float model; see `llmqat.models.float_view`.
@@ -39,7 +41,8 @@ class FakeQuantLinear(KeepsDtypes):
     """
 
     code_scale: Tensor | None
-    compensation: Tensor | None
+    compensation_multiples: nn.Parameter | None
+    compensation_step: nn.Parameter | None
     holds_float = True
     name = "a layer"
     act_scale: Tensor | None
@@ -64,7 +67,8 @@ class FakeQuantLinear(KeepsDtypes):
         zero_point = None if scheme.symmetric else torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
         self.register_buffer("code_scale", None)
-        self.register_buffer("compensation", None)
+        self.register_parameter("compensation_multiples", None)
+        self.register_parameter("compensation_step", None)
         self.set_observer(DEFAULT_OBSERVER)
         self.register_load_state_dict_pre_hook(_take_over_optional)
 
@@ -129,12 +133,23 @@ class FakeQuantLinear(KeepsDtypes):
         return module.train(linear.training)
 
     @torch.no_grad()
-    def set_grid(self, scale: Tensor, zero_point: Tensor | None, compensation: Tensor | None = None) -> None:
+    def set_grid(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Put a new grid in place; codes follow the new scale."""
         self.scale.copy_(scale)
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point)
-        self.code_scale, self.compensation = None, compensation
+        self.code_scale = self.compensation = None
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """The change of the weight by GPTQ, or None."""
+        multiples, step = self.compensation_multiples, self.compensation_step
+        return None if multiples is None or step is None else Compensation(multiples, step)
+
+    @compensation.setter
+    def compensation(self, change: Compensation | None) -> None:
+        frozen = [None, None] if change is None else [nn.Parameter(tensor, requires_grad=False) for tensor in change]
+        self.compensation_multiples, self.compensation_step = frozen
 
     def decouple_scale(self) -> None:
         """Find codes with today's scale from now on, so that training the scale moves none of them."""
@@ -198,6 +213,7 @@ class FakeQuantLinear(KeepsDtypes):
 
 def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there."""
-    for name in ("code_scale", "compensation"):
-        value = state_dict.get(prefix + name)
-        setattr(layer, name, None if value is None else value.to(layer.weight.device))
+    device, found = layer.weight.device, [state_dict.get(prefix + name) for name in OPTIONAL]
+    code_scale, multiples, step = (None if value is None else value.to(device) for value in found)
+    layer.code_scale = code_scale
+    layer.compensation = None if multiples is None or step is None else Compensation(multiples, step)

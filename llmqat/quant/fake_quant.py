@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llmqat.quant.affine import fake_quantize_activation, fake_quantize_static, grouped
-from llmqat.quant.grid import Adapters, Grid, Latent
+from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.scheme import QuantScheme
 
 
@@ -108,7 +108,8 @@ class _PerArgument(NamedTuple):
     x: Any = None
     bias: Any = None
     weight: Any = None
-    compensation: Any = None
+    multiples: Any = None
+    step: Any = None
     lora_a: Any = None
     lora_b: Any = None
     lora_scaling: Any = None
@@ -129,7 +130,8 @@ class _FakeQuantLinear(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         weight: Tensor,
-        compensation: Tensor | None,
+        multiples: Tensor | None,
+        step: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         lora_scaling: float,
@@ -140,7 +142,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         storage_dtype: torch.dtype,
         clip_mask: bool,
     ) -> Tensor:
-        tensors = (weight, compensation, lora_a, lora_b, scale, zero_point, code_scale)
+        tensors = (weight, multiples, step, lora_a, lora_b, scale, zero_point, code_scale)
         ctx.save_for_backward(x, *tensors)
         ctx.constants = (lora_scaling, scheme, storage_dtype)
         ctx.clip_mask = clip_mask
@@ -183,9 +185,10 @@ class _FakeQuantLinear(torch.autograd.Function):
 
 def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype]) -> tuple[Latent, Grid]:
     """`Latent` and `Grid`, built again from the tensors and constants of `_FakeQuantLinear.forward`."""
-    weight, compensation, a, b, scale, zero_point, code_scale = tensors
+    weight, multiples, step, a, b, scale, zero_point, code_scale = tensors
     scaling, scheme, storage_dtype = constants
     adapters = None if a is None else Adapters(a, b, scaling)
+    compensation = None if multiples is None else Compensation(multiples, step)
     return Latent(weight, compensation, adapters), Grid(scale, zero_point, code_scale, scheme, storage_dtype)
 
 
@@ -262,8 +265,9 @@ def fake_quant_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     weight, compensation, adapters = latent
     factors = (None, None, 1.0) if adapters is None else adapters
+    change = (None, None) if compensation is None else compensation
     with torch.autocast(device_type, enabled=False):
-        y: Tensor = _eager(x, bias, weight, compensation, *factors, *grid, clip_mask)
+        y: Tensor = _eager(x, bias, weight, *change, *factors, *grid, clip_mask)
     return y
 
 

@@ -1,4 +1,4 @@
-"""The values that describe a quantized weight: `Grid`, `Latent` and `Adapters`.
+"""The values that describe a quantized weight: `Grid`, `Latent`, `Adapters` and `Compensation`.
 
 They are NamedTuples of tensors and numbers: functions take them as they are, and only `torch.autograd.Function.apply`
 needs them laid flat. Shapes as in `llmqat.quant.affine`: a weight is ``(out, in)``, its scales are ``(out, groups)``.
@@ -54,17 +54,35 @@ class Adapters(NamedTuple):
     scaling: float
 
 
+class Compensation(NamedTuple):
+    """The change of a weight by GPTQ, a whole number of steps in each entry: ``multiples * step``.
+
+    Attributes:
+        multiples: ``(out, in)`` int8, or a wider integer where int8 would cost a code.
+        step: ``(out, groups)`` bfloat16.
+    """
+
+    multiples: Tensor
+    step: Tensor
+
+    def rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the change in `dtype`: each entry is one product, rounded once."""
+        step = self.step[rows].to(dtype).unsqueeze(-1)
+        change: Tensor = self.multiples[rows].to(dtype).unflatten(-1, (step.shape[-2], -1)) * step
+        return change.flatten(-2)
+
+
 class Latent(NamedTuple):
     """The weight that is quantized, as a sum: ``weight + scaling * b @ a + compensation``.
 
     Attributes:
         weight: the trainable master, ``(out, in)`` float32 (float64 for a float64 model).
-        compensation: ``(out, in)`` in any float dtype, what GPTQ added to the weight; None for nothing.
+        compensation: the change of the weight by GPTQ; None for nothing.
         adapters: LoRA factors; None for none.
     """
 
     weight: Tensor
-    compensation: Tensor | None = None
+    compensation: Compensation | None = None
     adapters: Adapters | None = None
 
     def chunks(self) -> Iterator[slice]:
@@ -79,7 +97,7 @@ class Latent(NamedTuple):
             with torch.autocast(total.device.type, enabled=False):
                 total = torch.addmm(total, b[rows].to(total.dtype), a.to(total.dtype), alpha=scaling)
         if self.compensation is not None:  # last: merged adapters then give the same bits
-            total = total + self.compensation[rows]
+            total = total + self.compensation.rows(rows, total.dtype)
         return total
 
     def at(self, ids: Tensor) -> Tensor:
@@ -90,7 +108,7 @@ class Latent(NamedTuple):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         if self.adapters is None:
             total = self.weight[ids].to(dtype)
-            return total if self.compensation is None else total + self.compensation[ids]
+            return total if self.compensation is None else total + self.compensation.rows(ids, dtype)
         total = torch.empty(len(ids), self.weight.shape[1], dtype=dtype, device=self.weight.device)
         for rows in self.chunks():
             wanted = ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(-1)

@@ -118,13 +118,13 @@ def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, 
     if recipe.train.mode == "full":
         teacher = MASTER * parameters if recipe.train.loss == "kd" else 0
         return (MASTER + GRADIENT + ADAM) * parameters + teacher
-    compensation = stored.itemsize * quantized
-    if recipe.train.mode == "lora":
-        trained = recipe.train.lora_r * sum(sum(layer.shape) for layer in layers)
-        return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
     scales = sum(
         layer.shape[0] * (layer.shape[1] // layer.scheme.group_length(layer.shape[1]))
         for layer in layers
         if layer.scheme
     )
+    compensation = quantized + 2 * scales  # see `llmqat.quant.grid.Compensation`
+    if recipe.train.mode == "lora":
+        trained = recipe.train.lora_r * sum(sum(layer.shape) for layer in layers)
+        return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
     return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales

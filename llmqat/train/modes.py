@@ -101,13 +101,15 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
             )
         return
     scales = scales or mode == "scales"
-    model.requires_grad_(mode == "full")
+    for parameter in model.parameters():
+        parameter.requires_grad_(mode == "full" and parameter.is_floating_point())
     for layer in (on_grid.layer for on_grid in quantized_layers(model)):
         if scales:
             layer.decouple_scale()
         layer.scale.requires_grad_(scales)
-        if layer.zero_point is not None:
-            layer.zero_point.requires_grad_(False)
+        for frozen in (layer.zero_point, layer.compensation_step):
+            if frozen is not None:
+                frozen.requires_grad_(False)
     for module in model.modules():
         if is_norm(module):
             module.requires_grad_(True)

@@ -13,7 +13,7 @@ from llmqat.nn.dtensor import gathered_on_first, local_shard
 from llmqat.train.checkpoint import REMEDY
 
 # Buffers of a layer on its grid that no step changes. Others may, such as the ranges of static activations.
-FROZEN_BUFFERS = (".code_scale", ".compensation")
+FROZEN_BUFFERS = (".code_scale",)
 
 
 def moving_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.affine import fake_quantize_activation
+from llmqat.quant.affine import fake_quantize_activation, grouped
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
 
@@ -64,27 +64,34 @@ def test_keep_float_finds_the_same_codes_and_keeps_the_float_model(tiny_llama, t
         assert torch.equal(a.stored_scale(), b.stored_scale())
         assert torch.equal(a.quantized_weight(), b.quantized_weight())
         assert a.compensation is None
-        assert b.compensation.abs().max() > 0
+        assert b.compensation.multiples.any()
     assert torch.equal(logits(models[True], tokens), logits(models[False], tokens))
     for layer in layers_of(models[True]).values():
         layer.enabled = False
     assert torch.equal(logits(models[True], tokens), float_logits)
 
 
-def test_compensation_takes_half_the_bytes_where_that_is_exact_enough(tiny_llama, tokens):
-    model, _ = prepared(tiny_llama(), QuantScheme(4, 16), storage_dtype=torch.bfloat16)
-    run_gptq(model, tokens, keep_float=True)
-    assert {layer.compensation.dtype for layer in layers_of(model).values()} == {torch.bfloat16}
+def test_compensation_takes_a_byte_and_is_near_the_latent(tiny_llama, tokens):
+    models = {}
+    for keep in (True, False):
+        models[keep], _ = prepared(tiny_llama(), QuantScheme(4, 16), storage_dtype=torch.bfloat16)
+        run_gptq(models[keep], tokens, keep)
+    for kept, plain in zip(*(layers_of(m).values() for m in models.values()), strict=True):
+        assert kept.compensation.multiples.dtype == torch.int8
+        assert not any(p.requires_grad for p in (kept.compensation_multiples, kept.compensation_step))
+        apart = (
+            grouped(kept.latent().rows(slice(None)) - plain.weight, kept.scheme).abs() / plain.scale.abs()[..., None]
+        )
+        assert apart.mean() < 0.02, "of a code"
 
 
-def test_compensation_takes_float32_where_half_the_bytes_lose_a_code():
+def test_compensation_takes_more_bytes_where_one_loses_a_code():
     layer = FakeQuantLinear(nn.Parameter(torch.full((1, 4), 100.0)), None, QuantScheme(8, 4), torch.bfloat16)
     layer.scale.data.fill_(0.25)
     codes = torch.tensor([[1.0, -3.0, 100.0, -77.0]])
     w_hat = layer.stored_scale() * codes
-    layer.compensation = driver.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # 100 away: 0.5 in bfloat16
-    assert not layer.compensation.requires_grad
-    assert layer.compensation.dtype == torch.float32
+    layer.compensation = driver.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # steps of 0.94 in int8
+    assert layer.compensation.multiples.dtype == torch.int16
     assert torch.equal(layer.codes().float(), codes)
 
 

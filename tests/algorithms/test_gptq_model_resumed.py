@@ -63,10 +63,19 @@ def test_blocks_of_the_other_kind_are_not_taken(tiny_llama, tokens, tmp_path):
             assert (layer.compensation is not None) == keep_float
 
 
+def test_blocks_that_hold_the_change_in_another_form_are_found_again():
+    class Older:
+        def get(self, index):
+            return {"state": {"q.compensation": torch.ones(1)}, "errors": [], "keep_float": True}
+
+    assert driver.restored(torch.nn.Module(), 0, GptqSettings(keep_float=True), Older()) is None
+
+
 def test_a_block_holds_what_gptq_changed(tiny_llama, tokens, tmp_path):
     model = tiny_llama()
     prepare(model, QuantScheme(3, 16), storage_dtype=torch.bfloat16)
     gptq_model(model, model.model.layers, tokens, GptqSettings(0.01, True), SavedBlocks(Checkpoints(tmp_path)))
     layers = [name.removeprefix("model.layers.1.") for name, _, _ in quantized_layers(model) if ".1." in name]
     state = SavedBlocks(Checkpoints(tmp_path)).get(1)["state"]
-    assert state.keys() == {f"{layer}.{tensor}" for layer in layers for tensor in ("scale", "compensation")}
+    changed = ("scale", "compensation_multiples", "compensation_step")
+    assert state.keys() == {f"{layer}.{tensor}" for layer in layers for tensor in changed}

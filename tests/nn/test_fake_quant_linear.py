@@ -10,6 +10,7 @@ from llmqat.quant import grid
 from llmqat.quant.affine import choose_scale, dequantize
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
+from tests.quant.helpers import random_change
 
 IN, OUT = 64, 24
 SCHEME = QuantScheme(4, 16)
@@ -24,7 +25,7 @@ def make(scheme=SCHEME, dtype=torch.float32, lora=False, compensation=False, cod
         if layer.zero_point is not None:
             layer.zero_point += 0.4 * torch.rand_like(layer.zero_point)
         if compensation:
-            layer.compensation = 0.05 * torch.randn(OUT, IN)
+            layer.compensation = random_change(OUT, IN, 16, 0.05)
         if code_scale:
             layer.decouple_scale()
             layer.scale *= 1.1
@@ -81,7 +82,9 @@ def test_forward_runs_on_codes_and_scale(scheme, dtype, variant, monkeypatch):
 
 def test_latent_is_what_is_quantized():
     layer, _ = make(compensation=True)
-    assert torch.equal(layer.latent().rows(slice(None)), layer.weight + layer.compensation)
+    assert torch.equal(
+        layer.latent().rows(slice(None)), layer.weight + layer.compensation.rows(slice(None), torch.float32)
+    )
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double])
@@ -95,7 +98,7 @@ def test_casting_the_model_keeps_masters_and_grid(cast):
     assert layer.weight is weight
     assert layer.storage_dtype == storage_dtype
     for name, value in layer.state_dict().items():
-        assert value.dtype == torch.float32
+        assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
     assert torch.equal(layer.codes(), codes)
     x = torch.randn(2, IN, dtype=model[0].weight.dtype)
@@ -225,7 +228,7 @@ def test_nothing_of_weight_size_is_saved_but_the_weight(variant, storage_dtype, 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         layer(torch.randn(2, IN, dtype=torch.bfloat16, requires_grad=True), adapters)
-    allowed = {t.data_ptr() for t in (layer.weight, layer.compensation) if t is not None}
+    allowed = {t.data_ptr() for t in (layer.weight, layer.compensation_multiples) if t is not None}
     large = {t.data_ptr() for t in saved if t.numel() >= layer.weight.numel()}
     assert layer.weight.data_ptr() in large
     assert large <= allowed

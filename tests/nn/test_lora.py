@@ -9,6 +9,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
+from tests.quant.helpers import random_change
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,7 +28,7 @@ def prepared(tiny_llama):
         if compensation:  # as GPTQ with keep_float leaves it
             for layer in model.modules():
                 if isinstance(layer, FakeQuantLinear):
-                    layer.compensation = 0.02 * torch.randn_like(layer.weight)
+                    layer.compensation = random_change(*layer.weight.shape, 16, 0.02)
         return model
 
     return make

@@ -8,6 +8,7 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.grid import Adapters
 from llmqat.quant.packing import packed_width
 from llmqat.scheme import QuantScheme
+from tests.quant.helpers import random_change
 
 SHAPES = [(24, 64, 16), (83, 60, 15), (5, 77, -1), (1, 8, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,7 +53,7 @@ def test_packs_the_grid_of_the_forward(reference_op, bits, symmetric, shape, dty
 def test_packs_adapters_compensation_and_code_scale(reference_op, symmetric, act_bits):
     layer = trained(QuantScheme(4, 16, symmetric, act_bits), torch.bfloat16)
     plain = layer.codes()
-    layer.compensation = 0.05 * torch.randn(24, 64)
+    layer.compensation = random_change(24, 64, 16, 0.05)
     layer.decouple_scale()
     layer.scale.data *= 1.07
     adapters = Adapters(torch.randn(3, 64) * 0.1, torch.randn(24, 3), 0.3)

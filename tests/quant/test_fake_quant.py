@@ -11,6 +11,7 @@ from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activati
 from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.scheme import QuantScheme
+from tests.quant.helpers import random_change
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,7 +89,7 @@ class Case:
         if code_scale:
             options["code_scale"] = scale * 0.98
         if compensation:
-            options["compensation"] = torch.randn(12, 32) * 0.2
+            options["compensation"] = random_change(12, 32, scheme.group_length(32), 0.2)
         return cls(scheme, storage_dtype, tensors, options)
 
     def to(self, dtype):
@@ -112,7 +113,7 @@ def reference(
     x, weight, scale, zero_point, bias, scheme, storage_dtype, *, clip_mask, lora_scaling,
     code_scale=None, compensation=None, lora_a=None, lora_b=None,
 ):  # fmt: skip
-    latent = weight if compensation is None else weight + compensation
+    latent = weight if compensation is None else weight + compensation.rows(slice(None), weight.dtype)
     if lora_a is not None:
         latent = latent + lora_scaling * (lora_b @ lora_a)
     stored = straight(scale, lambda s: s.to(storage_dtype).to(s.dtype)).unsqueeze(-1)

@@ -5,11 +5,12 @@ import torch
 from peft import PeftModel
 
 from llmqat.errors import LlmqatError
-from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.models.patcher import float_parameters, prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 from llmqat.train.codes import FirstCodes
 from llmqat.train.loop import fit
 from llmqat.train.modes import add_lora, parameter_groups, select_trainable
+from tests.quant.helpers import random_change
 
 
 def trained_names(model):
@@ -34,6 +35,18 @@ def test_full_trains_everything_but_zero_points(tiny_llama, symmetric):
     assert trained_names(model) == {name for name, _ in model.named_parameters()} - names_like(model, "zero_point")
     assert bool(names_like(model, "zero_point")) == (not symmetric)
     assert all(layer.code_scale is not None for _, layer, _ in quantized_layers(model))
+
+
+def test_full_leaves_the_change_by_gptq_alone(tiny_llama):
+    model = tiny_llama()
+    prepare(model, QuantScheme(4, 16))
+    layers = [found.layer for found in quantized_layers(model)]
+    for layer in layers:
+        layer.compensation = random_change(*layer.weight.shape, 16, 0.02)
+    select_trainable(model, "full")
+    assert all(layer.weight.requires_grad for layer in layers)
+    assert not any(p.requires_grad for layer in layers for p in layer.compensation)
+    assert {id(p) for p in float_parameters(model)}.isdisjoint(id(p) for layer in layers for p in layer.compensation)
 
 
 def test_full_without_scales(tiny_llama):
