@@ -217,6 +217,11 @@ def unstack(batch: Tensor) -> tuple[Tensor, Tensor | None]:
     return batch[:, 0, :length], counts[:, :length]
 
 
+def places(counts: Tensor | None) -> Tensor | None:
+    """Where the positions that count lie in the flattened batch, ``(tokens,)``; None for all."""
+    return None if counts is None else counts.flatten().nonzero().squeeze(-1)
+
+
 def positions(batch: Tensor) -> int:
     """How many positions of a batch count in its loss."""
     ids, counts = unstack(batch)

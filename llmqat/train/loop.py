@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from llmqat.algorithms.activation_ranges import follow_activations
 from llmqat.config import ResolvedTrain, TrainConfig
-from llmqat.data.chat import positions, token_count, unstack
+from llmqat.data.chat import places, positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
@@ -26,7 +26,7 @@ from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
 from llmqat.train.state import check_base, hash_of_base, moving_tensors, on_first, put_back, taken_out
-from llmqat.train.together import accelerator_for, any_of, mean, same_ranges
+from llmqat.train.together import accelerator_for, any_of, mean, means, same_ranges
 from llmqat.train.tracking import check_tracker
 
 
@@ -122,21 +122,25 @@ class Trainer:
 
     def loss(self, batch: Tensor) -> Tensor:
         """Loss of one batch of sequences: cross-entropy, or distance from the teacher."""
-        ids, counts = unstack(batch.to(self.accelerator.device))
-        return self.objective.loss(self.model, ids, counts, self.accelerator.autocast)
+        ids, counts = unstack(batch)  # on the CPU, where nothing waits for the device
+        counted, device = places(counts), self.accelerator.device
+        counted = None if counted is None else counted.to(device, non_blocking=True)
+        return self.objective.loss(self.model, ids.to(device, non_blocking=True), counted, self.accelerator.autocast)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean loss over the held-out sequences, of which each process takes its share."""
         self.model.eval()
-        index, count, total = self.accelerator.process_index, self.accelerator.num_processes, 0.0
+        index, count, losses, numbers = self.accelerator.process_index, self.accelerator.num_processes, [], []
         with self.accelerator.autocast():
             for first in range(0, len(self.held_out), count):
                 # Every process runs the model as often as the others do: past the end, for nothing.
                 batch = self.held_out[min(first + index, len(self.held_out) - 1)]
-                loss = float(self.loss(batch)) * positions(batch)
-                total += loss if first + index < len(self.held_out) else 0.0
+                losses.append(self.loss(batch))
+                numbers.append(positions(batch) if first + index < len(self.held_out) else 0)
         self.model.train()
+        pairs = zip(torch.stack(losses).tolist(), numbers, strict=True)
+        total = sum(loss * number for loss, number in pairs if number)
         return mean(self.accelerator, total * count) / sum(map(positions, self.held_out))
 
     def evaluate(self) -> None:
@@ -171,28 +175,40 @@ class Trainer:
 
     def step(self, batches: Iterator[Tensor]) -> float:
         """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
-        total, parts = 0.0, [next(batches) for _ in range(self.config.accumulation)]
-        average = mean(self.accelerator, float(sum(map(positions, parts)))) / len(parts)
+        parts = [next(batches) for _ in range(self.config.accumulation)]
+        own = float(sum(map(positions, parts))), float(sum(map(token_count, parts)))
+        counted, tokens = means(self.accelerator, *own)
+        average, total = counted / len(parts), torch.zeros((), device=self.accelerator.device)
         following = self.result.steps < self.config.freeze_observers
         follow_activations(self.unwrapped_model, following)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 loss = self.loss(batch) * (positions(batch) / average)
-                total += mean(self.accelerator, loss) / self.config.accumulation
-                self.check_finite(total, "training", self.result.steps + 1)
+                total += loss.detach()
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.max_grad_norm:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.scheduler.step()
+                if self.accelerator.sync_gradients:  # of the last batch
+                    found = self.update(total / len(parts))
         if following:
             same_ranges(self.accelerator, self.unwrapped_model)
         count = self.accelerator.num_processes
         self.result.steps += 1
         self.result.sequences += count * sum(map(len, parts))
-        self.result.tokens += round(count * mean(self.accelerator, float(sum(map(token_count, parts)))))
-        return total
+        self.result.tokens += round(count * tokens)
+        return found
+
+    def update(self, total: Tensor) -> float:
+        """Move what trains by its gradients; returns the mean loss, the one number of a step that the host waits for.
+
+        It waits before anything moves: a loss that is not finite leaves the model as it was.
+        """
+        loss = mean(self.accelerator, total)
+        self.check_finite(loss, "training", self.result.steps + 1)
+        if self.config.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return loss
 
     def save(self) -> None:
         """Write the checkpoint, if there is a place for it, while training goes on.
@@ -296,7 +312,7 @@ def _run(trainer: Trainer, config: ResolvedTrain) -> None:
     done = result.steps * config.accumulation * trainer.accelerator.num_processes
     sampler = EndlessSampler(len(trainer.data.train), config.batch_size, trainer.seed, done)
     loader: DataLoader[Tensor] = DataLoader(trainer.data.train, batch_sampler=sampler)  # type: ignore[arg-type]
-    batches = iter(trainer.accelerator.prepare(loader))
+    batches = iter(trainer.accelerator.prepare_data_loader(loader, device_placement=False))
     trainer.model.train()
     clock = Clock(result, "KL" if trainer.teacher else "loss")
     with interruptible() as caught, Meter("training", config.max_steps, result.steps) as meter:

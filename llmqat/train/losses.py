@@ -61,32 +61,32 @@ class _HeadLoss(torch.autograd.Function):
         return None, None, *(gradient * grad for gradient in ctx.gradients)
 
 
-def kd_loss(student: BelowHead, teacher: BelowHead, counts: Tensor | None = None) -> Tensor:
+def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None) -> Tensor:
     """Forward KL from the teacher, ``KL(p_teacher || p_student)`` at temperature 1, mean over tokens (nats).
 
     Args:
         student: its forward ``(batch, length)``.
         teacher: the teacher's forward on the same tokens, without gradients.
-        counts: ``(batch, length)`` bool, the positions that count; by default all.
+        places: of the positions that count in the flattened batch, ``(tokens,)``; by default all.
     """
-    theirs = _tokens(teacher.hidden, counts)
-    return _head_loss(student, lambda chunk: teacher.logits(theirs[chunk]), _tokens(student.hidden, counts))
+    theirs = _tokens(teacher.hidden, places)
+    return _head_loss(student, lambda chunk: teacher.logits(theirs[chunk]), _tokens(student.hidden, places))
 
 
 class _HiddenLoss(torch.autograd.Function):
     """Mean relative squared error of hidden states; the differences become the gradients, in place."""
 
     @staticmethod
-    def forward(ctx: Any, targets: list[Tensor], counts: Tensor | None, *states: Tensor) -> Tensor:
+    def forward(ctx: Any, targets: list[Tensor], places: Tensor | None, *states: Tensor) -> Tensor:
         """`targets` are let go of one by one."""
-        errors, ctx.differences, ctx.powers, ctx.counts = [], [], [], counts
+        errors, ctx.differences, ctx.powers, ctx.places = [], [], [], places
         ctx.dtypes = [state.dtype for state in states]
         for state in states:
             target = targets.pop(0).float()
             power = target.square().sum(-1).clamp(min=1e-12)
             difference = state.float() - target
             error = difference.square().sum(-1) / power
-            errors.append((error if counts is None else error[counts]).mean())
+            errors.append(_tokens(error, places).mean())
             ctx.differences.append(difference)
             ctx.powers.append(power)
         return torch.stack(errors).mean()
@@ -95,13 +95,15 @@ class _HiddenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, blocks = [], len(ctx.differences)
         for difference, power, dtype in zip(ctx.differences, ctx.powers, ctx.dtypes, strict=True):
-            weight = torch.ones_like(power) if ctx.counts is None else ctx.counts.to(power.dtype)
+            weight = torch.ones_like(power)
+            if ctx.places is not None:
+                weight = torch.zeros_like(power).flatten().index_fill_(0, ctx.places, 1).view_as(power)
             of_token = weight * (grad / blocks / weight.sum()) / power
             gradients.append(difference.mul_(2).mul_(of_token.unsqueeze(-1)).to(dtype))
         return None, None, *gradients
 
 
-def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], counts: Tensor | None = None) -> Tensor:
+def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], places: Tensor | None = None) -> Tensor:
     """Squared error of hidden states relative to the teacher's, ``|h - h_T|^2 / |h_T|^2``, mean over tokens and blocks.
 
     A denser signal than the logits alone: each block is told its own error. On the bundled Llama at 4 bits it took
@@ -110,33 +112,40 @@ def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], counts: 
     Args:
         states: ``(batch, length, hidden)`` after each block.
         teacher_states: the teacher's, of the same shapes; emptied, so that they go as the differences are made.
-        counts: ``(batch, length)`` bool, the positions that count; by default all.
+        places: of the positions that count in the flattened batch, ``(tokens,)``; by default all.
 
     Raises:
         LlmqatError: if the two models differ in depth or width.
     """
     if [state.shape for state in states] != [target.shape for target in teacher_states]:
         raise LlmqatError("hidden states of model and teacher differ in depth or width; set hidden_weight to 0")
-    loss: Tensor = _HiddenLoss.apply(teacher_states, counts, *states)
+    loss: Tensor = _HiddenLoss.apply(teacher_states, places, *states)
     return loss
 
 
-def ce_loss(student: BelowHead, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+def ce_loss(student: BelowHead, input_ids: Tensor, places: Tensor | None = None) -> Tensor:
     """Next-token cross-entropy, mean over tokens (nats).
 
     Args:
         student: its forward ``(batch, length)``.
         input_ids: ``(batch, length)``.
-        counts: ``(batch, length)`` bool, the positions that count (each predicts the token after it); by default all.
+        places: of the positions that count (each predicts the token after it) in the flattened batch, ``(tokens,)``; by
+            default all but the last of each sequence.
     """
-    which = None if counts is None else counts[:, :-1]
-    targets = _tokens(input_ids[:, 1:], which)
-    return _head_loss(student, targets.__getitem__, _tokens(student.hidden[:, :-1], which))
+    if places is None:
+        targets, hidden = _tokens(input_ids[:, 1:]), _tokens(student.hidden[:, :-1])
+    else:
+        targets, hidden = _tokens(input_ids.roll(-1, 1), places), _tokens(student.hidden, places)
+    return _head_loss(student, targets.__getitem__, hidden)
 
 
-def _tokens(values: Tensor, counts: Tensor | None) -> Tensor:
-    """``(batch, length, ...)`` as ``(tokens, ...)``: the positions that count, or all."""
-    return values.flatten(0, 1) if counts is None else values[counts]
+def _tokens(values: Tensor, places: Tensor | None = None) -> Tensor:
+    """``(batch, length, ...)`` as ``(tokens, ...)``: the positions that count, or all.
+
+    By places, and not by a mask, whose length the host would have to wait for.
+    """
+    flat = values.flatten(0, 1)
+    return flat if places is None else flat[places]
 
 
 def _head_loss(student: BelowHead, targets: Targets, hidden: Tensor) -> Tensor:

@@ -31,20 +31,20 @@ class Objective:
         self.teacher_head = None if teacher is None else ReferenceHead(teacher, apart)
 
     def loss(
-        self, model: nn.Module, ids: Tensor, counts: Tensor | None, autocast: Callable[[], AbstractContextManager[None]]
+        self, model: nn.Module, ids: Tensor, places: Tensor | None, autocast: Callable[[], AbstractContextManager[None]]
     ) -> Tensor:
         """Loss of one batch, nats.
 
         Args:
             model: the one given at construction, or its wrapper.
             ids: ``(batch, length)``.
-            counts: ``(batch, length)`` bool, the positions that count; None for all.
+            places: of the positions that count in the flattened batch, ``(tokens,)``; None for all.
             autocast: opens the context in which the models compute.
         """
         # One context a forward: inside one for both, weights that the teacher's cast without gradients would be reused.
         if self.teacher is None or self.teacher_head is None:
             with autocast():
-                return ce_loss(self.head.below(model, input_ids=ids, use_cache=False), ids, counts)
+                return ce_loss(self.head.below(model, input_ids=ids, use_cache=False), ids, places)
         # Held-out losses are the KL divergence alone: what is compared must not depend on a weight.
         weight = self.config.hidden_weight if torch.is_grad_enabled() else 0.0
         arguments = {"input_ids": ids, "use_cache": False, "output_hidden_states": weight > 0}
@@ -54,7 +54,7 @@ class Objective:
         teacher = replace(teacher, outputs=None)  # which would hold on to the states
         with autocast():
             student = self.head.below(model, **arguments)
-            loss = kd_loss(student, teacher, counts)
+            loss = kd_loss(student, teacher, places)
         if weight > 0:
-            loss = loss + weight * hidden_loss(student.outputs.hidden_states[1:], states, counts)
+            loss = loss + weight * hidden_loss(student.outputs.hidden_states[1:], states, places)
         return loss

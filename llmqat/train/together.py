@@ -80,12 +80,19 @@ def accelerator_for(config: TrainConfig, directory: Path | None, device: torch.d
     return accelerator
 
 
+def means(accelerator: Accelerator, *values: float | torch.Tensor) -> list[float]:
+    """Means over processes, the same numbers in each; all of them come from the device at once."""
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    device = accelerator.device
+    tensors = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
+    found: list[float] = accelerator.reduce(torch.stack(tensors), "mean").tolist()  # type: ignore[union-attr]
+    return found
+
+
 def mean(accelerator: Accelerator, value: float | torch.Tensor) -> float:
     """Mean over processes, the same number in each."""
-    if accelerator.num_processes == 1:
-        return torch.as_tensor(value).item()
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).detach()
-    return float(accelerator.reduce(tensor, "mean"))  # type: ignore[arg-type]
+    return means(accelerator, value)[0]
 
 
 def same_ranges(accelerator: Accelerator, model: nn.Module) -> None:

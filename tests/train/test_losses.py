@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from llmqat.data.chat import places
 from llmqat.errors import LlmqatError
 from llmqat.models import output_head
 from llmqat.models.output_head import BelowHead
@@ -17,11 +18,11 @@ def from_logits(logits):
 
 
 def kd_loss(logits, teacher, counts=None):
-    return losses.kd_loss(from_logits(logits), from_logits(teacher), counts)
+    return losses.kd_loss(from_logits(logits), from_logits(teacher), places(counts))
 
 
 def ce_loss(logits, ids, counts=None):
-    return losses.ce_loss(from_logits(logits), ids, counts)
+    return losses.ce_loss(from_logits(logits), ids, places(counts))
 
 
 def torch_kd(logits, teacher):
@@ -137,7 +138,7 @@ def test_hidden_loss_of_the_positions_that_count():
     counts = torch.zeros(2, 5, dtype=torch.bool)
     counts[0, 1:3] = True
     expected = hidden_loss([states[0][:1, 1:3]], [teacher[0][:1, 1:3]])
-    torch.testing.assert_close(hidden_loss(states, list(teacher), counts), expected)
+    torch.testing.assert_close(hidden_loss(states, list(teacher), places(counts)), expected)
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
@@ -149,7 +150,7 @@ def test_gradient_of_the_hidden_loss_is_that_of_its_formula(some):
     formula = torch.stack([(e if counts is None else e[counts]).mean() for e in errors]).mean()
     expected = torch.autograd.grad(3 * formula, states)
     given = list(teacher)
-    loss = hidden_loss(states, given, counts)
+    loss = hidden_loss(states, given, places(counts))
     assert given == [], "nothing holds the teacher's states any more"
     found = torch.autograd.grad(3 * loss, states)
     assert torch.equal(loss, formula)
