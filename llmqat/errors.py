@@ -1,6 +1,7 @@
-"""The one exception of expected failures, the warning of old spellings, and messages of other libraries in one line."""
+"""The one exception of expected failures, the warning of old spellings, and what keeps messages in one line."""
 
 LONGEST = 200  # characters of another library's message that are passed on
+NAMES_IN_MESSAGE = 5
 
 
 class LlmqatError(ValueError):
@@ -18,3 +19,9 @@ def error_text(error: BaseException) -> str:
     """The message of an exception of another library as one line that is not too long; its class if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def shortened_list(names: list[str]) -> str:
+    """The first `NAMES_IN_MESSAGE` names, and how many more there are."""
+    more = len(names) - NAMES_IN_MESSAGE
+    return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")

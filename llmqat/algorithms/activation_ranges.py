@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import eval_mode
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, shortened_list
 from llmqat.nn.experts import PROJECTIONS, SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import log, track
-
-NAMES_IN_MESSAGE = 5
 
 
 def static_layers(model: nn.Module) -> list[FakeQuantLinear]:
@@ -98,12 +96,6 @@ def check_ranges(model: nn.Module) -> None:
             f"static activations of {shortened_list(bare)} have no range yet: no token reached them; call "
             "llmqat.observe_activations(model, batches) first"
         )
-
-
-def shortened_list(names: list[str]) -> str:
-    """The first `NAMES_IN_MESSAGE` names, and how many more there are."""
-    more = len(names) - NAMES_IN_MESSAGE
-    return ", ".join(names[:NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
 
 
 def follow_activations(model: nn.Module, on: bool) -> None:

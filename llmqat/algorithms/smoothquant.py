@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from llmqat.algorithms.activation_ranges import shortened_list
 from llmqat.algorithms.blocks import eval_mode
 from llmqat.algorithms.fold import Fold, apply_checked
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, shortened_list
 from llmqat.progress import track
 from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_input, quantize, quotient
 from llmqat.scheme import QuantScheme

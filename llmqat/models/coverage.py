@@ -8,9 +8,8 @@ from statistics import fmean
 
 from torch import nn
 
-from llmqat.algorithms.activation_ranges import shortened_list
 from llmqat.algorithms.blocks import LEAST_TOKENS_PER_INPUT
-from llmqat.errors import LlmqatError
+from llmqat.errors import LlmqatError, shortened_list
 from llmqat.scheme import QuantScheme
 
 # Roles of a layer that reports name.
