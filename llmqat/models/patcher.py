@@ -299,3 +299,15 @@ def round_float_parts(model: nn.Module) -> None:
     dtype = quantized_layers(model)[0].layer.storage_dtype
     for parameter in float_parameters(model):
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+@torch.no_grad()
+def store_frozen_weights(model: nn.Module) -> None:
+    """Keep the weights of layers on the grid that do not train in their storage dtype, where that is exact.
+
+    Called once it is known what trains. Codes and ``W_hat`` stay the same bits: rows are widened as they are quantized.
+    """
+    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
+        stored = layer.weight.to(layer.storage_dtype)
+        if not layer.weight.requires_grad and torch.equal(stored.to(layer.weight.dtype), layer.weight):
+            layer.weight.data = stored

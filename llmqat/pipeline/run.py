@@ -36,6 +36,7 @@ from llmqat.models.patcher import (
     run_gptq,
     smooth,
     smoothable,
+    store_frozen_weights,
 )
 from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
@@ -110,7 +111,7 @@ class Run:
         self.claim_directory()
         self.restore_state()
         torch.manual_seed(self.recipe.seed)
-        self.model.to(self.device)
+        self.model.to(self.device).requires_grad_(False)  # until it is marked what trains
         self.smooth_model()
         self.prepare_model()
         self.initialize_codes()
@@ -281,6 +282,7 @@ class Run:
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
+        store_frozen_weights(self.model)
         self.float_pass.reference = self.float_copy or FloatView(self.model)
         if recipe.init.method == "gptq":
             self.measure("gptq", partial(self.float_pass.compare, self.model, "perplexity, GPTQ"))

@@ -10,7 +10,7 @@ import llmqat
 from llmqat.compat.peft import register_layers
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import load_float
-from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
+from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth, store_frozen_weights
 from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -412,3 +412,17 @@ def test_static_activations_without_a_range_name_their_layer(tiny_llama, tokens)
         LlmqatError, match=r"^the inputs of model\.layers\.1\.self_attn\.q_proj with static activations hold"
     ):
         llmqat.observe_activations(model, tokens)
+
+
+def test_only_frozen_weights_that_lose_nothing_are_stored_in_less(tiny_llama):
+    model = tiny_llama(num_hidden_layers=1).bfloat16()
+    prepare(model, QuantScheme(4, 32))
+    layers = [on_grid.layer for on_grid in quantized_layers(model)]
+    weights = [layer.quantized_weight() for layer in layers]
+    layers[0].weight.data[0, 0] *= 1 + 2.0**-12  # no bfloat16
+    store_frozen_weights(model)
+    assert {layer.weight.dtype for layer in layers} == {torch.float32}  # they may train
+    model.requires_grad_(False)
+    store_frozen_weights(model)
+    assert [layer.weight.dtype for layer in layers] == [torch.float32] + [torch.bfloat16] * (len(layers) - 1)
+    assert all(torch.equal(layer.quantized_weight(), old) for layer, old in zip(layers[1:], weights[1:], strict=True))

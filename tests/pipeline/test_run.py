@@ -24,7 +24,7 @@ from llmqat.metrics import perplexity
 from llmqat.metrics.perplexity import evaluate
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
-from llmqat.models.patcher import round_float_parts
+from llmqat.models.patcher import quantized_layers, round_float_parts, store_frozen_weights
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
@@ -505,3 +505,22 @@ def test_what_a_resume_reads_is_checked(finished, tmp_path, capsys, name):
         assert "start again with --overwrite" in error, error
         assert "unexpected" not in error
         assert listing(directory) == before
+
+
+def test_frozen_weights_stay_in_their_stored_dtype(go, monkeypatch):
+    """Half the bytes, and the same numbers and the same file, to the bit."""
+    kept, dtypes = store_frozen_weights, []
+
+    def store(model):
+        kept(model)
+        dtypes.extend(on_grid.layer.weight.dtype for on_grid in quantized_layers(model))
+
+    done = {}
+    for name, instead in (("before", lambda model: None), ("out", store)):
+        monkeypatch.setattr(run_module, "store_frozen_weights", instead)
+        done[name] = go({"train.mode": "lora", "train.max_steps": 2, "init.method": "rtn"}, name)
+    assert set(dtypes) == {torch.bfloat16}
+    before, after = (comparable(done[name].report) for name in done)
+    assert before == after
+    files = [(done[name].directory / "model.safetensors").read_bytes() for name in done]
+    assert files[0] == files[1]
