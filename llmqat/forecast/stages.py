@@ -21,7 +21,7 @@ PROCESS_BYTES = 500_000_000
 # Share of a stage's time that its matrix products would take alone, of CPU time on an AMD EPYC, one thread and torch
 # 2.13: evaluation 0.35 to 0.49 for the bundled Llama, 0.59 to 0.62 for SmolLM2-135M; training 0.27 to 0.38.
 EFFICIENCY = {torch.float32: 0.5, torch.bfloat16: 0.33}
-SCORING_CHUNKS = 4  # as large as a chunk of logits, alive at once while tokens are scored
+SCORING_CHUNKS = 2  # as large as a chunk of logits, alive at once while tokens are scored
 
 
 class Stage(NamedTuple):

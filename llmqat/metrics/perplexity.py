@@ -12,7 +12,7 @@ perplexity is the exponential of the mean cross-entropy over all answer tokens.
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from llmqat.data.messages import Document, is_chat
 from llmqat.errors import LlmqatError
 from llmqat.metrics.forwards import Forwards, ReferenceForwards
 from llmqat.metrics.layer_error import LayerErrors
-from llmqat.models.output_head import BelowHead, Reference
+from llmqat.metrics.scores import Scores
+from llmqat.models.output_head import Reference
 from llmqat.nn.context import check_sequence
 from llmqat.progress import track
 
@@ -175,40 +176,6 @@ class Perplexity:
         """Perplexity of each row of window indices ``(samples, windows)``."""
         weights = None if self.targets is None else np.asarray(self.targets)[draws]
         return np.exp(np.average(self.losses[draws], axis=1, weights=weights))
-
-
-@dataclass
-class Scores:
-    """Sums over the windows that `evaluate` has scored.
-
-    Attributes:
-        losses: mean cross-entropy of each window, nats.
-        targets: tokens scored in each window.
-        kl: sum over tokens of ``KL(p_float || p)``, nats.
-        agree: tokens whose most likely next token is the float model's.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    kl: float = 0.0
-    agree: float = 0.0
-
-    def add(self, batch: Tensor, counts: Tensor | None, below: BelowHead, reference: BelowHead | None) -> None:
-        """Score windows of ids ``(windows, window)``, each from its own hidden states; `counts` as in `unstack`."""
-        for row, ids in enumerate(batch):
-            which = slice(None) if counts is None else counts[row, :-1]
-            following, hidden = ids[1:][which], below.hidden[row, :-1][which]
-            theirs = None if reference is None else reference.hidden[row, :-1][which]
-            loss = 0.0
-            for chunk in below.chunks(len(hidden)):
-                log_q = torch.log_softmax(below.logits(hidden[chunk]).float(), -1)
-                loss -= float(log_q.gather(-1, following[chunk].unsqueeze(-1)).cpu().double().sum())
-                if reference is not None and theirs is not None:
-                    log_p = torch.log_softmax(reference.logits(theirs[chunk]).float(), -1)
-                    self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().sum())
-                    self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).cpu().double().sum())
-            self.losses.append(loss / len(hidden))
-            self.targets.append(len(hidden))
 
 
 @torch.no_grad()
