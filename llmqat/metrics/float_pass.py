@@ -35,15 +35,20 @@ class FloatPass:
 
     @torch.no_grad()
     def _run(self) -> None:
-        forwards = ReferenceForwards(self.reference, self.layers)
+        forwards, shape = ReferenceForwards(self.reference, self.layers), self.data.ids.shape
+        memory, done = torch.empty(0), 0
         for index, batch in enumerate(self.data.batches("float model")):
             ids, _ = unstack(batch.to(forwards.device))
             check_sequence(forwards.model, ids)
             below, outputs = forwards.of(index, ids)
             if forwards.head.layer is None:
                 return
+            if not self.kept:  # one piece of memory for all windows, see `Room`
+                memory = torch.empty(shape[0], shape[-1], below.hidden.shape[-1], dtype=below.hidden.dtype)
+            hidden = memory[done : done + len(ids), : ids.shape[1]].copy_(below.hidden)
+            done += len(ids)
             sampled = {name: rows.cpu() for name, rows in outputs.items() if name != forwards.head_name}
-            self.kept.append(Kept(below.hidden.cpu(), below.vocabulary, sampled))
+            self.kept.append(Kept(hidden, below.vocabulary, sampled))
 
     def score(self, description: str) -> Perplexity:
         """Perplexity of the float model itself."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.models.patcher import transformers_model
+from llmqat.nn.linear_like import LINEAR_LAYERS, linear_shape
 
 # Every 127th token is compared: a prime, so that samples wander through windows of any usual length.
 STRIDE = 127
@@ -17,23 +18,52 @@ def sampled_outputs(model: nn.Module, names: Collection[str], tokens: int) -> It
     """Collect the outputs ``(tokens / STRIDE, out)`` of the layers `names` in one forward of `model` inside the
     ``with``."""
     found: dict[str, Tensor] = {}
+    modules = dict(transformers_model(model).named_modules()) if names else {}
+    watched = {name: modules[name] for name in names if name in modules}
+    room = Room(-(-tokens // STRIDE) * sum(map(output_width, watched.values())))
 
     def keep(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, args: object, output: Tensor) -> None:
             rows = output.detach().flatten(0, -2)
             if len(rows) == tokens:
                 # A copy, always: a view would keep the outputs of all tokens of all layers in memory.
-                found[name] = rows[::STRIDE].clone()
+                found[name] = room.copy(rows[::STRIDE])
 
         return module.register_forward_hook(hook)
 
-    modules = dict(transformers_model(model).named_modules()) if names else {}
-    handles = [keep(name, modules[name]) for name in names if name in modules]
+    handles = [keep(name, module) for name, module in watched.items()]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Room:
+    """One piece of memory for many small tensors: each on its own would stay in a gap between the large ones of a
+    forward, which then fits none of them again. SmolLM2-135M took 1.3 GB for the activations of 0.1 GB.
+
+    Args:
+        size: numbers that it holds.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used, self.memory = size, 0, torch.empty(0)
+
+    def copy(self, values: Tensor) -> Tensor:
+        """A copy of `values`, of the dtype and device of the first; in a place of its own where there is no room."""
+        if self.used == 0:
+            self.memory = values.new_empty(self.size)
+        start, self.used = self.used, self.used + values.numel()
+        if self.used > self.size or values.dtype != self.memory.dtype:
+            return values.clone()
+        return self.memory[start : self.used].view_as(values).copy_(values)
+
+
+def output_width(layer: nn.Module) -> int:
+    """Numbers that a linear layer, float, on a grid or packed, gives for a token; 0 for what is none of these."""
+    base = getattr(layer, "base_layer", layer)
+    return linear_shape(base)[0] if isinstance(base, LINEAR_LAYERS) else getattr(base, "out_features", 0)
 
 
 class LayerErrors:

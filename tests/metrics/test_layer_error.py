@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmqat.metrics.layer_error import STRIDE, LayerErrors
+from llmqat.metrics.layer_error import STRIDE, LayerErrors, Room, sampled_outputs
 from llmqat.metrics.perplexity import Windows, evaluate
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.patcher import prepare, quantized_layers
@@ -84,3 +84,25 @@ def test_a_head_on_the_grid_is_compared_too(tiny_llama):
     assert list(errors) == names
     y, target = captured(model, "lm_head", DATA.ids)[::STRIDE], captured(original, "lm_head", DATA.ids)[::STRIDE]
     assert errors["lm_head"] == pytest.approx(float((y - target).square().sum() / target.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_samples_lie_in_one_piece_of_memory(tiny_llama, lora):
+    """Small ones in the gaps between activations would keep those from being used again."""
+    model = tiny_llama()
+    prepare(model, QuantScheme(3, 16))
+    names = names_of(model)
+    watched = add_lora(model, 2) if lora else model
+    with torch.no_grad(), sampled_outputs(watched, names, DATA.ids.numel()) as outputs:
+        watched(input_ids=DATA.ids)
+    assert list(outputs) == names
+    (storage,) = {rows.untyped_storage().data_ptr(): rows.untyped_storage() for rows in outputs.values()}.values()
+    assert storage.nbytes() == sum(rows.nbytes for rows in outputs.values())
+
+
+def test_what_has_no_room_is_copied_all_the_same():
+    room, values = Room(10), torch.arange(6.0)
+    copies = [room.copy(values), room.copy(values), room.copy(values.bfloat16())]
+    values.zero_()
+    assert all(torch.equal(copy.float(), torch.arange(6.0)) for copy in copies)
+    assert copies[0].data_ptr() == room.memory.data_ptr()
