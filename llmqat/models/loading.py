@@ -123,17 +123,17 @@ def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     config, path = load_config(name), Path(resolve_name(name))
     declared = getattr(config, "dtype", None)
     directory = path if path.is_dir() else cached_directory(str(path))
-    model = _empty(config)
+    model = empty_model(config)
     if directory is None:
         return model, declared or torch.float32
     stored = stored_dtype(directory, declared)
     if getattr(config, "tie_word_embeddings", False) and any(separate_heads(directory, possible_ties(model))):
         set_tied(config, False)
-        model = _empty(config)
+        model = empty_model(config)
     return model, stored
 
 
-def _empty(config: Any) -> PreTrainedModel:
+def empty_model(config: Any) -> PreTrainedModel:
     """A float32 model of `config` on the meta device."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

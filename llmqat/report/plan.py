@@ -6,6 +6,7 @@ from math import ceil
 import torch
 
 from llmqat.config import Recipe, Resolved
+from llmqat.devices import find_device
 from llmqat.forecast.stages import Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
@@ -75,7 +76,7 @@ class Inspection:
         worst = self.forecast.worst
         return [
             f"predicted memory for --train {mode}: {worst.bytes / 1e9:.2f} GB at its peak, in {worst.name}",
-            *table(self.forecast, torch.device("cpu")),
+            *table(self.forecast, find_device(self.recipe.device)),
         ]
 
 
