@@ -86,7 +86,7 @@ def watching_operators(seen: Callable[[Any, Any, dict[str, Any], Any], None]) ->
     return Watch()
 
 
-@leans_on("torch._subclasses.fake_tensor.FakeTensorMode", test="tests/forecast/test_shapes.py")
+@leans_on("torch._subclasses.fake_tensor.FakeTensorMode", test="tests/forecast/test_cost.py")
 def fake_tensors() -> AbstractContextManager[Any]:
     """Tensors made inside the ``with`` have shapes and dtypes, and no values: a model of them takes no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -7,10 +7,11 @@ the hidden states that they come from are a few MiB.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import log
@@ -55,6 +56,33 @@ class BelowHead:
         return (slice(start, start + size) for start in range(0, tokens, size))
 
 
+class CastWeight:
+    """A frozen weight in the dtype of autocast, cast once a forward, not for every chunk of tokens."""
+
+    def __init__(self) -> None:
+        self.cast: Tensor | None = None
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`weight` in `dtype`, as it was when it was first asked for since `forget`."""
+        if self.cast is None:
+            self.cast = weight.detach().to(dtype)
+        return self.cast
+
+    def forget(self) -> None:
+        """Let go of the cast, since the weight may change."""
+        self.cast = None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in now; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a plain `nn.Linear` that does not train."""
+    return type(layer) is nn.Linear and not any(parameter.requires_grad for parameter in layer.parameters())
+
+
 class OutputHead:
     """Runs a causal language model without its output head, where that gives the same logits.
 
@@ -75,12 +103,19 @@ class OutputHead:
         values = {name: getattr(text, name, None) for name in AFTER_HEAD}
         self.after = [(AFTER_HEAD[name], value) for name, value in values.items() if value is not None]
         self.compared = False
+        self.cast_weight = CastWeight()
 
     def output(self, hidden: Tensor) -> Tensor:
         """The head alone, on inputs ``(..., hidden)``: ``(..., vocabulary)``."""
         assert self.layer is not None
-        output: Tensor = self.layer(hidden)
-        return output
+        dtype = autocast_dtype(hidden.device)
+        if dtype is None or not is_frozen_linear(self.layer):
+            output: Tensor = self.layer(hidden)
+            return output
+        bias = self.layer.bias
+        return linear(
+            hidden.to(dtype), self.cast_weight(self.layer.weight, dtype), bias if bias is None else bias.to(dtype)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(..., vocabulary)`` of inputs of the head ``(..., hidden)``, as the model's forward gives them."""
@@ -95,10 +130,11 @@ class OutputHead:
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given.append(arguments[0])
-            return (arguments[0][:, :1].contiguous(), *arguments[1:])
+            return (arguments[0][:, :1].detach().contiguous(), *arguments[1:])  # no graph that holds the cast weight
 
         if self.layer is None:
             return whole_forward(forward, inputs)
+        self.cast_weight.forget()
         handle = self.layer.register_forward_pre_hook(keep)
         try:
             outputs = forward(**inputs)

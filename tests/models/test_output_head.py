@@ -3,6 +3,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmqat
+from llmqat.compat.torch import watching_operators
 from llmqat.models import output_head
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.output_head import OutputHead, ReferenceHead
@@ -124,3 +125,24 @@ def test_a_head_that_follows_its_inputs_sees_all_of_them():
     llmqat.prepare(model, QuantScheme(8, 32, act_bits=8, act_static=True), init="rtn", lm_head_bits=8)
     llmqat.observe_activations(model, [IDS])
     assert OutputHead(model).layer is None
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_weight_of_a_head_is_cast_once_a_forward(tiny_llama, monkeypatch, trains):
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", 8 * 128)
+    model, ids = tiny_llama(), torch.randint(0, 128, (2, 24))
+    model.lm_head.weight.requires_grad_(trains)
+    head, casts = OutputHead(model), []
+
+    def seen(operator, args, kwargs, result):
+        if operator.overloadpacket is torch.ops.aten._to_copy and args[0].shape == model.lm_head.weight.shape:
+            casts.append(result.dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids).logits
+        below = head.below(model, input_ids=ids)
+        hidden = below.hidden.flatten(0, 1)
+        with watching_operators(seen), torch.no_grad():
+            logits = torch.cat([below.logits(hidden[chunk]) for chunk in below.chunks(len(hidden))])
+    assert torch.equal(logits, expected.flatten(0, 1))
+    assert casts == [], "the comparison of the first forward cast it"
