@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from llmqat.compat.torch import writes_to
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 
 
@@ -122,7 +123,7 @@ class StandIns:
         before = self.kept.pop((part, batch), None)
         self.bytes += _storage_bytes(tensor) - (0 if before is None else _storage_bytes(before.tensor))
         if self.bytes <= self.limit:
-            self.kept[part, batch] = _Kept(tensor, is_output, tensor._version)
+            self.kept[part, batch] = _Kept(tensor, is_output, writes_to(tensor))
         else:
             self.bytes -= _storage_bytes(tensor)
 
@@ -147,7 +148,7 @@ class StandIns:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensor, is_output, version = self.kept[part, batch]
-            if tensor._version != version:  # a block that adds to a tensor in place
+            if writes_to(tensor) != version:  # a block that adds to a tensor in place
                 return run_part(*args, **kwargs)
             if not is_output:
                 tensor = run_layer(tensor)

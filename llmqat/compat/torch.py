@@ -72,6 +72,12 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
+@leans_on("torch.Tensor._version", test="tests/algorithms/test_stand_ins.py")
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor has been written to: it is what it was while this stays the same."""
+    return tensor._version
+
+
 @leans_on("torch.utils._python_dispatch.TorchDispatchMode", test="tests/metrics/test_live_bytes.py")
 def watching_operators(seen: Callable[[Any, Any, dict[str, Any], Any], None]) -> AbstractContextManager[Any]:
     """Call ``seen(operator, args, kwargs, result)`` after each operator that runs inside the ``with``."""
