@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import dequantize, fake_quantize_input
-from llmqat.scheme import QuantScheme
 
 # The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.
 PROBES = 5, 128
@@ -114,7 +112,7 @@ def verify(
     Args:
         directory: packed model.
         against: the trained model itself; without it, the hashes in ``fingerprint.json``.
-        logits: also run the model; takes memory for dense float64 and float32 copies.
+        logits: also run the model; takes memory for its float parts in float64, and for one layer.
         device: where it runs.
 
     Returns:
@@ -199,31 +197,53 @@ def changed_files(directory: Path, expected: dict[str, str]) -> Iterator[str]:
     yield from unlisted_files(directory, expected)
 
 
+class Dequantized(nn.Module):
+    """Linear layer on the dequantized weights of a packed one, made anew in each forward: one layer's live at a time.
+
+    Args:
+        packed: whose codes are shared.
+        dtype: to compute in.
+    """
+
+    def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        # In a tuple, or it would be a part of the model, and be cast and counted with it.
+        self.packed, self.dtype = (packed,), dtype
+        self.bias = None if packed.bias is None else packed.bias.to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weights ``(out, in)``."""
+        (packed,) = self.packed
+        return dequantize(*packed.unpack(), packed.scheme).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        (packed,) = self.packed
+        if packed.scheme.inputs != "float":
+            # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half
+            # of absmax), and float64 would break it differently.
+            x = fake_quantize_input(x.float(), packed.scheme, packed.input_scale).to(x.dtype)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The packed model with plain `nn.Linear` layers on the dequantized weights, in `dtype`."""
-    dense = copy.deepcopy(model)
-    for name, module in list(dense.named_modules()):
-        if isinstance(module, PackedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
-            linear.weight = nn.Parameter(dequantize(*module.unpack(), module.scheme))
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.clone())
-            if module.scheme.inputs != "float":
-                linear.register_forward_pre_hook(partial(_quantize_input, module.scheme, module.input_scale))
-            dense.set_submodule(name, linear)
-    embedding = dense.get_input_embeddings()
+    """The packed model computed by plain torch on the dequantized weights, in `dtype`.
+
+    Only float parts are copied, and a packed embedding, which is looked up in a matrix.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    dense = copy.deepcopy(model, {id(module): module for module in packed.values()})
+    for name, module in packed.items():
+        dense.set_submodule(name, Dequantized(module, dtype))
+    embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     if isinstance(embedding, PackedEmbedding):
-        lookup = nn.Embedding.from_pretrained(dense.get_output_embeddings().weight)
+        assert isinstance(head, Dequantized)
+        lookup = nn.Embedding.from_pretrained(head.weight)
         lookup.register_forward_hook(lambda _, args, rows: embedding.scaled(rows))
         dense.set_input_embeddings(lookup)
     dense.to(dtype)  # type: ignore[arg-type]
     return dense
-
-
-def _quantize_input(scheme: QuantScheme, scale: Tensor | None, _: nn.Module, args: tuple[Tensor]) -> Tensor:
-    # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half of
-    # absmax), and float64 would break it differently.
-    return fake_quantize_input(args[0].float(), scheme, scale).to(args[0].dtype)
 
 
 @torch.no_grad()

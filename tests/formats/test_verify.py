@@ -10,9 +10,12 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats import verify as verify_module
 from llmqat.formats.contents import contents_of
-from llmqat.formats.verify import Verification, verify
+from llmqat.formats.reader import load_packed
+from llmqat.formats.verify import Verification, dense_copy, verify
 from llmqat.formats.writer import save_packed
+from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.patcher import prepare
+from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -47,6 +50,22 @@ def test_static_activations_verify_with_their_scale(small_llama, tmp_path):
     for against in (None, model):
         check = verify(directory, against)
         assert (check.codes_equal, check.scales_equal, check.mismatched) == (True, False, (LAYER,))
+
+
+def test_layers_are_dequantized_one_at_a_time(trained, tmp_path):
+    """The plain and the exact model share the codes of the packed one, and copy its float parts alone."""
+    model = load_packed(save_packed(trained(QuantScheme(4, 16), torch.bfloat16), tmp_path), torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    ids, largest = torch.arange(2)[None], max(layer.in_features * layer.out_features for layer in layers)
+    exact = dense_copy(model, torch.float64)
+    assert sum(p.numel() for p in exact.parameters()) == sum(p.numel() for p in model.parameters())
+    live = LiveBytes(exact.parameters())
+    held = live.current
+    with torch.no_grad(), live.counting():
+        exact(input_ids=ids)
+    # The layer in float64 and in its storage dtype, and codes, unpacked and packed.
+    assert live.peak - held < 8 * sum(layer.in_features * layer.out_features for layer in layers)
+    assert live.peak - held < 24 * largest
 
 
 def test_logits_can_be_left_out(packed):
