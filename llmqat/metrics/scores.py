@@ -1,14 +1,11 @@
 """Losses of tokens, and their distance from the float model's, summed by window."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llmqat.models.output_head import BelowHead
-
-CACHED_LOGITS = 2**18  # numbers in the logits that are scored at once: 1 MiB in float32, so that they stay in the cache
+from llmqat.models.output_head import BelowHead, cached
 
 
 @dataclass
@@ -44,13 +41,6 @@ class Scores:
             self.targets.append(len(hidden))
             self.kl += kl
             self.agree += agree
-
-
-def cached(logits: Tensor) -> Iterator[slice]:
-    """Slices of few rows of ``(tokens, V)``, small enough for the cache of a CPU; elsewhere all of them."""
-    tokens, vocabulary = logits.shape
-    few = max(1, CACHED_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
-    return (slice(start, start + few) for start in range(0, tokens, few))
 
 
 def token_scores(logits: Tensor, following: Tensor, float_logits: Tensor | None) -> Tensor:

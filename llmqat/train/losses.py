@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.models.output_head import BelowHead
+from llmqat.models.output_head import BelowHead, cached
 
 Targets = Callable[[slice], Tensor]
 
@@ -30,6 +30,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, log_q.exp_().scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=log_q.dtype))
 
 
+def chunk_losses(logits: Tensor, targets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Loss of each token of a chunk, float32, and the gradient of the mean over all `tokens`, of the dtype of `logits`.
+
+    By `token_losses`, a few tokens at a time, so that its temporaries stay in the cache.
+    """
+    losses, gradient = [], torch.empty_like(logits)
+    for few in cached(logits):
+        loss, delta = token_losses(logits[few], targets[few])
+        losses.append(loss)
+        gradient[few] = delta.div_(tokens)
+    return torch.cat(losses), gradient
+
+
 class _HeadLoss(torch.autograd.Function):
     """Mean over tokens of a loss of each token's logits; all gradients are found in the forward, chunk by chunk."""
 
@@ -45,10 +58,9 @@ class _HeadLoss(torch.autograd.Function):
                 logits = below.logits(inputs)
             # After the student: weights cast without gradients first would be reused by autocast, and have none.
             theirs = targets(chunk)
-            loss, delta = token_losses(logits.detach(), theirs)
+            loss, delta = chunk_losses(logits.detach(), theirs, len(hidden))
             total += loss.sum()
             if needed:
-                delta = delta.div_(len(hidden)).to(logits.dtype)
                 found = torch.autograd.grad(logits, [inputs, *parameters], delta)
                 gradients[0][chunk] = found[0]
                 for gradient, part in zip(gradients[1:], found[1:], strict=True):

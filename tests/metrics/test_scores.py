@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from llmqat.metrics import scores
-from llmqat.metrics.scores import cached, token_scores
+from llmqat.metrics.scores import token_scores
+from llmqat.models import output_head
+from llmqat.models.output_head import cached
 
 
 def example(tokens=7, vocabulary=1000, spread=0.1):
@@ -30,12 +31,12 @@ def test_scores_are_as_near_to_float64_as_two_log_softmaxes(spread):
 
 def test_few_rows_at_a_time_score_the_same(monkeypatch):
     s, following, t = example()
-    monkeypatch.setattr(scores, "CACHED_LOGITS", 2500)
+    monkeypatch.setattr(output_head, "CACHED_LOGITS", 2500)
     slices = list(cached(s))
     assert [len(range(7)[few]) for few in slices] == [2, 2, 2, 1]
     parts = [token_scores(s[few], following[few], t[few]) for few in slices]
     assert torch.equal(torch.cat(parts, 1), token_scores(s, following, t))
-    monkeypatch.setattr(scores, "CACHED_LOGITS", 10)
+    monkeypatch.setattr(output_head, "CACHED_LOGITS", 10)
     assert [len(range(7)[few]) for few in cached(s)] == [1] * 7  # a token at least
 
 

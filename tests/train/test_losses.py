@@ -7,7 +7,7 @@ from llmqat.errors import LlmqatError
 from llmqat.models import output_head
 from llmqat.models.output_head import BelowHead
 from llmqat.train import losses
-from llmqat.train.losses import hidden_loss
+from llmqat.train.losses import chunk_losses, hidden_loss, token_losses
 
 V = 11
 
@@ -155,3 +155,16 @@ def test_gradient_of_the_hidden_loss_is_that_of_its_formula(some):
     found = torch.autograd.grad(3 * loss, states)
     assert torch.equal(loss, formula)
     assert all(map(torch.equal, found, expected)), "to the bit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("targets", ["teacher", "ids"])
+def test_few_tokens_at_a_time_give_the_same_bits(monkeypatch, dtype, targets):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(7, 1000, generator=generator).to(dtype) for _ in range(2))
+    aimed = teacher if targets == "teacher" else torch.arange(7)
+    loss, delta = token_losses(logits, aimed)
+    monkeypatch.setattr(output_head, "CACHED_LOGITS", 2500)
+    found = chunk_losses(logits, aimed, 13)
+    assert torch.equal(found[0], loss)
+    assert torch.equal(found[1], delta.div_(13).to(dtype))
