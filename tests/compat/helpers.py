@@ -13,6 +13,13 @@ for module in pkgutil.iter_modules(llmqat.compat.__path__):
     importlib.import_module(f"llmqat.compat.{module.name}")
 
 
+class Gone:
+    """An attribute that neither a class nor its instances have."""
+
+    def __get__(self, *_):
+        raise AttributeError("it has moved")
+
+
 def move(monkeypatch, name: str) -> None:
     """Let a name be gone, as in a version of its library that has moved it."""
     owner, _, last = name.rpartition(".")
@@ -22,8 +29,10 @@ def move(monkeypatch, name: str) -> None:
     elif not hasattr(thing, last):
         source = inspect.getsource(thing)
         monkeypatch.setattr(inspect, "getsource", lambda _: source.replace(f'"{last}"', ""))
-    if hasattr(thing, last):
+    if last in vars(thing):
         monkeypatch.delattr(thing, last)
+    elif hasattr(thing, last):  # inherited, maybe from a class written in C
+        monkeypatch.setattr(thing, last, Gone())
     if inspect.ismodule(thing):
         monkeypatch.setitem(sys.modules, name, None)
     for reliance in REGISTER:
