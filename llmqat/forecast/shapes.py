@@ -54,7 +54,7 @@ def first_blocks(model: PreTrainedModel, count: int | None) -> PreTrainedModel:
 
 
 def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype) -> Shapes:
-    """Prepare `model`, on the meta device, for what the recipe trains."""
+    """Prepare `model`, on the meta device, for what the recipe trains; all weights are float32 until it does."""
     quant, train = recipe.quant, recipe.train
     float_copy = copy.deepcopy(model) if train.mode == "full" else None
     names = {name for name, _ in model.named_modules()}
@@ -70,6 +70,14 @@ def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport,
     marked = add_lora(model, train.lora_r, alpha=1.0) if train.mode == "lora" else model
     select_trainable(marked, train.mode, train.lr_scale > 0)
     return Shapes(marked, FloatView(marked) if float_copy is None else FloatCopy(float_copy))
+
+
+def store_frozen(model: nn.Module) -> None:
+    """Keep frozen weights in their stored dtype, as `store_frozen_weights` does; whether that is exact for these, which
+    have no values, is taken for granted."""
+    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
+        if not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(layer.storage_dtype)
 
 
 def fill_with_fakes(shapes: Shapes) -> None:

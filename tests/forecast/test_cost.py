@@ -49,7 +49,7 @@ def run(request, tiny, tmp_path):
 
 def prepared(run):
     reference = FloatCopy(copy.deepcopy(run.model)) if run.recipe.train.mode == "full" else None
-    prepare(run.model, run.recipe.scheme(), kv_bits=run.recipe.quant.kv_bits)
+    prepare(run.model.requires_grad_(False), run.recipe.scheme(), kv_bits=run.recipe.quant.kv_bits)
     model = add_lora(run.model, run.recipe.train.lora_r) if run.recipe.train.mode == "lora" else run.model
     select_trainable(model, run.recipe.train.mode, False)
     return model, reference or FloatView(model)
