@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import Resolved
 from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
+from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.experts import fused_experts
@@ -31,7 +32,7 @@ class Stage(NamedTuple):
         name: of the stage.
         flops: its floating-point operations.
         dtype: in which most of them run.
-        bytes: its peak of memory, the process itself included.
+        bytes: its peak of memory; in a `Forecast` with the process itself.
     """
 
     name: str
@@ -84,16 +85,24 @@ def forecast(
         stages += [gptq(recipe, model, coverage, batch), score("GPTQ's codes")]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
-    return Forecast((*stages, score("packed")))
+    always = PROCESS_BYTES + kept_of_float(recipe, model, coverage)
+    return Forecast(tuple(stage._replace(bytes=stage.bytes + always) for stage in (*stages, score("packed"))))
+
+
+def kept_of_float(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport) -> int:
+    """Bytes that a run keeps of its float model, see `FloatPass`: hidden states, and samples of the layers' outputs."""
+    outputs = sum(layer.shape[0] for layer in coverage.quantized)
+    return (
+        4 * recipe.eval.tokens * model.config.get_text_config().hidden_size + 4 * recipe.eval.tokens * outputs // STRIDE
+    )
 
 
 def evaluation(recipe: Resolved, model: PreTrainedModel, batch: Cost, name: str) -> Stage:
-    """Scoring of all test tokens, beside what is kept of the float model: hidden states of every token."""
+    """Scoring of all test tokens."""
     text = model.config.get_text_config()
-    kept = 4 * recipe.eval.tokens * text.hidden_size
     scoring = 4 * SCORING_CHUNKS * min(CHUNK_LOGITS, recipe.eval.window * text.vocab_size)
     flops = batch.flops * recipe.eval.tokens / BATCH_TOKENS
-    return Stage(f"evaluation, {name}", flops, torch.float32, PROCESS_BYTES + batch.peak + scoring + kept)
+    return Stage(f"evaluation, {name}", flops, torch.float32, batch.peak + scoring)
 
 
 def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
@@ -104,7 +113,7 @@ def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, bat
     columns = sum(layer.shape[0] * layer.shape[1] ** 2 + 2 * layer.shape[1] ** 3 for layer in coverage.quantized)
     widest, hidden = max(width for _, width in widths), model.config.get_text_config().hidden_size
     kept = min(GptqSettings().kept_bytes, 4 * tokens * (widest + hidden))
-    peak = PROCESS_BYTES + batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
+    peak = batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
     return Stage("GPTQ", batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
 
 
@@ -115,4 +124,4 @@ def training(recipe: Resolved, step: Cost, batch: Cost) -> Stage:
     models = 2 if config.loss == "kd" else 1
     flops = config.max_steps * config.accumulation * step.flops + models * batch.flops * held_out / BATCH_TOKENS
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return Stage("training", flops, dtype, PROCESS_BYTES + step.peak)
+    return Stage("training", flops, dtype, step.peak)
