@@ -55,8 +55,8 @@ def test_a_cache_that_is_lost_is_found(packed, monkeypatch):
 
 
 def test_a_wrong_token_of_the_native_loop_is_found(packed, monkeypatch):
-    def load(directory, dtype, **options):
-        model = load_packed(directory, dtype, **options)
+    def load(*arguments, **options):
+        model = load_packed(*arguments, **options)
         generate = model.generate
 
         def wrong(ids, return_dict_in_generate=False, **rest):
