@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import log
+from llmqat.quant.grid import slices
 
 CHUNK_LOGITS = 2**24  # numbers in the logits of a chunk: 64 MiB in float32
 CACHED_LOGITS = 2**18  # and in those of a few of its tokens: 1 MiB, so that what is computed of them stays in the cache
@@ -37,7 +38,7 @@ def cached(logits: Tensor) -> Iterator[slice]:
     """Slices of few rows of ``(tokens, V)``, small enough for the cache of a CPU; elsewhere all of them."""
     tokens, vocabulary = logits.shape
     few = max(1, CACHED_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
-    return (slice(start, start + few) for start in range(0, tokens, few))
+    return slices(tokens, few)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -129,11 +130,8 @@ def _watching(kind: type, running: set[int], on_read: Any) -> type:
 
 def _read_in_source(model: PreTrainedModel) -> Iterator[str]:
     """Layers whose weight or bias the source of a parent's methods reads: ``self.dt_proj.weight``."""
-    known: dict[type, set[str]] = {}
     for prefix, module in model.named_modules():
-        kind = type(module)
-        known[kind] = known[kind] if kind in known else set(_paths_read(kind))
-        for path in known[kind]:
+        for path in {path for base in type(module).__mro__ for path in _paths_read(base)}:
             try:
                 child = module.get_submodule(path)
             except AttributeError:
@@ -142,18 +140,18 @@ def _read_in_source(model: PreTrainedModel) -> Iterator[str]:
                 yield f"{prefix}.{path}" if prefix else path
 
 
-def _paths_read(kind: type) -> Iterator[str]:
-    """Paths below ``self`` whose weight or bias a method of `kind` reads, other than those that make and fill it."""
-    for base in kind.__mro__:
-        if base.__module__.startswith("torch.") or not issubclass(base, nn.Module):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and not makes_weights(method.name):
-                yield from (path for node in ast.walk(method) if (path := _path_of(node)))
+@lru_cache(maxsize=1024)  # finding and parsing the source of a class takes a tenth of a second
+def _paths_read(kind: type) -> tuple[str, ...]:
+    """Paths below ``self`` whose weight or bias a method of `kind` itself reads, other than those that make and fill
+    it."""
+    if kind.__module__.startswith("torch.") or not issubclass(kind, nn.Module):
+        return ()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not makes_weights(node.name)]
+    return tuple(path for method in methods for node in ast.walk(method) if (path := _path_of(node)))
 
 
 def _path_of(node: ast.AST) -> str:

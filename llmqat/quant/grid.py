@@ -24,8 +24,8 @@ _first_rows_alone = ContextVar("_first_rows_alone", default=False)
 
 @contextmanager
 def first_rows_alone() -> Iterator[None]:
-    """Visit the first chunk of each matrix and no other inside the ``with``: for tensors without values, of which all
-    rows cost the same."""
+    """Visit the first chunk of rows of each matrix and no other inside the ``with``: for tensors without values, of
+    which all rows cost the same."""
     token = _first_rows_alone.set(True)
     try:
         yield
@@ -33,11 +33,15 @@ def first_rows_alone() -> Iterator[None]:
         _first_rows_alone.reset(token)
 
 
+def slices(total: int, step: int) -> Iterator[slice]:
+    """Slices of `step` items, one after the other, over `total`; inside `first_rows_alone` the first one."""
+    for start in range(0, min(step, total) if _first_rows_alone.get() else total, step):
+        yield slice(start, min(start + step, total))
+
+
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
-    step = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, step if _first_rows_alone.get() else rows, step):
-        yield slice(start, min(start + step, rows))
+    return slices(rows, max(1, CHUNK_ELEMENTS // columns))
 
 
 class Adapters(NamedTuple):
