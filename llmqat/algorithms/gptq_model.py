@@ -95,9 +95,10 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
 def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Compensation:
     """The change that gives `weight` the codes of `latent` when added, both ``(out, in)``.
 
-    ``latent - weight`` in steps of 1/127 of the largest change in the group; where that rounding would change a code,
-    the change to the middle of the code's interval instead, and finer steps in a wider integer throughout if even that
-    is too coarse.
+    ``latent - weight`` in steps of 1/127 of the largest change in the group. Where that rounding would change a code,
+    one step back towards the middle of the code's interval: such a weight is the first to change its code in training,
+    and has to stay close to where it may. Where even that is too coarse, the change to the middle itself, and finer
+    steps in a wider integer throughout if nothing else helps.
     """
     codes = codes_of(Latent(latent), grid)
     change, to_middle = latent - weight, grid.stored().dequantize(codes).float() - weight
@@ -111,8 +112,11 @@ def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Compensation:
             return multiples.clamp_(-limit, limit).flatten(-2)
 
         multiples = in_steps(change)
-        moved = codes_of(Latent(weight, Compensation(multiples, step)), grid) != codes
-        found = Compensation(torch.where(moved, in_steps(to_middle), multiples).to(dtype), step)
+        back = (multiples + (to_middle - change).sign()).clamp_(-limit, limit)
+        for other in (back, in_steps(to_middle)):
+            moved = codes_of(Latent(weight, Compensation(multiples, step)), grid) != codes
+            multiples = torch.where(moved, other, multiples)
+        found = Compensation(multiples.to(dtype), step)
         if torch.equal(codes_of(Latent(weight, found), grid), codes):
             break
     return found
