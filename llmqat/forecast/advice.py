@@ -57,19 +57,25 @@ def remedies(recipe: Resolved) -> list[Remedy]:
     return found
 
 
-def fitting(recipe: Resolved, predict: Callable[[Resolved], Forecast], available: float) -> Fit | None:
+def fitting(
+    recipe: Resolved, forecast: Forecast, predict: Callable[[Resolved], Forecast], available: float
+) -> Fit | None:
     """The first flags, in the order of `remedies` and each kept if it helps, with which a run needs no more than
-    `available` bytes; None if there are none."""
+    `available` bytes; None if there are none.
+
+    Args:
+        recipe: of the run as it is.
+        forecast: of that.
+        predict: forecasts another recipe.
+        available: bytes.
+    """
     flags: list[str] = []
-    best = predict(recipe)
-    for remedy in [None, *remedies(recipe)]:
-        if remedy is not None:
-            changed = remedy.applied(recipe)
-            forecast = predict(changed)
-            if forecast.worst.bytes >= best.worst.bytes:
-                continue
-            recipe, best = changed, forecast
+    for remedy in remedies(recipe):
+        if forecast.worst.bytes <= available:
+            break
+        changed = remedy.applied(recipe)
+        lower = predict(changed)
+        if lower.worst.bytes < forecast.worst.bytes:
+            recipe, forecast = changed, lower
             flags.append(remedy.flags)
-        if best.worst.bytes <= available:
-            return Fit(tuple(flags), best)
-    return None
+    return Fit(tuple(flags), forecast) if forecast.worst.bytes <= available else None

@@ -45,7 +45,7 @@ def announce(asked: Recipe, device: torch.device, train: bool) -> None:
     log(f"this run takes about {duration(sum(seconds_of(predicted, device)))} and {peak}, on {device}")
     if predicted.worst.bytes <= available:
         return
-    fit = fitting(recipe, predict, available)
+    fit = fitting(recipe, predicted, predict, available)
     has = f"there are {available / 1e9:.1f} GB"
     if fit is None:
         log(f"{has}, and no flag makes it fit: take a larger machine, or llmqat quantize --low-memory")

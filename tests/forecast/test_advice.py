@@ -34,13 +34,14 @@ def predict(recipe):
     ],
 )
 def test_the_first_flags_that_make_it_fit(available, flags):
-    fit = fitting(recipe(**{"train.batch_size": 4, "train.accumulation": 2}), predict, available)
+    asked = recipe(**{"train.batch_size": 4, "train.accumulation": 2})
+    fit = fitting(asked, predict(asked), predict, available)
     assert fit.flags == flags
     assert fit.forecast.worst.bytes <= available
 
 
 def test_nothing_makes_it_fit():
-    assert fitting(recipe(), predict, 10) is None
+    assert fitting(recipe(), predict(recipe()), predict, 10) is None
 
 
 def test_a_flag_that_is_set_is_not_named():
