@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CoverageReport",
+    "Exported",
     "FloatCopy",
     "FloatView",
     "Inspection",
@@ -28,6 +29,7 @@ __all__ = [
     "encode",
     "environment",
     "evaluate",
+    "export",
     "finetune",
     "follow_activations",
     "inspect",

@@ -31,6 +31,7 @@ from llmqat.models.loading import load_tokenizer
 from llmqat.models.pair import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
 from llmqat.models.prepare_options import PrepareOptions
+from llmqat.pipeline.export import Exported, export
 from llmqat.report.page.render import write_page
 from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe

@@ -1,4 +1,4 @@
-"""The sub-commands: `llmqat finetune | quantize | eval | verify | report | generate | inspect | recipes`."""
+"""The sub-commands: `llmqat finetune | quantize | eval | verify | export | report | generate | inspect | recipes`."""
 
 import argparse
 import json
@@ -186,6 +186,13 @@ def run_verify(args: argparse.Namespace) -> None:
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
 
 
+def run_export(args: argparse.Namespace) -> None:
+    """Run `llmqat export`."""
+    from llmqat.pipeline.export import export
+
+    print(export(args.model, args.to, args.output))
+
+
 def run_report(args: argparse.Namespace) -> None:
     """Run `llmqat report`."""
     from llmqat.report.page.render import write_page
@@ -240,6 +247,7 @@ COMMANDS = {
     "quantize": run_quantize,
     "eval": run_eval,
     "verify": run_verify,
+    "export": run_export,
     "report": run_report,
     "generate": run_generate,
     "inspect": run_inspect,

@@ -7,6 +7,7 @@ from typing import Any
 import llmqat
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
 from llmqat.config import DataConfig, EvalConfig, Recipe
+from llmqat.formats.export.holds import HOLDS
 from llmqat.version import __version__
 
 FINETUNE = """\
@@ -49,6 +50,14 @@ VERIFY = """\
 Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
 
   llmqat verify runs/llmqat
+"""
+EXPORT = """\
+Move a packed model to the format of another engine: the same codes and scales, bit for bit; nothing is quantized again.
+
+  llmqat export runs/llmqat --to dense --output out-dense
+      the dequantized model, an ordinary float checkpoint
+
+What a format cannot hold without loss is refused, with the nearest grid to train instead.
 """
 REPORT = """\
 Write report.html of a finished run again, from its report.json and details.json: one page that needs nothing else.
@@ -135,10 +144,21 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     add_running_flags(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
 
+    add_other_commands(command)
+    return parser
+
+
+def add_other_commands(command: Callable[[str, str], Parser]) -> None:
+    """Add the sub-commands that take no recipe, made by ``command(name, help)``."""
     sub = command("verify", VERIFY)
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
     add_fields(sub, Recipe, ("device",))
+
+    sub = command("export", EXPORT)
+    sub.add_argument("model", help="packed directory")
+    sub.add_argument("--to", required=True, choices=tuple(HOLDS), help="format")
+    sub.add_argument("--output", required=True, metavar="TEXT", help="directory to write; new or empty")
 
     sub = command("report", REPORT)
     sub.add_argument("model", help="directory of a finished run")
@@ -156,7 +176,6 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
 
     sub = command("recipes", RECIPES)
     sub.add_argument("name", nargs="?", help="recipe to print")
-    return parser
 
 
 def add_running_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,63 @@
+"""The grids that each format holds without loss, in one table."""
+
+from dataclasses import dataclass, replace
+
+from llmqat.scheme import BITS, QuantScheme
+
+
+@dataclass(frozen=True)
+class Holds:
+    """The grids that a format holds without loss.
+
+    Attributes:
+        symmetric: widths of symmetric grids, whose scales may have either sign.
+        asymmetric: widths of asymmetric ones.
+        groups: group sizes, or lengths of rows that are one group; None for any.
+        multiple: whether multiples of these are held too, by repeating a scale.
+        scale_dtype: dtype of the scales in the file; None for that of the packed model.
+        head: whether the output head may be on a grid.
+        tied_head: whether it may share its codes with the embedding.
+        transposed: whether layers may keep their weight as ``(in, out)``, as GPT-2's do.
+    """
+
+    symmetric: tuple[int, ...] = BITS
+    asymmetric: tuple[int, ...] = BITS
+    groups: tuple[int, ...] | None = None
+    multiple: bool = False
+    scale_dtype: str | None = None
+    head: bool = True
+    tied_head: bool = True
+    transposed: bool = False
+
+    def bits(self, symmetric: bool) -> tuple[int, ...]:
+        """Widths of one kind of grid."""
+        return self.symmetric if symmetric else self.asymmetric
+
+    def holds_group(self, length: int) -> bool:
+        """Whether groups of `length` weights are held."""
+        if self.groups is None or length in self.groups:
+            return True
+        return self.multiple and any(length % group == 0 for group in self.groups)
+
+
+def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
+    """The held grid that is nearest to `scheme`, as what to do instead."""
+    if scheme.bits not in holds.bits(scheme.symmetric):
+        symmetric = scheme.symmetric if holds.bits(scheme.symmetric) else not scheme.symmetric
+        symmetric = not scheme.symmetric if scheme.bits in holds.bits(not scheme.symmetric) else symmetric
+        bits = min(holds.bits(symmetric), key=lambda width: (abs(width - scheme.bits), width))
+        scheme = replace(scheme, bits=bits, symmetric=symmetric)
+    if not holds.holds_group(scheme.group_length(in_features)):
+        dividing = [group for group in holds.groups or () if in_features % group == 0]
+        if not dividing:
+            return f"rows of {in_features} have no group size that it holds: keep the layer float with an override"
+        wanted = scheme.group_length(in_features)
+        scheme = replace(scheme, group_size=min(dividing, key=lambda group: (abs(group - wanted), group)))
+    asym = "" if scheme.symmetric else " --asym"
+    return f"train with --bits {scheme.bits} --group-size {scheme.group_size}{asym}"
+
+
+# The columns of docs/serve.md's table of formats.
+HOLDS = {
+    "dense": Holds(transposed=True),
+}

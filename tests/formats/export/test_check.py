@@ -1,0 +1,75 @@
+"""Grids that a format does not hold are refused in one line, with the nearest one to train instead."""
+
+import pytest
+import torch
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.export import holds
+from llmqat.formats.export.check import check_held, inexact_scales
+from llmqat.formats.export.holds import HOLDS, Holds, nearest
+from llmqat.formats.export.source import Source
+from llmqat.scheme import QuantScheme
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> None:
+    """A format that holds little."""
+    row = Holds((4, 8), (4,), groups=(32,), multiple=True, scale_dtype="float16", head=False, tied_head=False)
+    monkeypatch.setitem(holds.HOLDS, "narrow", row)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "problem"),
+    [
+        (QuantScheme(3, 32), "W3A16 g32 symmetric; train with --bits 4 --group-size 32"),
+        (QuantScheme(4, 16), "W4A16 g16 symmetric; train with --bits 4 --group-size 32"),
+        (QuantScheme(8, 32, False), "W8A16 g32 asymmetric; train with --bits 8 --group-size 32"),
+        (QuantScheme(2, 16, False), "W2A16 g16 asymmetric; train with --bits 4 --group-size 32 --asym"),
+    ],
+    ids=str,
+)
+def test_a_grid_that_is_not_held(narrow, packed_dir, scheme, problem):
+    with pytest.raises(LlmqatError, match=f"^narrow cannot hold .*q_proj without loss: it is {problem}$"):
+        check_held(Source.open(packed_dir(scheme)), "narrow")
+
+
+def test_what_is_held(narrow, packed_dir):
+    for scheme in (QuantScheme(4, 32), QuantScheme(8, -1, True), QuantScheme(4, 32, False)):
+        check_held(Source.open(packed_dir(scheme)), "narrow")
+
+
+def test_heads_and_layouts(narrow, packed_dir, tiny_llama, tiny):
+    def tied():
+        return Source.open(packed_dir(scheme, model=tiny_llama(tie_word_embeddings=True), lm_head_bits=4))
+
+    scheme, message = QuantScheme(4, 32), r"narrow cannot hold model\.embed_tokens without loss: "
+    with pytest.raises(LlmqatError, match=message + "the output head has to be float there; train without --lm-head"):
+        check_held(tied(), "narrow")
+    holds.HOLDS["narrow"] = Holds(tied_head=False)
+    with pytest.raises(LlmqatError, match=message + "an embedding that shares codes with the output head has to be"):
+        check_held(tied(), "narrow")
+    with pytest.raises(LlmqatError, match=r"c_attn .*keeps its weight as \(in, out\), as Conv1D does; export to dense"):
+        check_held(Source.open(packed_dir(scheme, model=tiny("gpt2"))), "narrow")
+
+
+def test_scales_that_are_no_float16_numbers(narrow, packed_dir):
+    message = r"[1-9]\d* of its 128 scales, -?0\.\d+ among them, are no float16 numbers; train with --scale-dtype"
+    with pytest.raises(LlmqatError, match=message):
+        check_held(Source.open(packed_dir(QuantScheme(4, 32), torch.float32)), "narrow")
+
+
+def test_inexact_scales():
+    """float16 ends at 65504, and below 6.1e-5 has fewer bits than bfloat16 has."""
+    scale = torch.tensor([1.0, -0.3, 6.1e-5, 1e-6, 1e30, 2.0**-24], dtype=torch.bfloat16)
+    assert inexact_scales(scale, torch.float16).tolist() == scale[3:5].tolist()
+    assert not len(inexact_scales(scale, torch.float32))
+
+
+def test_rows_that_no_group_divides():
+    row = HOLDS["dense"]
+    assert nearest(row, QuantScheme(4, 16), 96) == "train with --bits 4 --group-size 16"
+    row = Holds(groups=(64, 128))
+    assert nearest(row, QuantScheme(4, 16), 128) == "train with --bits 4 --group-size 64"
+    assert nearest(row, QuantScheme(4, 16), 96) == (
+        "rows of 96 have no group size that it holds: keep the layer float with an override"
+    )
