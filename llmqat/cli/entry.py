@@ -23,6 +23,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|torch)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports
+    logging.getLogger("gguf").setLevel(logging.ERROR)
     import datasets
     import transformers
 

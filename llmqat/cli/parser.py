@@ -56,6 +56,8 @@ Move a packed model to the format of another engine: the same codes and scales, 
 
   llmqat export runs/llmqat --to dense --output out-dense
       the dequantized model, an ordinary float checkpoint
+  llmqat export runs/llmqat --to gguf --output out-gguf
+      one file for llama.cpp, out-gguf/model.gguf; for grids in groups of 32 and multiples
 
 What a format cannot hold without loss is refused, with the nearest grid to train instead.
 """

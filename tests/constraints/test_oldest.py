@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Import names of what pyproject.toml bounds, but for torch, of which both ends are one release, and for numpy, pyyaml
 # and rich, which keep what is used of them from one major release to the next.
 MOVING = {
-    *("accelerate", "bitsandbytes", "compressed_tensors", "datasets", "huggingface_hub", "peft"),
+    *("accelerate", "bitsandbytes", "compressed_tensors", "datasets", "gguf", "huggingface_hub", "peft"),
     *("safetensors", "tensorboard", "transformers", "trl"),
 }
 

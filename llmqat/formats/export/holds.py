@@ -60,4 +60,5 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
 # The columns of docs/serve.md's table of formats.
 HOLDS = {
     "dense": Holds(transposed=True),
+    "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16"),
 }

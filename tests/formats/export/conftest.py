@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llmqat.formats.writer import save_packed
-from llmqat.models.patcher import prepare
+from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 
 
@@ -21,10 +23,26 @@ def packed_dir(tiny_llama, tmp_path) -> Callable[..., Path]:
         dtype: torch.dtype = torch.bfloat16,
         model: Any = None,
         tokenizer: Any = None,
+        float16_scales: bool = False,
         **options: Any,
     ) -> Path:
         model = tiny_llama() if model is None else model
         prepare(model, scheme, storage_dtype=dtype, **options)
+        for own in quantized_layers(model) if float16_scales else ():
+            own.layer.scale.data = own.layer.scale.to(torch.float16).float()
         return save_packed(model, tmp_path / f"packed-{len(list(tmp_path.iterdir()))}", tokenizer)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's way to cut text, a token per byte and two that are merged: 260 ids."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "de", "def"]
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("d", "e"), ("de", "f")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
+    )
