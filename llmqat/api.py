@@ -69,6 +69,8 @@ def finetune(
 ) -> TrainResult:
     """Train a prepared model in place, and leave it in the state with the least held-out loss.
 
+    Under FSDP2 the first of several processes has the trained model; in the others it is on meta.
+
     Args:
         model: prepared by `llmqat.prepare`; for LoRA, the result of `llmqat.add_lora`.
         tokens: training ids ``(sequences, length)``, or ids and labels of conversations, see `llmqat.sequences`.

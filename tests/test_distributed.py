@@ -40,7 +40,7 @@ def member(environment, rank, log, arguments, stop):
     from llmqat.cli import main
     from llmqat.train.loop import Trainer
 
-    original, ranges = Trainer.step, []
+    original, finish, ranges = Trainer.step, Trainer.finish, []
 
     def step(self, batches):
         loss = original(self, batches)
@@ -52,7 +52,14 @@ def member(environment, rank, log, arguments, stop):
             torch.save(ranges, f"{log}.{rank}.ranges")
         return loss
 
-    Trainer.step = step
+    def recorded_finish(self, everywhere):
+        result = finish(self, everywhere)
+        models = [self.unwrapped_model, *(sharded.model for sharded in self.sharded)]
+        here = {not parameter.is_meta for model in models for parameter in model.parameters()}
+        Path(f"{log}.{rank}.whole").write_text(" ".join(map(str, here)))
+        return result
+
+    Trainer.step, Trainer.finish = step, recorded_finish
     os._exit(main(["finetune", *arguments]))
 
 
@@ -163,11 +170,14 @@ def check_same_run(one, other):
 )
 def test_two_processes_train_what_one_does(launch, alone, mode, environment):
     name = f"{'fsdp' if environment is FSDP2 else 'ddp'}-{mode}"
-    directory = launch(name, changes_of(mode), environment)
+    control = {"eval.control": environment is FSDP2 and mode == "full"}  # gathers its teacher, which teaches twice
+    directory = launch(name, changes_of(mode) | control, environment)
     first, second = launch.logs
     check_same_run(alone(mode), directory)
     assert "perplexity" in first
     assert second == "", "only the first process speaks"
+    whole = [Path(f"{directory}.log.{rank}.whole").read_text() for rank in (0, 1)]
+    assert whole == (["True", "False"] if environment is FSDP2 else ["True", "True"]), "FSDP2 gathers on the first"
     assert {path.name for path in directory.iterdir()} == {path.name for path in alone(mode).iterdir()}
     kept = {path.name for path in (directory / "checkpoint").iterdir()}
     assert kept == {"checkpoint.pt", "inputs.json", "measured.json"}

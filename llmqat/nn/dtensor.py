@@ -1,30 +1,21 @@
 """Sharded parameters (FSDP2): a `DTensor`, of which each process holds the shard of some rows."""
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from llmqat.processes import is_first
 
-T = TypeVar("T")
-
-
-def gathered(value: T) -> T:
-    """The full tensor of a sharded one, on the CPU; anything else as it is. Collective: every process must call it."""
-    return value.full_tensor().cpu() if _is_sharded(value) else value  # type: ignore[attr-defined,no-any-return]
-
-
-def gathered_on_first(tensor: Tensor, copied: bool) -> Tensor | None:
+def gathered(tensor: Tensor, *, everywhere: bool = False, copied: bool = False) -> Tensor | None:
     """The full tensor of a sharded one, on the CPU of the first process; None in the others. Collective.
 
     Args:
         tensor: sharded or not.
+        everywhere: in every process, not in the first alone.
         copied: one that is not sharded is copied to the CPU too, rather than taken as it is.
     """
     sharded = _is_sharded(tensor)
     whole = tensor.full_tensor() if sharded else tensor  # type: ignore[attr-defined]
-    if not is_first():
+    if not (everywhere or is_first()):
         return None
     return whole.detach().to("cpu", copy=not sharded) if sharded or copied else whole  # type: ignore[no-any-return]
 

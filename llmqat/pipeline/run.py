@@ -321,7 +321,8 @@ class Run:
         log("training the float control")
         control, saved = copy.deepcopy(self.model), self.checkpoints.subdirectory(CONTROL)
         with disable_quantizers(control, disable_adapters=False):
-            train(control, checkpoints=Checkpoints(saved.directory, saved.run, saved.load()))
+            # Everywhere: the same teacher is needed once more, and all processes score.
+            train(control, checkpoints=Checkpoints(saved.directory, saved.run, saved.load()), everywhere=True)
             return self.float_pass.compare(control, "perplexity, control", watch=False)
 
     def round_and_measure_trained(self) -> None:

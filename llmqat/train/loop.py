@@ -19,6 +19,7 @@ from llmqat.data.chat import places, positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
+from llmqat.processes import is_first
 from llmqat.progress import Meter
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
@@ -244,13 +245,15 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     @torch.no_grad()
-    def finish(self) -> TrainResult:
-        """Put the best state back, take accelerate's autocast off the model, and count what changed."""
+    def finish(self, everywhere: bool) -> TrainResult:
+        """Put the best state back, take accelerate's autocast off the model, and count what changed, where it is
+        whole."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         put_back(self.unwrapped_model, self.best)
         for sharded in self.sharded:
-            sharded.gather()
-        if self.sharded or self.result.best_step != self.result.steps:  # else they are counted
+            sharded.gather(everywhere)
+        whole = not self.sharded or everywhere or is_first()
+        if whole and (self.sharded or self.result.best_step != self.result.steps):  # else they are counted
             self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -282,6 +285,7 @@ def fit(
     teacher: Teacher | None = None,
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
+    everywhere: bool = False,
 ) -> TrainResult:
     """Train a prepared model in place, and leave it in the state with the least held-out loss.
 
@@ -292,6 +296,7 @@ def fit(
         teacher: the float model to distil from; None trains by cross-entropy.
         seed: order of the sequences.
         checkpoints: where states are kept, and the one to go on from; None keeps none.
+        everywhere: under FSDP2, leave model and teacher whole in every process; otherwise they are in the first alone.
 
     Raises:
         LlmqatError: if a loss is not finite, or the run was interrupted (after its checkpoint was written).
@@ -304,7 +309,7 @@ def fit(
             trainer.evaluate()
             trainer.save()
         _run(trainer, config)
-    return trainer.finish()
+    return trainer.finish(everywhere)
 
 
 def _run(trainer: Trainer, config: ResolvedTrain) -> None:

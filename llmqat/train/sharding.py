@@ -54,17 +54,22 @@ class ShardedModel:
         # Sharded again after each forward: a teacher that swaps parameters before its own must not leave them behind.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
-    def gather(self) -> None:
-        """Put the model together again, on the CPU in every process and with the modules it had before training."""
-        current = dict(self.model.named_parameters())
-        filled = {
-            id(empty): nn.Parameter(gathered(current[name].detach()), empty.requires_grad)
-            for name, empty in self.unsharded.named_parameters()
-        }
+    def gather(self, everywhere: bool) -> None:
+        """Put the model together again, on the CPU and with the modules it had before training.
+
+        Args:
+            everywhere: in every process; otherwise in the first alone, and the others are left with a model on meta.
+        """
+        current, filled = dict(self.model.named_parameters()), {}
+        for name, empty in self.unsharded.named_parameters():
+            whole = gathered(current[name].detach(), everywhere=everywhere)
+            if whole is not None:
+                filled[id(empty)] = nn.Parameter(whole, empty.requires_grad)
         for module in self.unsharded.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 setattr(module, name, filled.get(id(parameter), parameter))
-        self.unsharded.cpu()
+        if filled:
+            self.unsharded.cpu()
         self.model.__class__, self.model.__dict__ = self.unsharded.__class__, self.unsharded.__dict__
 
 

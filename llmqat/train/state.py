@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import gathered_on_first, local_shard
+from llmqat.nn.dtensor import gathered, local_shard
 from llmqat.train.checkpoint import REMEDY
 
 # Buffers of a layer on its grid that no step changes. Others may, such as the ranges of static activations.
@@ -63,7 +63,7 @@ def on_first(value: Any, copied: bool) -> Any:
         copied: copy the tensors that are whole already, so that training may change them while they are written.
     """
     if isinstance(value, Tensor):
-        return gathered_on_first(value, copied)
+        return gathered(value, copied=copied)
     if isinstance(value, dict):
         return {key: on_first(item, copied) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -5,7 +5,7 @@ from torch import nn
 
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
-from llmqat.nn.dtensor import from_shard, gathered, gathered_on_first, local_shard, sharded_like
+from llmqat.nn.dtensor import from_shard, gathered, local_shard, sharded_like
 from llmqat.train import together
 from llmqat.train.sharding import sharding_requested
 from llmqat.train.together import (
@@ -72,7 +72,6 @@ def test_fsdp_has_to_be_its_second_version(monkeypatch):
 def test_what_is_not_split_is_whole():
     tensor = nn.Parameter(torch.arange(3.0))
     assert gathered(tensor) is tensor
-    assert gathered(7) == 7
     assert sharded_like(tensor, tensor) is tensor
     assert from_shard(tensor, tensor) is tensor
     local_shard(tensor).add_(1)
@@ -81,12 +80,12 @@ def test_what_is_not_split_is_whole():
 
 def test_only_the_process_that_writes_copies(monkeypatch):
     tensor = torch.arange(3.0)
-    assert gathered_on_first(tensor, copied=False) is tensor
-    copied = gathered_on_first(tensor, copied=True)
+    copied = gathered(tensor, copied=True)
     tensor.add_(1)
     assert copied.tolist() == [0, 1, 2]
     monkeypatch.setenv("RANK", "1")
-    assert gathered_on_first(tensor, copied=True) is gathered_on_first(tensor, copied=False) is None
+    assert gathered(tensor, copied=True) is gathered(tensor) is None
+    assert gathered(tensor, everywhere=True) is tensor
 
 
 def test_the_device_of_a_run_stays(pretended):
