@@ -1,4 +1,4 @@
-"""Private names of torch: dicts and casts of a module, whether a backward runs, operators watched, tensors faked."""
+"""Private names of torch: dicts, casts and shards of a module, whether a backward runs, operators watched or faked."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -98,3 +98,11 @@ def fake_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@leans_on("torch.distributed._composable_state._module_state_mapping", test="tests/test_distributed.py")
+def forget_sharded(module: nn.Module) -> None:
+    """Let a module that FSDP2 has sharded, and that is whole again, be sharded once more."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    _module_state_mapping.pop(module, None)

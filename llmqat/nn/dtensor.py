@@ -1,9 +1,13 @@
 """Sharded parameters (FSDP2): a `DTensor`, of which each process holds the shard of some rows."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmqat.processes import is_first
+from llmqat.quant.row_shards import RowShard
+
 
 def gathered(tensor: Tensor, *, everywhere: bool = False, copied: bool = False) -> Tensor | None:
     """The full tensor of a sharded one, on the CPU of the first process; None in the others. Collective.
@@ -44,6 +48,31 @@ def from_shard(shard: Tensor, parameter: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """The shard of a tensor that this process holds, on the same memory."""
     return tensor.detach().to_local() if _is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined,no-any-return]
+
+
+def divided(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
+    """A parameter whose rows the processes of `mesh` divide, of which this one copies its own."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    shard = RowShard(mesh.get_group(), mesh.get_local_rank(), mesh.size(), len(parameter))
+    own = parameter.detach()[shard.rows].clone()
+    whole = DTensor.from_local(own, mesh, [Shard(0)], shape=parameter.shape, stride=parameter.stride())
+    return nn.Parameter(whole, parameter.requires_grad)
+
+
+def row_shard(tensor: Tensor) -> RowShard | None:
+    """The rows of a sharded tensor that this process holds; None for one that is not sharded."""
+    if not _is_sharded(tensor):
+        return None
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return RowShard(mesh.get_group(), mesh.get_local_rank(), mesh.size(), len(tensor))
+
+
+def own_rows(tensor: Tensor, shard: RowShard | None) -> Tensor:
+    """The rows of `shard`, of a tensor that is sharded alike or whole; differentiable. All where there is no shard."""
+    if shard is None:
+        return tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor[shard.rows]  # type: ignore[attr-defined,no-any-return]
 
 
 def _is_sharded(value: object) -> bool:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
+from llmqat.nn.dtensor import own_rows, row_shard
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
+from llmqat.quant.row_shards import RowShard, whole_weight
 from llmqat.scheme import QuantScheme
 
 DEFAULT_OBSERVER = "mse"
@@ -156,14 +158,31 @@ class FakeQuantLinear(KeepsDtypes):
         if self.code_scale is None:
             self.code_scale = self.stored_scale().float().clone()
 
+    @property
+    def row_tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters with a row for each output, by name: what processes may divide, each with rows of its own."""
+        names = ("weight", "scale", "zero_point", "compensation_multiples", "compensation_step")
+        found = ((name, getattr(self, name)) for name in names)
+        return {name: parameter for name, parameter in found if parameter is not None}
+
+    @property
+    def shard(self) -> RowShard | None:
+        """The rows that this process holds, where processes divide them; None for all."""
+        return row_shard(self.weight)
+
     def latent(self, adapters: Adapters | None = None) -> Latent:
         """The weight that is quantized; with adapters if given."""
-        return Latent(self.weight, self.compensation, adapters)
+        shard, change = self.shard, self.compensation
+        change = None if change is None else Compensation(*(own_rows(tensor, shard) for tensor in change))
+        return Latent(own_rows(self.weight, shard), change, adapters, shard)
 
     @property
     def grid(self) -> Grid:
         """The grid of the forward: scale and zero point as they train."""
-        return Grid(self.scale, self.zero_point, self.code_scale, self.scheme, self.storage_dtype)
+        shard = self.shard
+        zero_point = None if self.zero_point is None else own_rows(self.zero_point, shard)
+        code_scale = None if self.code_scale is None else own_rows(self.code_scale, shard)
+        return Grid(own_rows(self.scale, shard), zero_point, code_scale, self.scheme, self.storage_dtype)
 
     def stored_scale(self) -> Tensor:
         """The scale as it is stored, ``(out, groups)`` in `storage_dtype`."""
@@ -200,7 +219,10 @@ class FakeQuantLinear(KeepsDtypes):
 
     def float_forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """The plain float layer, adapters beside it: no grid, no compensation."""
-        y = nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = whole_weight(own_rows(self.weight, self.shard), x.dtype, self.shard)
+        y = nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         if adapters is None:
             return y
         a, b, scaling = adapters

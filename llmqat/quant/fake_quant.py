@@ -15,6 +15,9 @@ the clamp: 1 everywhere, or with `clip_mask` 1 inside the range and 0 outside. F
     dz = sum over the group of  -s * G * (1 - m)
 
 Nothing the size of the weight is kept for the backward: codes and ``W_hat`` are found again, a few rows at a time.
+
+Where processes divide the rows of the weight (see `RowShard`), each quantizes its own, and gathers ``W_hat``; ``G`` is
+the mean over processes, of which each takes its rows.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +28,16 @@ from torch.nn.functional import linear
 
 from llmqat.quant.affine import fake_quantize_activation, fake_quantize_static, grouped
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
+from llmqat.quant.row_shards import RowShard, narrower
 from llmqat.scheme import QuantScheme
 
 
 @torch.no_grad()
 def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = None) -> Tensor:
-    """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default the storage dtype); no gradient."""
+    """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default the storage dtype); no gradient.
+
+    Of a latent of some rows, those rows.
+    """
     weight, grid = latent.weight, grid.stored()
     out = torch.empty(weight.shape, dtype=out_dtype or grid.storage_dtype, device=weight.device)
     for rows in latent.chunks():
@@ -118,6 +125,7 @@ class _PerArgument(NamedTuple):
     code_scale: Any = None
     scheme: Any = None
     storage_dtype: Any = None
+    shard: Any = None
     clip_mask: Any = None
 
 
@@ -140,14 +148,15 @@ class _FakeQuantLinear(torch.autograd.Function):
         code_scale: Tensor | None,
         scheme: QuantScheme,
         storage_dtype: torch.dtype,
+        shard: RowShard | None,
         clip_mask: bool,
     ) -> Tensor:
         tensors = (weight, multiples, step, lora_a, lora_b, scale, zero_point, code_scale)
         ctx.save_for_backward(x, *tensors)
-        ctx.constants = (lora_scaling, scheme, storage_dtype)
+        ctx.constants = (lora_scaling, scheme, storage_dtype, shard)
         ctx.clip_mask = clip_mask
         ctx.bias_dtype = None if bias is None else bias.dtype
-        w_hat = fake_quantize(*_values(tensors, ctx.constants), x.dtype)
+        w_hat = whole_w_hat(*_values(tensors, ctx.constants), x.dtype)
         x_hat = fake_quantize_activation(x) if scheme.inputs == "dynamic" else x
         return linear(x_hat, w_hat, None if bias is None else bias.to(x.dtype))
 
@@ -160,7 +169,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         if grid.scheme.inputs == "dynamic":
             x2 = fake_quantize_activation(x2)
         own = _PerArgument(
-            x=grad_y @ fake_quantize(latent, grid, x.dtype) if need.x else None,
+            x=grad_y @ whole_w_hat(latent, grid, x.dtype) if need.x else None,
             bias=gy.sum(0, dtype=ctx.bias_dtype) if need.bias else None,
         )
         on_grid = need.scale or need.zero_point
@@ -174,22 +183,29 @@ class _FakeQuantLinear(torch.autograd.Function):
             return own
         dw, ds, dz = _weight_gradients(gy.T @ x2, latent, grid, need, ctx.clip_mask)
         own = own._replace(weight=dw if need.weight else None, scale=ds, zero_point=dz)
-        if latent.adapters is not None:
-            a, b, scaling = latent.adapters
-            own = own._replace(
-                lora_a=scaling * (b.to(dw.dtype).T @ dw).to(a.dtype) if need.lora_a else None,
-                lora_b=scaling * (dw @ a.to(dw.dtype).T).to(b.dtype) if need.lora_b else None,
-            )
+        if adapted:
+            da, db = _adapter_gradients(dw, latent)
+            own = own._replace(lora_a=da, lora_b=db)
         return own
 
 
-def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype]) -> tuple[Latent, Grid]:
+def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype, RowShard | None]) -> tuple[Latent, Grid]:
     """`Latent` and `Grid`, built again from the tensors and constants of `_FakeQuantLinear.forward`."""
     weight, multiples, step, a, b, scale, zero_point, code_scale = tensors
-    scaling, scheme, storage_dtype = constants
+    scaling, scheme, storage_dtype, shard = constants
     adapters = None if a is None else Adapters(a, b, scaling)
     compensation = None if multiples is None else Compensation(multiples, step)
-    return Latent(weight, compensation, adapters), Grid(scale, zero_point, code_scale, scheme, storage_dtype)
+    grid = Grid(scale, zero_point, code_scale, scheme, storage_dtype)
+    return Latent(weight, compensation, adapters, shard), grid
+
+
+def whole_w_hat(latent: Latent, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """``W_hat`` of all rows in `dtype`: those of other processes are gathered, in the storage dtype if that is
+    narrower."""
+    if latent.shard is None:
+        return fake_quantize(latent, grid, dtype)
+    own = fake_quantize(latent, grid, narrower(dtype, grid.storage_dtype))
+    return latent.shard.gathered(own).to(dtype)
 
 
 def _low_rank_gradients(gy: Tensor, x: Tensor, adapters: Adapters | None) -> tuple[Tensor, Tensor]:
@@ -201,12 +217,29 @@ def _low_rank_gradients(gy: Tensor, x: Tensor, adapters: Adapters | None) -> tup
     return scaling * da.to(a.dtype), scaling * db.to(b.dtype)
 
 
+def _adapter_gradients(dw: Tensor, latent: Latent) -> tuple[Tensor, Tensor]:
+    """``dA = c B^T dW`` and ``dB = c dW A^T``.
+
+    Of a shard, ``dW`` is the mean over processes already, and of its rows alone: so that the mean that is taken of the
+    adapters' gradients is their sum over shards, each counts as often as there are processes.
+    """
+    assert latent.adapters is not None
+    a, b, scaling = latent.adapters
+    shard = latent.shard
+    rows = slice(None) if shard is None else shard.rows
+    scaling = scaling if shard is None else scaling * shard.count
+    db = torch.zeros_like(b)
+    db[rows] = scaling * (dw @ a.to(dw.dtype).T).to(b.dtype)
+    return scaling * (b[rows].to(dw.dtype).T @ dw).to(a.dtype), db
+
+
 def _weight_gradients(
     g: Tensor, latent: Latent, grid: Grid, need: _PerArgument, clip_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of latent weight, scale and zero point, from ``G (out, in)``; those not needed are None."""
+    """Gradients of latent weight, scale and zero point, from ``G (out, in)`` of all rows; those not needed are None."""
     weight = latent.weight
     dw = g.to(torch.promote_types(weight.dtype, torch.float32))
+    dw = dw if latent.shard is None else latent.shard.mean_of(dw)
     if not (need.scale or need.zero_point or clip_mask or grid.code_scale is not None):
         return dw.to(weight.dtype), None, None
     ds = torch.empty_like(grid.scale) if need.scale else None
@@ -263,11 +296,11 @@ def fake_quant_linear(
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    weight, compensation, adapters = latent
+    weight, compensation, adapters, shard = latent
     factors = (None, None, 1.0) if adapters is None else adapters
     change = (None, None) if compensation is None else compensation
     with torch.autocast(device_type, enabled=False):
-        y: Tensor = _eager(x, bias, weight, *change, *factors, *grid, clip_mask)
+        y: Tensor = _eager(x, bias, weight, *change, *factors, *grid, shard, clip_mask)
     return y
 
 

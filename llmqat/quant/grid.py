@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmqat.quant.affine import code_values, dequantize
+from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 
 # Rows are processed so that a float32 temporary of them (1 MiB) stays in the L2 cache between passes.
@@ -41,7 +42,12 @@ def slices(total: int, step: int) -> Iterator[slice]:
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
-    return slices(rows, max(1, CHUNK_ELEMENTS // columns))
+    return slices(rows, chunk_height(columns))
+
+
+def chunk_height(columns: int) -> int:
+    """How many rows a chunk has."""
+    return max(1, CHUNK_ELEMENTS // columns)
 
 
 class Adapters(NamedTuple):
@@ -83,26 +89,49 @@ class Latent(NamedTuple):
         weight: the trainable master, ``(out, in)`` float32 (float64 for a float64 model).
         compensation: the change of the weight by GPTQ; None for nothing.
         adapters: LoRA factors; None for none.
+        shard: which rows of the matrix `weight` and `compensation` are, where processes divide them; the adapters are
+            those of all rows. None for all rows.
     """
 
     weight: Tensor
     compensation: Compensation | None = None
     adapters: Adapters | None = None
+    shard: RowShard | None = None
 
     def chunks(self) -> Iterator[slice]:
         """Slices over the rows, so that temporaries stay small: see `row_chunks`."""
-        return row_chunks(*self.weight.shape)
+        if self.shard is None:
+            return row_chunks(*self.weight.shape)
+        return self.shard.parts(row_chunks(self.shard.total, self.weight.shape[1]))
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says."""
         total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
         if self.adapters is not None:
-            a, b, scaling = self.adapters
-            with torch.autocast(total.device.type, enabled=False):
-                total = torch.addmm(total, b[rows].to(total.dtype), a.to(total.dtype), alpha=scaling)
+            total = self._adapted(total, rows)
         if self.compensation is not None:  # last: merged adapters then give the same bits
             total = total + self.compensation.rows(rows, total.dtype)
         return total
+
+    def _adapted(self, total: Tensor, rows: slice) -> Tensor:
+        """Weights of some `rows` with the adapters added.
+
+        A product of fewer rows may round otherwise: where a shard ends inside a chunk, that of the whole chunk is made.
+        """
+        assert self.adapters is not None
+        a, b, scaling = self.adapters
+        chunk, within = rows, slice(0, len(total))
+        if self.shard is not None:
+            start, height = self.shard.rows.start + rows.start, chunk_height(total.shape[1])
+            first = start // height * height
+            chunk = slice(first, min(first + height, self.shard.total))
+            within = slice(start - first, start - first + len(total))
+            if len(total) < chunk.stop - chunk.start:
+                whole = total.new_zeros(chunk.stop - chunk.start, total.shape[1])
+                whole[within] = total
+                total = whole
+        with torch.autocast(total.device.type, enabled=False):
+            return torch.addmm(total, b[chunk].to(total.dtype), a.to(total.dtype), alpha=scaling)[within]
 
     def at(self, ids: Tensor) -> Tensor:
         """Rows `ids` ``(n,)`` of the sum, ``(n, in)``, bit for bit those of `rows`; no gradient.

@@ -1,23 +1,28 @@
 """FSDP2: parameters, gradients and optimizer states sharded over the processes, block by block.
 
-Inside the forward of its block a parameter is gathered, in float32: the grid of training is that of one process,
+A layer on the grid keeps the rows of its process, quantizes those, and gathers ``W_hat`` (see `RowShard`). Every other
+parameter is gathered inside the forward of its block, in its own dtype: the grid of training is that of one process,
 to the bit. accelerate's own preparation would gather parameters in bfloat16, and find codes with rounded masters.
 """
 
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmqat.compat.torch import forget_sharded
 from llmqat.errors import LlmqatError
 from llmqat.models.float_view import FloatCopy, FloatView
-from llmqat.nn.dtensor import gathered, sharded_like
+from llmqat.nn.dtensor import divided, gathered, sharded_like
+from llmqat.nn.experts import SplitExperts
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.processes import process_count
 from llmqat.train.optimizers import make_optimizer
 
@@ -48,11 +53,12 @@ class ShardedModel:
         memo |= {id(buffer): buffer for buffer in model.buffers()}
         self.unsharded = copy.deepcopy(model, memo)
         mesh = init_device_mesh(device.type, (process_count(),))
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):  # a block of transformers
-                fully_shard(module, mesh=mesh)
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        by_rows = {parameter for block in blocks for parameter in divide_rows(block, mesh)}
+        for block in blocks:
+            fully_shard(block, mesh=mesh, ignored_params=by_rows)
         # Sharded again after each forward: a teacher that swaps parameters before its own must not leave them behind.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=by_rows)
 
     def gather(self, everywhere: bool) -> None:
         """Put the model together again, on the CPU and with the modules it had before training.
@@ -71,6 +77,22 @@ class ShardedModel:
         if filled:
             self.unsharded.cpu()
         self.model.__class__, self.model.__dict__ = self.unsharded.__class__, self.unsharded.__dict__
+        forget_sharded(self.model)
+
+
+def divide_rows(block: nn.Module, mesh: DeviceMesh) -> Iterator[nn.Parameter]:
+    """Leave each process its rows of the layers of `block` that are on the grid; yields the parameters with the rows.
+
+    Every process has to run such a layer as often as the others: experts, which see their own tokens or none, stay as
+    they are, and so do layers whose grid is switched off.
+    """
+    experts = {layer for module in block.modules() if isinstance(module, SplitExperts) for layer in module.modules()}
+    for layer in block.modules():
+        if isinstance(layer, FakeQuantLinear) and layer.enabled and layer not in experts:
+            for name, parameter in layer.row_tensors.items():
+                own = divided(parameter, mesh)
+                setattr(layer, name, own)
+                yield own
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
