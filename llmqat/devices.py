@@ -1,9 +1,12 @@
-"""The device on which a run computes: what was asked for, if this machine has it."""
+"""The device on which a run computes: what was asked for, if this machine has it; and the cores of its CPU."""
+
+import os
 
 import torch
 
 from llmqat.errors import LlmqatError
-from llmqat.processes import local_index, process_count
+from llmqat.processes import local_count, local_index, process_count
+from llmqat.progress import log
 
 
 def devices_here() -> list[str]:
@@ -35,3 +38,25 @@ def find_device(asked: str = "auto") -> torch.device:
             "which each process gets its own"
         )
     return torch.device(name)
+
+
+def use_share_of_cores() -> None:
+    """Let this process compute on its share of the machine's cores, where a launcher keeps it to one thread.
+
+    torchrun and accelerate set OMP_NUM_THREADS=1 wherever they start several processes, for the sake of GPUs.
+    """
+    processes, cores = local_count(), core_count()
+    share = cores // max(1, processes)
+    if processes > 1 and share > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(share)
+        log(
+            f"OMP_NUM_THREADS=1, as launchers set it: {processes} processes share {cores} cores, and each computes on "
+            f"{share} threads; give OMP_NUM_THREADS=2 or more for another number"
+        )
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -7,6 +7,7 @@ from llmqat.errors import LlmqatError
 _INDEX = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOCAL_INDEX = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")  # in accelerate's order
+_LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # read by accelerate and torch
 
 
@@ -35,6 +36,15 @@ def local_index() -> int:
         LlmqatError: if the environment tells anything but a number.
     """
     return next((_number(name) for name in _LOCAL_INDEX if name in os.environ), 0)
+
+
+def local_count() -> int:
+    """How many processes there are on this machine; all of them, if the environment does not tell.
+
+    Raises:
+        LlmqatError: if the environment tells anything but a number.
+    """
+    return next((_number(name) for name in _LOCAL_COUNT if name in os.environ), process_count())
 
 
 def is_first() -> bool:

@@ -1,7 +1,10 @@
+import os
+
 import pytest
 import torch
 
-from llmqat.devices import devices_here, find_device
+from llmqat import devices
+from llmqat.devices import core_count, devices_here, find_device, use_share_of_cores
 from llmqat.errors import LlmqatError
 
 
@@ -39,3 +42,29 @@ def test_each_process_gets_its_own(three, monkeypatch):
     assert find_device("cpu") == torch.device("cpu")
     with pytest.raises(LlmqatError, match="xpu:1 is one device, and there are 8 processes; give xpu"):
         find_device("xpu:1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 3),
+        ({"OMP_NUM_THREADS": "1", "OMPI_COMM_WORLD_SIZE": "2"}, 13),
+        ({"OMP_NUM_THREADS": "4", "WORLD_SIZE": "8"}, None),  # somebody's choice
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OMP_NUM_THREADS": "1", "WORLD_SIZE": "26"}, None),
+    ],
+)
+def test_each_process_computes_on_its_share_of_the_cores(monkeypatch, capsys, environment, threads):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(devices, "core_count", lambda: 26)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    use_share_of_cores()
+    assert chosen == ([] if threads is None else [threads])
+    said = f"share 26 cores, and each computes on {threads} threads; give OMP_NUM_THREADS=2 or more"
+    assert (said in capsys.readouterr().err) == (threads is not None)
+
+
+def test_cores_are_those_of_this_process():
+    assert 1 <= core_count() <= os.cpu_count()

@@ -12,7 +12,7 @@ from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved, to_yaml
-from llmqat.devices import find_device
+from llmqat.devices import find_device, use_share_of_cores
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
 from llmqat.forecast.words import announce
@@ -132,6 +132,7 @@ class Run:
         """Read the dataset, load the model, and choose what the recipe left open."""
         asked = self.asked
         self.device = find_device(asked.device)
+        use_share_of_cores()
         log(f"reading {asked.data.dataset}")
         self.corpus = read(asked.data, asked.data.dataset)
         if is_first():
@@ -336,9 +337,7 @@ class Run:
                 config.base_model_name_or_path = public_name(self.recipe.model)
             with replacing(self.directory / ADAPTER) as scratch:
                 self.model.save_pretrained(str(scratch), save_embedding_layers=False)
-                (scratch / "README.md").unlink(
-                    missing_ok=True
-                )  # peft's empty card, which names the folder of the model
+                (scratch / "README.md").unlink(missing_ok=True)  # an empty card, which names the model's folder
 
     def pack_model(self) -> None:
         """Write the packed model, and count its bytes; reports of another model go before."""
