@@ -162,6 +162,8 @@ def entered(patch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
         patch.setattr(torch.accelerator, name, lambda *_: 0)
     for name in ("set_device_index", "synchronize", "reset_peak_memory_stats"):
         patch.setattr(torch.accelerator, name, lambda *_: None)
+    patch.setattr(torch.xpu, "get_rng_state", lambda: torch.zeros(8, dtype=torch.uint8))
+    patch.setattr(torch.xpu, "set_rng_state", lambda state: None)
     stream = SimpleNamespace(is_capturing=lambda: False)  # asked by optimizers
     patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
     patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(PRETENDED.type))

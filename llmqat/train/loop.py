@@ -26,7 +26,16 @@ from llmqat.train.codes import FirstCodes
 from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
-from llmqat.train.state import check_base, hash_of_base, moving_tensors, on_first, put_back, taken_out
+from llmqat.train.state import (
+    check_base,
+    hash_of_base,
+    moving_tensors,
+    on_first,
+    put_back,
+    put_back_random,
+    random_states,
+    taken_out,
+)
 from llmqat.train.together import accelerator_for, any_of, mean, means, same_ranges
 from llmqat.train.tracking import check_tracker
 
@@ -227,7 +236,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "best": None if result.best_step == result.steps else best,
             "result": vars(result),
-            "rng": torch.get_rng_state(),
+            "rng": random_states(self.accelerator.device),
         }
         whole = on_first(state, copied=not waits)
         if self.accelerator.is_main_process:
@@ -242,7 +251,7 @@ class Trainer:
         best, moving = state["best"] or state["trained"], moving_tensors(self.unwrapped_model)
         self.best = {name: local_shard(sharded_like(best[name], tensor)).cpu() for name, tensor in moving.items()}
         self.result = TrainResult(**state["result"])
-        torch.set_rng_state(state["rng"])
+        put_back_random(state["rng"], self.accelerator.device)
 
     @torch.no_grad()
     def finish(self, everywhere: bool) -> TrainResult:

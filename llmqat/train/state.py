@@ -53,6 +53,27 @@ def put_back(model: nn.Module, values: dict[str, Tensor]) -> None:
         local_shard(tensor).copy_(values[name])
 
 
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that training on `device` draws from, by kind of device: dropout draws where it runs.
+
+    Those of one process are those of all: they begin with one seed, and draw equally often.
+    """
+    return {kind: generators.get_rng_state() for kind, generators in _generators(device).items()}
+
+
+def put_back_random(states: dict[str, Tensor], device: torch.device) -> None:
+    """Go on drawing from `random_states`; those of another kind of device than `device` are left alone."""
+    for kind, generators in _generators(device).items():
+        if kind in states:
+            generators.set_rng_state(states[kind])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """Modules of torch with the generator of the CPU and, if that is another one, of the current `device`."""
+    own = {} if device.type == "cpu" else {device.type: torch.get_device_module(device)}
+    return {"cpu": torch, **own}
+
+
 def on_first(value: Any, copied: bool) -> Any:
     """A nested state as the first process writes it: its sharded tensors whole, the copies on the CPU.
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -6,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora
-from llmqat.train.state import hash_of_base, moving_tensors, put_back, taken_out
+from llmqat.train.state import hash_of_base, moving_tensors, put_back, put_back_random, random_states, taken_out
 
 COMMON = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "num_hidden_layers": 1}
 LLAMA_1B = {**COMMON, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True}
@@ -50,3 +52,17 @@ def test_what_moves_and_what_it_stands_on_are_all_of_a_model(tiny_llama, tokens)
     put_back(model, taken)
     assert all(torch.equal(tensor, taken[name]) for name, tensor in moving.items())
     assert hash_of_base(model, {"a layer": torch.ones(1)}) != base == hash_of_base(model, {})
+
+
+def test_generators_go_on_where_they_were(monkeypatch):
+    device, put = torch.device("xpu"), []
+    own = SimpleNamespace(get_rng_state=lambda: "of the device", set_rng_state=put.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda asked: own if asked == device else None)
+    states = random_states(device)
+    assert random_states(torch.device("cpu")).keys() == {"cpu"}
+    drawn = torch.rand(3)
+    put_back_random(states, torch.device("cpu"))  # another kind: its own goes on
+    assert put == []
+    put_back_random(states, device)
+    assert torch.equal(torch.rand(3), drawn)
+    assert put == ["of the device"]
