@@ -38,6 +38,7 @@ def member(environment, rank, log, arguments, stop):
     os.dup2(descriptor, 2)
     from llmqat.algorithms.activation_ranges import static_layers
     from llmqat.cli import main
+    from llmqat.metrics import perplexity
     from llmqat.train.loop import Trainer
 
     original, finish, ranges = Trainer.step, Trainer.finish, []
@@ -60,6 +61,7 @@ def member(environment, rank, log, arguments, stop):
         return result
 
     Trainer.step, Trainer.finish = step, recorded_finish
+    perplexity.BATCH_TOKENS = 192  # three batches of windows: two for the first process, one for the other
     os._exit(main(["finetune", *arguments]))
 
 

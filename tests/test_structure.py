@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
     "errors": 0,
     "compat": 0,
+    "team": 0,
     "files": 0,
     "processes": 0,
     "progress": 0,

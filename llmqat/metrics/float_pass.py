@@ -10,6 +10,7 @@ from llmqat.metrics.forwards import Kept, ReferenceForwards
 from llmqat.metrics.perplexity import Perplexity, Windows, compare, score
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.nn.context import check_sequence
+from llmqat.team import ALONE, Team
 
 
 class FloatPass:
@@ -22,42 +23,55 @@ class FloatPass:
         reference: gives the float model.
         data: the windows of the run.
         layers: names of the layers that are compared, too.
+        team: processes that score together, each its share of the batches. What they keep goes to the first, too.
 
     Attributes:
         reference: the same float model as it can be had now: what was a model of its own may since be inside a prepared
             one.
+        team: `ALONE` once the first process scores without the others.
     """
 
-    def __init__(self, reference: FloatCopy | FloatView, data: Windows, layers: Iterable[str] = ()) -> None:
-        self.reference, self.data, self.layers = reference, data, tuple(layers)
-        self.kept: list[Kept] = []
-        self._run()
+    def __init__(
+        self, reference: FloatCopy | FloatView, data: Windows, layers: Iterable[str] = (), team: Team = ALONE
+    ) -> None:
+        self.reference, self.data, self.layers, self.team = reference, data, tuple(layers), team
+        self.kept: dict[int, Kept] = {}
+        if not all(team.all_of(self._run())):
+            self.kept = {}
+            return
+        for index in range(len(data.parts())):
+            kept = team.on_first(self.kept.get(index), team.owner(index))
+            if kept is not None:
+                self.kept[index] = kept
 
     @torch.no_grad()
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """Keep the share of this process; returns whether the head of the model runs apart."""
         forwards, shape = ReferenceForwards(self.reference, self.layers), self.data.ids.shape
+        rows = sum(map(len, self.team.share(self.data.parts())))
         memory, done = torch.empty(0), 0
-        for index, batch in enumerate(self.data.batches("float model")):
+        for index, batch in self.data.batches("float model", self.team):
             ids, _ = unstack(batch.to(forwards.device))
             check_sequence(forwards.model, ids)
             below, outputs = forwards.of(index, ids)
             if forwards.head.layer is None:
-                return
+                return False
             if not self.kept:  # one piece of memory for all windows, see `Room`
-                memory = torch.empty(shape[0], shape[-1], below.hidden.shape[-1], dtype=below.hidden.dtype)
+                memory = torch.empty(rows, shape[-1], below.hidden.shape[-1], dtype=below.hidden.dtype)
             hidden = memory[done : done + len(ids), : ids.shape[1]].copy_(below.hidden)
             done += len(ids)
             sampled = {name: rows.cpu() for name, rows in outputs.items() if name != forwards.head_name}
-            self.kept.append(Kept(hidden, below.vocabulary, sampled))
+            self.kept[index] = Kept(hidden, below.vocabulary, sampled)
+        return True
 
     def score(self, description: str) -> Perplexity:
-        """Perplexity of the float model itself."""
-        return score(self._forwards(), self.data, description=description)
+        """Perplexity of the float model itself, by all of the team."""
+        return score(self._forwards(), self.data, None, description, self.team)
 
     def compare(self, model: nn.Module, description: str, watch: bool = True) -> Perplexity:
         """Perplexity of `model`, and its distance from the float model; also that of its layers unless `watch` is
         False."""
-        return compare(model, self.data, self._forwards(), description, self.layers if watch else ())
+        return compare(model, self.data, self._forwards(), description, self.layers if watch else (), self.team)
 
     def _forwards(self) -> ReferenceForwards:
         # Made for each row: training may have given the model another head since, or taken it to another device.

@@ -1,6 +1,7 @@
 """Forwards of a model over the windows that are scored, stopped below its output head."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -70,17 +71,19 @@ class ReferenceForwards(Forwards):
     Args:
         reference: gives the model.
         layers: as in `Forwards`.
-        kept: earlier forwards of the same batches, which are not repeated.
+        kept: earlier forwards, by the index of their batch, which are not repeated.
     """
 
-    def __init__(self, reference: Reference, layers: Iterable[str] = (), kept: Sequence[Kept] = ()) -> None:
+    def __init__(
+        self, reference: Reference, layers: Iterable[str] = (), kept: Mapping[int, Kept] = MappingProxyType({})
+    ) -> None:
         self.reference, self.kept = reference, kept
         with reference.active() as model:
             super().__init__(model, layers, ReferenceHead(reference))
 
     def of(self, index: int, ids: Tensor) -> Forward:
         """The forward of the batch with that `index`: from memory where it is kept."""
-        if index < len(self.kept):
+        if index in self.kept:
             hidden, vocabulary, outputs = self.kept[index]
             below = BelowHead(None, hidden.to(ids.device), self.head.logits, vocabulary)
             return Forward(below, self.with_head(outputs, below.hidden))

@@ -85,6 +85,12 @@ class LayerErrors:
             y, target = outputs[name].float(), targets[name].to(outputs[name].device).float()
             self.totals[name] = (error + float((y - target).square().sum()), power + float(target.square().sum()))
 
+    def extend(self, others: "LayerErrors") -> None:
+        """Count what `others` have counted."""
+        for name, (error, power) in others.totals.items():
+            before = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = (before[0] + error, before[1] + power)
+
     def result(self) -> dict[str, float]:
         """Relative squared error by layer, in the order in which they were named."""
         shares = {name: error / max(power, 1e-30) for name, (error, power) in self.totals.items()}

@@ -9,8 +9,10 @@ Conversations are scored by their answers only: each is a window of its own, ope
 perplexity is the exponential of the mean cross-entropy over all answer tokens.
 """
 
+import functools
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ from llmqat.metrics.scores import Scores
 from llmqat.models.output_head import Reference
 from llmqat.nn.context import check_sequence
 from llmqat.progress import track
+from llmqat.team import ALONE, Team
 
 BATCH_TOKENS = 4096
 BOOTSTRAP_SAMPLES = 10_000
@@ -72,10 +75,14 @@ class Windows:
         """Hash of the ids and labels (int64, little endian): two results compare only if this agrees."""
         return hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
-    def batches(self, description: str) -> Iterable[Tensor]:
-        """The rows of `ids` in batches of about `BATCH_TOKENS` tokens, under a progress bar."""
-        parts = self.ids.split(max(1, BATCH_TOKENS // self.ids.shape[-1]))
-        return track(parts, description, len(parts))
+    def parts(self) -> tuple[Tensor, ...]:
+        """The rows of `ids` in batches of about `BATCH_TOKENS` tokens."""
+        return self.ids.split(max(1, BATCH_TOKENS // self.ids.shape[-1]))
+
+    def batches(self, description: str, team: Team = ALONE) -> Iterable[tuple[int, Tensor]]:
+        """The `parts` in the share of this process, each with its index, under a progress bar."""
+        own = team.share(enumerate(self.parts()))
+        return track(own, description, len(own))
 
 
 def windows(
@@ -207,37 +214,65 @@ def evaluate(
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, data: Windows, theirs: ReferenceForwards | None, description: str, layers: Iterable[str] = ()
+    model: nn.Module,
+    data: Windows,
+    theirs: ReferenceForwards | None,
+    description: str,
+    layers: Iterable[str] = (),
+    team: Team = ALONE,
 ) -> Perplexity:
-    """Score every window of `data`, beside the forwards of the float model on them; see `evaluate`."""
+    """Score every window of `data`, beside the forwards of the float model on them; see `evaluate` and `score`."""
     training = model.training
     model.eval()
     try:
-        return score(Forwards(model, layers), data, theirs, description)
+        return score(Forwards(model, layers), data, theirs, description, team)
     finally:
         model.train(training)
 
 
 @torch.no_grad()
 def score(
-    forwards: Forwards, data: Windows, theirs: ReferenceForwards | None = None, description: str = "perplexity"
+    forwards: Forwards,
+    data: Windows,
+    theirs: ReferenceForwards | None = None,
+    description: str = "perplexity",
+    team: Team = ALONE,
 ) -> Perplexity:
-    """Score every window of `data` by forwards of a model, which is in evaluation mode; see `evaluate`."""
-    scores, errors = Scores(), LayerErrors(forwards.layers)
-    for index, batch in enumerate(data.batches(description)):
-        ids, counts = unstack(batch.to(forwards.device))
-        check_sequence(forwards.model, ids)
-        below, outputs = forwards.of(index, ids)
-        float_below, targets = (None, None) if theirs is None else theirs.of(index, ids)
-        if targets is not None:
-            errors.add(outputs, targets)
-        scores.add(ids, counts, below, float_below)
+    """Score every window of `data` by forwards of a model, which is in evaluation mode; see `evaluate`.
+
+    Each process of `team` scores its share of the batches. What they found is added up in the order of the batches:
+    all processes get, to the bit, what one alone would.
+    """
+    own = [
+        _score_batch(forwards, theirs, index, batch.to(forwards.device))
+        for index, batch in data.batches(description, team)
+    ]
+    scores, errors, shares = Scores(), LayerErrors(forwards.layers), team.all_of(own)
+    for index in range(len(data.parts())):
+        found, found_errors = shares[team.owner(index)][index // team.count]
+        scores.extend(found)
+        errors.extend(found_errors)
     if not all(map(math.isfinite, scores.losses)):
         raise LlmqatError("the model's loss is not finite; check its weights and dtype")
     n, targets_each = sum(scores.targets), tuple(scores.targets) if data.is_chat else None
     if theirs is None:
         return Perplexity(np.array(scores.losses), targets=targets_each)
-    return Perplexity(np.array(scores.losses), scores.kl / n, scores.agree / n, targets_each, errors.result() or None)
+    kl, agree = (functools.reduce(operator.add, sums) / n for sums in (scores.kl, scores.agree))
+    return Perplexity(np.array(scores.losses), kl, agree, targets_each, errors.result() or None)
+
+
+def _score_batch(
+    forwards: Forwards, theirs: ReferenceForwards | None, index: int, batch: Tensor
+) -> tuple[Scores, LayerErrors]:
+    scores, errors = Scores(), LayerErrors(forwards.layers)
+    ids, counts = unstack(batch)
+    check_sequence(forwards.model, ids)
+    below, outputs = forwards.of(index, ids)
+    float_below, targets = (None, None) if theirs is None else theirs.of(index, ids)
+    if targets is not None:
+        errors.add(outputs, targets)
+    scores.add(ids, counts, below, float_below)
+    return scores, errors
 
 
 def bootstrap_difference(a: Perplexity, b: Perplexity, seed: int = 0) -> tuple[float, float]:

@@ -10,19 +10,19 @@ from llmqat.models.output_head import BelowHead, cached
 
 @dataclass
 class Scores:
-    """Sums over the windows that `llmqat.evaluate` has scored.
+    """Sums over each of the windows that `llmqat.evaluate` has scored.
 
     Attributes:
-        losses: mean cross-entropy of each window, nats.
-        targets: tokens scored in each window.
+        losses: mean cross-entropy, nats.
+        targets: tokens scored.
         kl: sum over tokens of ``KL(p_float || p)``, nats.
         agree: tokens whose most likely next token is the float model's.
     """
 
     losses: list[float] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    kl: float = 0.0
-    agree: float = 0.0
+    kl: list[float] = field(default_factory=list)
+    agree: list[float] = field(default_factory=list)
 
     def add(self, batch: Tensor, counts: Tensor | None, below: BelowHead, reference: BelowHead | None) -> None:
         """Score windows of ids ``(windows, window)``, each from its own hidden states; `counts` as in `unstack`."""
@@ -39,8 +39,14 @@ class Scores:
             loss, kl, agree = torch.cat(found, 1).cpu().double().sum(1).tolist()
             self.losses.append(loss / len(hidden))
             self.targets.append(len(hidden))
-            self.kl += kl
-            self.agree += agree
+            self.kl.append(kl)
+            self.agree.append(agree)
+
+    def extend(self, others: "Scores") -> None:
+        """Append the windows of `others`."""
+        for own, more in ((self.losses, others.losses), (self.kl, others.kl), (self.agree, others.agree)):
+            own.extend(more)
+        self.targets.extend(others.targets)
 
 
 def token_scores(logits: Tensor, following: Tensor, float_logits: Tensor | None) -> Tensor:

@@ -65,11 +65,12 @@ from llmqat.report.measured import Measured, write_json
 from llmqat.report.names import public_name, public_recipe
 from llmqat.report.page.render import write_page
 from llmqat.report.text import model_card, print_scoreboard
+from llmqat.team import ALONE
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 from llmqat.train.loop import TrainingData, fit
 from llmqat.train.modes import add_lora, default_alpha, select_trainable
-from llmqat.train.together import check_agreement, close_process_group, wait_for_all_processes
+from llmqat.train.together import check_agreement, close_process_group, connect
 from llmqat.train.tracking import check_tracker
 
 
@@ -118,6 +119,7 @@ class Run:
         if self.train:
             self.train_model()
         if is_first():
+            self.float_pass.team = ALONE  # the other processes end
             if self.train:
                 self.round_and_measure_trained()
             self.pack_model()
@@ -188,12 +190,13 @@ class Run:
                     log("nothing to resume: starting from the beginning")
                 forget_earlier(self.directory)
             self.record.write(self.checkpoint)
-        wait_for_all_processes(self.device)
+        self.team = connect(self.device)
 
     def restore_state(self) -> None:
         """Restore what the interrupted run had measured and trained; every process must find the same."""
         self.load_state()
-        check_agreement((self.record.key, self.steps_done), self.checkpoint)
+        found = self.record.key, self.steps_done, sorted(self.scores), self.saved_blocks.present()
+        check_agreement(self.team, found, self.checkpoint)
         if self.steps_done is not None:
             log(f"resuming after step {self.steps_done}")
 
@@ -247,7 +250,7 @@ class Run:
         self.float_copy = FloatCopy(copy.deepcopy(self.model)) if trains_weights else None
         watched = [layer.name for layer in self.coverage.quantized]
         # Also in a resumed run that has the float row: the others are compared with what the first run had.
-        self.float_pass = FloatPass(self.float_copy or FloatCopy(self.model), self.inputs.test, watched)
+        self.float_pass = FloatPass(self.float_copy or FloatCopy(self.model), self.inputs.test, watched, self.team)
         self.measure("float", partial(self.float_pass.score, "perplexity, float"))
         prepare(
             self.model,
@@ -353,8 +356,7 @@ class Run:
         self.measured.kernel = kernel_name(self.device)
         packed = load_packed(self.directory, torch.float32, self.device)
         self.measured.perplexity["packed"] = self.float_pass.compare(packed, "perplexity, packed", watch=False)
-        expected = expected_in(self.directory, self.contents)
-        self.measured.verification = verify_loaded(self.directory, packed, expected)
+        self.measured.verification = verify_loaded(self.directory, packed, expected_in(self.directory, self.contents))
         del packed
         config = self.recipe.eval
         if config.repeats:

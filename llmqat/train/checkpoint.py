@@ -169,6 +169,10 @@ class SavedBlocks:
         """Whether so many blocks are there, from the first on."""
         return all((self.checkpoints.directory / self.name(index)).exists() for index in range(count))
 
+    def present(self) -> list[str]:
+        """Names of the files that are there."""
+        return sorted(path.name for path in self.checkpoints.directory.glob("block-*.pt"))
+
     def name(self, index: int) -> str:
         """Name of the file of a block."""
         return f"block-{index:05d}.pt"

@@ -21,6 +21,7 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
 from llmqat.processes import is_first
 from llmqat.progress import Meter
+from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
 from llmqat.train.modes import parameter_groups
@@ -112,7 +113,7 @@ class Trainer:
         self.held_out = data.held_out.split(config.batch_size)
         self.result = TrainResult()
         self.best: dict[str, Tensor] = {}  # what this process holds of it
-        self.writing = Background()
+        self.writing, self.team = Background(), whole_team()
         self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
         self.first_codes = FirstCodes(model)  # while every process has all of the model
@@ -243,6 +244,7 @@ class Trainer:
             self.writing.start(partial(self.checkpoints.save, whole))
             if waits:
                 self.writing.wait()
+        self.team.wait()  # for the first, which may take long to write, before any collective that has a time limit
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, whose tensors are in the model already."""
@@ -259,6 +261,7 @@ class Trainer:
         whole."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         put_back(self.unwrapped_model, self.best)
+        self.team.wait()  # for the first, which writes the last checkpoint
         for sharded in self.sharded:
             sharded.gather(everywhere)
         whole = not self.sharded or everywhere or is_first()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import GradientAccumulationPlugin, broadcast, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast
 from torch import nn
 
 from llmqat.algorithms.activation_ranges import static_layers
@@ -15,31 +15,34 @@ from llmqat.compat.accelerate import forget_accelerator
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.processes import process_count
+from llmqat.team import Team, connection, whole_team
 
 CPU = torch.device("cpu")
 
 
-def wait_for_all_processes(device: torch.device) -> None:
-    """Wait until every process, each of which computes on a `device` of its own, has come this far."""
+def connect(device: torch.device) -> Team:
+    """Connect the processes, each of which computes on a `device` of its own; returns once all have come this far."""
     if process_count() > 1:
-        PartialState(cpu=device.type == "cpu").wait_for_everyone()
+        PartialState(cpu=device.type == "cpu")
+    team = whole_team()
+    team.wait()
+    return team
 
 
 def close_process_group() -> None:
     """Close the connection between the processes, if there is one; the last thing a process does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         PartialState().destroy_process_group()
+        connection.cache_clear()
 
 
-def check_agreement(value: Any, directory: Path) -> None:
-    """Every process must have read the same from `directory`.
+def check_agreement(team: Team, value: Any, directory: Path) -> None:
+    """Every process of `team` must have read the same from `directory`.
 
     Raises:
         LlmqatError: if one did not.
     """
-    if process_count() == 1:
-        return
-    values = gather_object([value])
+    values = team.all_of(value)
     others = [index for index, other in enumerate(values) if other != values[0]]
     if others:
         raise LlmqatError(

@@ -52,6 +52,7 @@ def test_rows_are_scored_as_beside_a_running_float_model(tiny_llama, forwards, i
 def test_nothing_of_the_size_of_the_vocabulary_is_kept(tiny_llama):
     model = tiny_llama(vocab_size=1000)
     kept = FloatPass(FloatCopy(model), Windows(TEXT, "none"), ["lm_head", "model.layers.0.mlp.up_proj"]).kept
+    kept = list(kept.values())
     assert [entry.hidden.shape for entry in kept] == [(6, 48, 64)]
     assert kept[0].hidden.untyped_storage().nbytes() == 4 * 6 * 48 * 64
     assert [entry.outputs.keys() for entry in kept] == [{"model.layers.0.mlp.up_proj"}]

@@ -6,22 +6,22 @@ from torch import nn
 from llmqat.config import TrainConfig
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import from_shard, gathered, local_shard, sharded_like
-from llmqat.train import together
+from llmqat.team import ALONE, Team
 from llmqat.train.sharding import sharding_requested
 from llmqat.train.together import (
     accelerator_for,
     any_of,
     check_agreement,
     close_process_group,
+    connect,
     mean,
-    wait_for_all_processes,
 )
 from tests.pretended_device import PRETENDED
 
 
 def test_alone_nothing_happens(tmp_path):
-    wait_for_all_processes(torch.device("cpu"))
-    check_agreement(3, tmp_path)
+    assert connect(torch.device("cpu")) == ALONE
+    check_agreement(ALONE, 3, tmp_path)
     accelerator = accelerator_for(TrainConfig(precision="fp32"), None)
     assert mean(accelerator, torch.tensor(0.1, requires_grad=True)) == torch.tensor(0.1).item()
     assert [any_of(accelerator, flag) for flag in (True, False)] == [True, False]
@@ -41,13 +41,12 @@ def test_runs_of_one_process_compute_each_in_its_precision():
 
 
 def test_a_checkpoint_that_not_all_see(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(together, "gather_object", lambda value: [4, 4, None])
+    monkeypatch.setattr(Team, "all_of", lambda team, value: [4, 4, None])
     message = "process 2 does not find in .* what process 0 finds; --resume on several machines needs an --output on a"
     with pytest.raises(LlmqatError, match=message):
-        check_agreement(4, tmp_path)
-    monkeypatch.setattr(together, "gather_object", lambda value: [4, 4, 4])
-    check_agreement(4, tmp_path)
+        check_agreement(Team(0, 3), 4, tmp_path)
+    monkeypatch.setattr(Team, "all_of", lambda team, value: [4, 4, 4])
+    check_agreement(Team(0, 3), 4, tmp_path)
 
 
 def test_deepspeed_is_refused(monkeypatch):
