@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
+from llmqat.algorithms.compensation import compensation_of
 from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, grouped, quantize, smallest_scale
-from llmqat.quant.fake_quant import codes_of
-from llmqat.quant.grid import Compensation, Grid, Latent
+from llmqat.quant.affine import choose_scale, dequantize, quantize
 
 HEAD = "output head"
 
@@ -89,37 +88,6 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
     else:
         layer.weight.data = result.latent
     return error
-
-
-@torch.no_grad()
-def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Compensation:
-    """The change that gives `weight` the codes of `latent` when added, both ``(out, in)``.
-
-    ``latent - weight`` in steps of 1/127 of the largest change in the group. Where that rounding would change a code,
-    one step back towards the middle of the code's interval: such a weight is the first to change its code in training,
-    and has to stay close to where it may. Where even that is too coarse, the change to the middle itself, and finer
-    steps in a wider integer throughout if nothing else helps.
-    """
-    codes = codes_of(Latent(latent), grid)
-    change, to_middle = latent - weight, grid.stored().dequantize(codes).float() - weight
-    largest = grouped(torch.maximum(change.abs(), to_middle.abs()), grid.scheme).amax(-1)
-    for dtype in (torch.int8, torch.int16, torch.int32):
-        limit = torch.iinfo(dtype).max
-        step = (largest / limit).clamp(min=smallest_scale(torch.bfloat16)).to(torch.bfloat16)
-
-        def in_steps(change: Tensor, step: Tensor = step, limit: int = limit) -> Tensor:
-            multiples = (grouped(change, grid.scheme) / step.float().unsqueeze(-1)).round_()
-            return multiples.clamp_(-limit, limit).flatten(-2)
-
-        multiples = in_steps(change)
-        back = (multiples + (to_middle - change).sign()).clamp_(-limit, limit)
-        for other in (back, in_steps(to_middle)):
-            moved = codes_of(Latent(weight, Compensation(multiples, step)), grid) != codes
-            multiples = torch.where(moved, other, multiples)
-        found = Compensation(multiples.to(dtype), step)
-        if torch.equal(codes_of(Latent(weight, found), grid), codes):
-            break
-    return found
 
 
 def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, name: str = "block") -> list[LayerError]:

@@ -1,14 +1,12 @@
 import pytest
 import torch
-from torch import nn
 
 from llmqat.algorithms import gptq_model as driver
 from llmqat.algorithms.blocks import layers_of
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import prepare
-from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.affine import choose_scale, fake_quantize_activation, grouped
+from llmqat.quant.affine import fake_quantize_activation, grouped
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
 
@@ -83,29 +81,6 @@ def test_compensation_takes_a_byte_and_is_near_the_latent(tiny_llama, tokens):
             grouped(kept.latent().rows(slice(None)) - plain.weight, kept.scheme).abs() / plain.scale.abs()[..., None]
         )
         assert apart.mean() < 0.02, "of a code"
-
-
-def test_compensation_takes_more_bytes_where_one_loses_a_code():
-    layer = FakeQuantLinear(nn.Parameter(torch.full((1, 4), 100.0)), None, QuantScheme(8, 4), torch.bfloat16)
-    layer.scale.data.fill_(0.25)
-    codes = torch.tensor([[1.0, -3.0, 100.0, -77.0]])
-    w_hat = layer.stored_scale() * codes
-    layer.compensation = driver.compensation_of(layer.weight, w_hat + 0.1, layer.grid)  # steps of 0.94 in int8
-    assert layer.compensation.multiples.dtype == torch.int16
-    assert torch.equal(layer.codes().float(), codes)
-
-
-@torch.no_grad()
-def test_a_weight_at_the_end_of_its_interval_stays_there():
-    """It is the first to change its code in training; the middle of the interval would take that from it."""
-    weight = torch.randn(64, 128)
-    layer = FakeQuantLinear(nn.Parameter(weight), None, QuantScheme(4, 64), torch.float32)
-    layer.set_grid(*choose_scale(weight, layer.scheme, torch.float32))
-    latent = weight + 0.5 * layer.scale.mean() * torch.randn_like(weight)
-    found = driver.compensation_of(weight, latent, layer.grid)
-    assert found.multiples.dtype == torch.int8
-    distance = (found.rows(slice(None), torch.float32) - (latent - weight)).abs().unflatten(-1, (2, 64))
-    assert (distance <= 1.51 * found.step.float().unsqueeze(-1)).all()
 
 
 def test_latents_are_kept_between_codes_for_training(tiny_llama, tokens):
