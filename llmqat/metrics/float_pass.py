@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llmqat.data.chat import unstack
+from llmqat.machine import return_freed_memory
 from llmqat.metrics.forwards import Kept, ReferenceForwards
 from llmqat.metrics.perplexity import Perplexity, Windows, compare, score
 from llmqat.models.float_view import FloatCopy, FloatView
@@ -66,12 +67,17 @@ class FloatPass:
 
     def score(self, description: str) -> Perplexity:
         """Perplexity of the float model itself, by all of the team."""
-        return score(self._forwards(), self.data, None, description, self.team)
+        found = score(self._forwards(), self.data, None, description, self.team)
+        return_freed_memory()
+        return found
 
     def compare(self, model: nn.Module, description: str, watch: bool = True) -> Perplexity:
         """Perplexity of `model`, and its distance from the float model; also that of its layers unless `watch` is
         False."""
-        return compare(model, self.data, self._forwards(), description, self.layers if watch else (), self.team)
+        layers = self.layers if watch else ()
+        found = compare(model, self.data, self._forwards(), description, layers, self.team)
+        return_freed_memory()
+        return found
 
     def _forwards(self) -> ReferenceForwards:
         # Made for each row: training may have given the model another head since, or taken it to another device.

@@ -18,6 +18,7 @@ from llmqat.config import ResolvedTrain, TrainConfig
 from llmqat.data.chat import places, positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
+from llmqat.machine import return_freed_memory
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
 from llmqat.processes import is_first
 from llmqat.progress import Meter
@@ -269,6 +270,7 @@ class Trainer:
             self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        return_freed_memory()
         return self.result
 
 
@@ -335,6 +337,8 @@ def _run(trainer: Trainer, config: ResolvedTrain) -> None:
     with interruptible() as caught, Meter("training", config.max_steps, result.steps) as meter:
         while result.steps < config.max_steps:
             loss = trainer.step(batches)
+            if result.steps == clock.first + 1:  # moments now live between what the first step has freed
+                return_freed_memory()
             trainer.writing.check()
             interrupted = any_of(trainer.accelerator, caught())  # all stop after the same step
             result.losses[result.steps] = loss
