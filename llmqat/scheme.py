@@ -6,6 +6,7 @@ from typing import Any, Literal
 from llmqat.errors import LlmqatError
 
 BITS = (2, 3, 4, 8)
+SCALE_DTYPES = ("float16",)
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class QuantScheme:
         act_bits: 8 quantizes the layer's input to int8, per token and symmetric, with a scale found at run time;
             None leaves it alone.
         act_static: one scale for all inputs of the layer in place of those, observed beforehand and stored.
+        scale_dtype: "float16" trains with scales that are float16 numbers, whatever dtype they are stored in, so that
+            formats which store them in it lose nothing; None: any numbers of the storage dtype.
     """
 
     bits: int = 4
@@ -27,6 +30,7 @@ class QuantScheme:
     symmetric: bool = True
     act_bits: int | None = None
     act_static: bool = False
+    scale_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -37,6 +41,11 @@ class QuantScheme:
             raise LlmqatError(f"act_bits must be 8, or left out for float activations; got {self.act_bits}")
         if self.act_static and self.act_bits is None:
             raise LlmqatError("act_static is about int8 activations: set act_bits to 8, or leave act_static out")
+        if self.scale_dtype not in (None, *SCALE_DTYPES):
+            raise LlmqatError(
+                f"scale_dtype must be {' or '.join(SCALE_DTYPES)}, or left out for that of the file; got "
+                f"{self.scale_dtype!r}"
+            )
 
     @property
     def inputs(self) -> Literal["float", "dynamic", "static"]:
@@ -85,4 +94,5 @@ class QuantScheme:
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
         acts = "A16" if self.inputs == "float" else f"A{self.act_bits}"
         static = " static activations" if self.inputs == "static" else ""
-        return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}{static}"
+        scales = f" {self.scale_dtype} scales" if self.scale_dtype else ""
+        return f"W{self.bits}{acts} {group} {'symmetric' if self.symmetric else 'asymmetric'}{static}{scales}"

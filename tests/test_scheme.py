@@ -16,6 +16,7 @@ from llmqat.scheme import QuantScheme
         ({"act_bits": 4}, r"act_bits must be 8, .* got 4"),
         ({"act_bits": 16}, r"act_bits must be 8"),
         ({"act_static": True}, r"act_static is about int8 activations: set act_bits to 8, or leave act_static out"),
+        ({"scale_dtype": "bfloat16"}, r"scale_dtype must be float16, or left out for that of the file; got 'bfloat16'"),
     ],
 )
 def test_rejects_with_value_and_limit(fields, message):
@@ -66,7 +67,7 @@ def test_is_a_value():
     scheme = QuantScheme(3, 64, False, 8)
     assert scheme == QuantScheme(**scheme.to_dict())
     assert hash(scheme) == hash(QuantScheme(**scheme.to_dict()))
-    assert list(scheme.to_dict()) == ["bits", "group_size", "symmetric", "act_bits", "act_static"]
+    assert list(scheme.to_dict()) == ["bits", "group_size", "symmetric", "act_bits", "act_static", "scale_dtype"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         scheme.bits = 4
 
@@ -74,6 +75,7 @@ def test_is_a_value():
 def test_prints_as_people_write_it():
     assert str(QuantScheme()) == "W4A16 g128 symmetric"
     assert str(QuantScheme(3, -1, False, 8)) == "W3A8 per channel asymmetric"
+    assert str(QuantScheme(4, 32, scale_dtype="float16")) == "W4A16 g32 symmetric float16 scales"
     assert str(QuantScheme(8, -1, True, 8, True)) == "W8A8 per channel symmetric static activations"
 
 

@@ -76,7 +76,7 @@ class Resolved(Recipe):
     def scheme(self) -> QuantScheme:
         """The grid of every layer that no override touches."""
         q = self.quant
-        return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static)
+        return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static, q.scale_dtype)
 
 
 def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> Resolved:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmqat.config.options import meta, option
-from llmqat.scheme import BITS, QuantScheme
+from llmqat.scheme import BITS, SCALE_DTYPES, QuantScheme
 
 INITS = ("gptq", "rtn")
 MODES = ("full", "lora", "scales")
@@ -34,6 +34,12 @@ class QuantConfig:
     act_bits: int | None = option(None, "8: int8 activations, per token and dynamic", "--act-bits", choices=(8,))
     act_static: bool = option(False, "int8 activations with one observed scale for each layer", "--act-static")
     observer: str = option("mse", "how the ranges of static activations are found", "--observer", choices=OBSERVERS)
+    scale_dtype: str | None = option(
+        None,
+        "float16: scales that float16 holds exactly, whatever dtype they are stored in, for formats such as GGUF",
+        "--scale-dtype",
+        choices=SCALE_DTYPES,
+    )
     lm_head_bits: int | None = option(
         None,
         "quantize the output head too, at 8 or 4 bits; a tied embedding shares its codes; default: both stay float",
@@ -56,7 +62,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         """Check what the fields say together: what `QuantScheme` refuses is refused before anything is loaded."""
         group_size = -1 if self.group_size is None else self.group_size
-        QuantScheme(self.bits, group_size, self.symmetric, self.act_bits, self.act_static)
+        QuantScheme(self.bits, group_size, self.symmetric, self.act_bits, self.act_static, self.scale_dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import own_rows, row_shard
 from llmqat.nn.linear_like import is_transposed
-from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, store
+from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, round_scale, store
 from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
@@ -186,7 +186,7 @@ class FakeQuantLinear(KeepsDtypes):
 
     def stored_scale(self) -> Tensor:
         """The scale as it is stored, ``(out, groups)`` in `storage_dtype`."""
-        return self.scale.detach().to(self.storage_dtype)
+        return round_scale(self.scale.detach(), self.scheme, self.storage_dtype)
 
     def stored_zero_point(self) -> Tensor | None:
         """The zero point as it is stored, uint8 ``(out, groups)``, or None."""

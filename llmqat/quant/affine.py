@@ -93,6 +93,18 @@ def store(scale: Tensor, floor: Tensor | float, dtype: torch.dtype) -> Tensor:
     return signed.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
+def store_scale(scale: Tensor, floor: Tensor | float, scheme: QuantScheme, storage_dtype: torch.dtype) -> Tensor:
+    """`store` for the scales of weights, which are numbers of the scheme's scale dtype too if it names one."""
+    if scheme.scale_dtype is None:
+        return store(scale, floor, storage_dtype)
+    return store(scale, floor, getattr(torch, scheme.scale_dtype)).to(storage_dtype)
+
+
+def round_scale(scale: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype) -> Tensor:
+    """Trained scales as a file holds them: in the storage dtype, as numbers of the scale dtype that a scheme names."""
+    return (scale if scheme.scale_dtype is None else scale.to(getattr(torch, scheme.scale_dtype))).to(storage_dtype)
+
+
 def scale_floor(weight: Tensor) -> Tensor:
     """Smallest scale magnitude allowed for `weight`: relative to its largest entry; 1 where all of it is zero."""
     largest = weight.abs().amax().to(torch.float32)
@@ -122,8 +134,8 @@ class Ranges(NamedTuple):
         """Scale and zero point of the ranges times `shrink`; see `choose_scale`."""
         if self.high is None:
             sign = -1.0 if flip else 1.0
-            return store(self.low * (sign * shrink / scheme.qmin), self.floor, storage_dtype), None
-        scale = store((self.high - self.low) * (shrink / scheme.qmax), self.floor, storage_dtype)
+            return store_scale(self.low * (sign * shrink / scheme.qmin), self.floor, scheme, storage_dtype), None
+        scale = store_scale((self.high - self.low) * (shrink / scheme.qmax), self.floor, scheme, storage_dtype)
         return scale, (-shrink * self.low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmqat.quant.affine import code_values, dequantize
+from llmqat.quant.affine import code_values, dequantize, round_scale
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 
@@ -173,7 +173,7 @@ class Grid(NamedTuple):
         zero_point = self.zero_point
         if zero_point is not None:
             zero_point = zero_point.round().clamp(self.scheme.qmin, self.scheme.qmax)
-        return self._replace(scale=self.scale.to(self.storage_dtype), zero_point=zero_point)
+        return self._replace(scale=round_scale(self.scale, self.scheme, self.storage_dtype), zero_point=zero_point)
 
     def widened(self, dtype: torch.dtype) -> "Grid":
         """The `stored` grid with its scales in `dtype`, in which gradients are computed."""

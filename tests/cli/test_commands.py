@@ -40,7 +40,7 @@ def table(text):
 
 def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, small_flags):
     flags = "--bits 3 --asym --group-size 32 --act-bits 8 --clip-mask --train scales --loss ce --init rtn --smooth 0.5"
-    flags += " --act-static --observer percentile --freeze-observers 1"
+    flags += " --act-static --scale-dtype float16 --observer percentile --freeze-observers 1"
     extra = ["--override", "down_proj$:bits=8,group_size=-1", "--override", "layers.0.*o_proj$:float"]
     argv = [
         "finetune",
@@ -63,6 +63,7 @@ def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, 
         "act_bits": 8,
         "act_static": True,
         "observer": "percentile",
+        "scale_dtype": "float16",
         "lm_head_bits": None,
         "kv_bits": None,
         "overrides": {"down_proj$": {"bits": 8, "group_size": -1}, "layers.0.*o_proj$": "float"},

@@ -14,6 +14,7 @@ from llmqat.quant.affine import (
     quantize,
     quantize_activation,
     ranges_of,
+    round_scale,
     store,
 )
 from llmqat.scheme import QuantScheme
@@ -116,6 +117,20 @@ def test_store_keeps_sign_and_limits():
         store(scale, floor, torch.float16),
         torch.tensor([1e-3, -1e-3, 1e-3, 65504, -65504, -0.3], dtype=torch.float16),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_are_float16_numbers(dtype, symmetric):
+    """Chosen and trained ones, down to those that float16 holds with few bits."""
+    weight = torch.randn(64, 32) * torch.logspace(-6, 3, 64)[:, None]
+    scheme = QuantScheme(4, 16, symmetric, scale_dtype="float16")
+    chosen, _ = choose_scale(weight, scheme, dtype)
+    for scale in (chosen, round_scale(1.01 * chosen.float(), scheme, dtype)):
+        assert scale.dtype == dtype
+        assert torch.equal(scale.to(torch.float16).to(dtype), scale)
+    assert chosen.all()
+    assert torch.equal(round_scale(chosen.float(), scheme, dtype), chosen)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.bfloat16])

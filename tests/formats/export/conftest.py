@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmqat.formats.writer import save_packed
-from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 
 
@@ -23,13 +23,10 @@ def packed_dir(tiny_llama, tmp_path) -> Callable[..., Path]:
         dtype: torch.dtype = torch.bfloat16,
         model: Any = None,
         tokenizer: Any = None,
-        float16_scales: bool = False,
         **options: Any,
     ) -> Path:
         model = tiny_llama() if model is None else model
         prepare(model, scheme, storage_dtype=dtype, **options)
-        for own in quantized_layers(model) if float16_scales else ():
-            own.layer.scale.data = own.layer.scale.to(torch.float16).float()
         return save_packed(model, tmp_path / f"packed-{len(list(tmp_path.iterdir()))}", tokenizer)
 
     return make

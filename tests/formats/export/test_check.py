@@ -8,6 +8,8 @@ from llmqat.formats.export import holds
 from llmqat.formats.export.check import check_held, inexact_scales
 from llmqat.formats.export.holds import HOLDS, Holds, nearest
 from llmqat.formats.export.source import Source
+from llmqat.formats.writer import save_packed
+from llmqat.models.patcher import quantized_layers
 from llmqat.scheme import QuantScheme
 
 
@@ -56,6 +58,16 @@ def test_scales_that_are_no_float16_numbers(narrow, packed_dir):
     message = r"[1-9]\d* of its 128 scales, -?0\.\d+ among them, are no float16 numbers; train with --scale-dtype"
     with pytest.raises(LlmqatError, match=message):
         check_held(Source.open(packed_dir(QuantScheme(4, 32), torch.float32)), "narrow")
+
+
+def test_scales_trained_to_be_float16_numbers(narrow, trained, decode, tmp_path):
+    """What the forward multiplied by is what is stored in float32, and no scale loses anything in float16."""
+    model = trained(QuantScheme(4, 16, scale_dtype="float16"), torch.float32, "scales")
+    file = decode(save_packed(model, tmp_path), 4, symmetric=True)
+    for name, layer, _ in quantized_layers(model):
+        _, scale, _, w_hat = file[name]
+        assert torch.equal(w_hat, layer.quantized_weight())
+        assert not len(inexact_scales(scale, torch.float16))
 
 
 def test_inexact_scales():

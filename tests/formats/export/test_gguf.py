@@ -1,6 +1,7 @@
 """A GGUF file holds the packed model: read back by transformers, which shares no code with us, bit for bit."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.export import export
 from llmqat.scheme import QuantScheme
 
-W4 = QuantScheme(4, 32)
+W4 = QuantScheme(4, 32, scale_dtype="float16")
 # What transformers does not read from the file, as it is by default; and what llama.cpp takes for granted.
 USUAL = {
     "qwen3": {"head_dim": 128},
@@ -29,7 +30,7 @@ def exported(packed_dir, merging_tokenizer, tmp_path):
     """``exported(scheme, model)``: a packed directory and its export."""
 
     def make(scheme, model, dtype=torch.float32, **options):
-        source = packed_dir(scheme, dtype, model, merging_tokenizer, float16_scales=True, **options)
+        source = packed_dir(scheme, dtype, model, merging_tokenizer, **options)
         export(source, "gguf", tmp_path / "out")
         return source, tmp_path / "out"
 
@@ -55,7 +56,7 @@ def test_families(exported, tiny, model_type):
 
 @pytest.mark.parametrize("scheme", [QuantScheme(8, -1), QuantScheme(4, 32, False)], ids=str)
 def test_schemes(exported, tiny, scheme):
-    same_numbers(*exported(scheme, tiny("llama", vocab_size=264)))
+    same_numbers(*exported(replace(scheme, scale_dtype="float16"), tiny("llama", vocab_size=264)))
 
 
 def test_a_head_tied_to_the_embedding(exported, tiny):
