@@ -58,6 +58,8 @@ Move a packed model to the format of another engine: the same codes and scales, 
       the dequantized model, an ordinary float checkpoint
   llmqat export runs/llmqat --to gguf --output out-gguf
       one file for llama.cpp, out-gguf/model.gguf; for grids in groups of 32 and multiples
+  llmqat export runs/llmqat --to gptq --output out-gptq
+      a checkpoint for vLLM, SGLang and GPTQModel; so is awq; mlx is one for Apple silicon
 
 What a format cannot hold without loss is refused, with the nearest grid to train instead.
 """

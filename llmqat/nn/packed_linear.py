@@ -85,6 +85,13 @@ class PackedLinear(KeepsDtypes):
         packed = self.packed
         return packed.unpack(), packed.scale, packed.unpack_zero_point()
 
+    def unsigned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and zero points as uint8 from 0, as files hold them, and between them the scale."""
+        codes, scale, zero_point = self.unpack()
+        if zero_point is None:
+            zero_point = torch.full(scale.shape, -self.scheme.qmin, dtype=torch.uint8, device=scale.device)
+        return to_unsigned(codes, self.scheme), scale, zero_point
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` ``(n,)`` of ``W_hat``, ``(n, in)`` in the dtype of the scale: the lookup of a tied embedding."""
         check_index(index, self.packed)

@@ -8,16 +8,22 @@ from pathlib import Path
 from llmqat.errors import LlmqatError
 from llmqat.files import discard_partial, locked, make_directory, replacing
 from llmqat.formats.directory import SEAL
+from llmqat.formats.export.awq import write_awq
 from llmqat.formats.export.check import check_held
 from llmqat.formats.export.dense import write_dense
 from llmqat.formats.export.gguf import write_gguf
+from llmqat.formats.export.gptq import write_gptq
 from llmqat.formats.export.holds import HOLDS
+from llmqat.formats.export.mlx import write_mlx
 from llmqat.formats.export.source import Source
 from llmqat.pipeline.output import check_apart, holds_files
 
 WRITERS: dict[str, Callable[[Source, Path], None]] = {
     "dense": write_dense,
     "gguf": write_gguf,
+    "gptq": write_gptq,
+    "awq": write_awq,
+    "mlx": write_mlx,
 }
 
 
@@ -49,7 +55,7 @@ def export(directory: str | Path, to: str, output: str | Path) -> Exported:
 
     Args:
         directory: of the packed model; or its Hub id.
-        to: the format: dense or gguf.
+        to: the format: dense, gguf, gptq, awq or mlx.
         output: directory to write, which must be empty or not there.
 
     Returns:

@@ -31,7 +31,7 @@ def test_an_output_that_holds_anything_is_refused(finished, tmp_path):
 
 
 def test_unknown_format(finished, tmp_path):
-    with pytest.raises(LlmqatError, match="unknown format 'nothing'; choose one of dense, gguf"):
+    with pytest.raises(LlmqatError, match="unknown format 'nothing'; choose one of dense, gguf, gptq, awq, mlx"):
         export(finished, "nothing", tmp_path / "out")
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from llmqat.formats.directory import TEXT_FILES, model_files
 from llmqat.formats.export.source import Source
 from llmqat.formats.weights import WEIGHTS
 from llmqat.formats.writer import save_shard, write_index
+from llmqat.nn.packed_linear import PackedLinear
+from llmqat.progress import track
 
 SHARD_BYTES = 5 * 10**9
 
@@ -23,7 +25,7 @@ def write_directory(
     scratch: Path,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
-    quantization: dict[str, Any] | None = None,
+    entries: dict[str, Any] | None = None,
 ) -> None:
     """Write an exported model to `scratch`.
 
@@ -32,18 +34,27 @@ def write_directory(
         scratch: an empty directory.
         tensors: of the new model, made one after the other.
         dtype: that config.json names: of the float parts.
-        quantization: the `quantization_config` there; None for a float model.
+        entries: what config.json says of the format, by its keys there.
     """
     write_shards(tensors, scratch)
     config = copy.deepcopy(source.model.config)
     config.__dict__.pop(OWN_KEY, None)
     config.dtype = dtype
-    if quantization is not None:
-        config.quantization_config = quantization
+    for key, value in (entries or {}).items():
+        setattr(config, key, value)
     config.save_pretrained(scratch)
     if source.model.can_generate():
         source.model.generation_config.save_pretrained(scratch)
     copy_text_files(source.directory, scratch)
+
+
+def moved(source: Source, make: Callable[[PackedLinear], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an exported model by its name in files: float parts as they are, layers as `make` makes them."""
+    yield from source.float_parts()
+    for path, layer in track(source.layers.items(), "export", len(source.layers)):
+        bias = {} if layer.bias is None else {"bias": layer.bias}
+        for part, tensor in (make(layer) | bias).items():
+            yield f"{source.file_name(path)}.{part}", tensor
 
 
 def copy_text_files(directory: Path, scratch: Path) -> None:

@@ -18,6 +18,9 @@ class Holds:
         head: whether the output head may be on a grid.
         tied_head: whether it may share its codes with the embedding.
         transposed: whether layers may keep their weight as ``(in, out)``, as GPT-2's do.
+        mixed: whether layers may have several grids.
+        float_layers: whether linear layers of the blocks may be on none.
+        rows: what the number of rows of a weight has to be a multiple of.
     """
 
     symmetric: tuple[int, ...] = BITS
@@ -28,6 +31,9 @@ class Holds:
     head: bool = True
     tied_head: bool = True
     transposed: bool = False
+    mixed: bool = True
+    float_layers: bool = True
+    rows: int = 1
 
     def bits(self, symmetric: bool) -> tuple[int, ...]:
         """Widths of one kind of grid."""
@@ -61,4 +67,7 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
 HOLDS = {
     "dense": Holds(transposed=True),
     "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16"),
+    "gptq": Holds(scale_dtype="float16", head=False, mixed=False, float_layers=False, rows=32),
+    "awq": Holds((4,), (4,), scale_dtype="float16", head=False, mixed=False, rows=8),
+    "mlx": Holds(asymmetric=(), groups=(32, 64, 128)),
 }

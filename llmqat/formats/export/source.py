@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
@@ -64,6 +64,11 @@ class Source(NamedTuple):
         for name, tensor in self.model.state_dict().items():
             if name not in ties and name.rpartition(".")[0] not in self.layers:
                 yield file_name(self.model, name), tensor
+
+    def float_linears(self) -> list[str]:
+        """Names in files of linear layers that are on no grid."""
+        modules = self.model.named_modules()
+        return [file_name(self.model, name) for name, module in modules if isinstance(module, nn.Linear)]
 
     def notes(self) -> list[str]:
         """Parts of the arithmetic of training that no other format holds, a line each."""
