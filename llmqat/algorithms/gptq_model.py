@@ -72,7 +72,7 @@ def output_power(weight: Tensor, H: Tensor) -> Tensor:
 
 def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: GptqSettings, name: str) -> LayerError:
     """Put GPTQ's grid and latents in place if the `statistics` are enough; return the errors of both ways."""
-    weight, scheme, H = layer.weight.detach(), layer.scheme, statistics.H
+    weight, scheme, H = layer.weight.detach().to(layer.compute_dtype), layer.scheme, statistics.H
     check_hessian(H, name)
     s, z = choose_scale(weight, scheme, layer.storage_dtype)
     power = output_power(weight, H).clamp(min=1e-30)

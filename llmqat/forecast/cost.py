@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.torch import fake_tensors
 from llmqat.config import Resolved
-from llmqat.forecast.shapes import Shapes, block_count, fill_with_fakes, first_blocks, prepared, store_frozen
+from llmqat.forecast.shapes import Shapes, block_count, fill_with_fakes, first_blocks, prepared
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.coverage import CoverageReport
@@ -50,8 +50,6 @@ def cost_of(
 
     def of_first(blocks: int | None) -> Cost:
         shapes = prepared(first_blocks(model, blocks), recipe, coverage, stored)
-        if work is training_step:
-            store_frozen(shapes.model)
         with fake_tensors():
             fill_with_fakes(shapes)
             live = LiveBytes(shapes.tensors())

@@ -13,8 +13,9 @@ from llmqat.compat.torch import members_of
 from llmqat.config import Resolved
 from llmqat.models.architectures import ARCHITECTURES, blocks_of
 from llmqat.models.coverage import CoverageReport
-from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.patcher import put_on_grid, quantized_layers
+from llmqat.models.widening import compute_in_float32
 from llmqat.nn.kv_cache import quantize_kv
 from llmqat.quant.grid import Compensation
 from llmqat.train.modes import add_lora, select_trainable
@@ -54,13 +55,15 @@ def first_blocks(model: PreTrainedModel, count: int | None) -> PreTrainedModel:
 
 
 def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype) -> Shapes:
-    """Prepare `model`, on the meta device, for what the recipe trains; all weights are float32 until it does."""
+    """Prepare `model`, on the meta device, for what the recipe trains, as a run does."""
     quant, train = recipe.quant, recipe.train
-    float_copy = copy.deepcopy(model) if train.mode == "full" else None
+    model.requires_grad_(False)
     names = {name for name, _ in model.named_modules()}
     put_on_grid(model, [layer for layer in coverage.quantized if layer.name in names], stored, quant.clip_mask)
     if quant.kv_bits is not None:
         quantize_kv(model, quant.kv_bits)
+    compute_in_float32(model, stored)
+    float_copy = copy_of_float(model) if train.mode == "full" else None
     if recipe.init.method == "gptq" and float_copy is None:
         for on_grid in quantized_layers(model):
             on_grid.layer.compensation = Compensation(
@@ -69,15 +72,7 @@ def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport,
             )
     marked = add_lora(model, train.lora_r, alpha=1.0) if train.mode == "lora" else model
     select_trainable(marked, train.mode, train.lr_scale > 0)
-    return Shapes(marked, FloatView(marked) if float_copy is None else FloatCopy(float_copy))
-
-
-def store_frozen(model: nn.Module) -> None:
-    """Keep frozen weights in their stored dtype, as `store_frozen_weights` does; whether that is exact for these, which
-    have no values, is taken for granted."""
-    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
-        if not layer.weight.requires_grad:
-            layer.weight.data = layer.weight.data.to(layer.storage_dtype)
+    return Shapes(marked, float_copy or FloatView(marked))
 
 
 def fill_with_fakes(shapes: Shapes) -> None:

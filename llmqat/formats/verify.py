@@ -154,10 +154,18 @@ def decode_error(
     """
     if kv_bits_of(model) or quantizes_inputs(model):
         nudge(plain)
-    if trained is None or transformers_model(trained).dtype != torch.float32:
+    if trained is None or dtype_of_hidden_states(trained) != torch.float32:
         return decoding(model, exact, (plain, exact))
     with as_stored(trained) as reference:
         return decoding(model, reference, (plain, exact))
+
+
+@torch.no_grad()
+def dtype_of_hidden_states(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes, whatever that of its weights: that of a row of its input embedding."""
+    device = next(model.parameters()).device
+    row: Tensor = transformers_model(model).get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=device))
+    return row.dtype
 
 
 def quantizes_inputs(model: nn.Module) -> bool:

@@ -225,7 +225,10 @@ def compare(
     training = model.training
     model.eval()
     try:
-        return score(Forwards(model, layers), data, theirs, description, team)
+        forwards = Forwards(model, layers)
+        if theirs is not None:
+            theirs.head.share_cast(forwards.head)
+        return score(forwards, data, theirs, description, team)
     finally:
         model.train(training)
 

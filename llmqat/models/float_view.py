@@ -1,5 +1,6 @@
 """Run the float model inside a prepared one: the teacher of distillation without a second copy."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -12,6 +13,8 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import KVQuantizer
 from llmqat.nn.lora import LoraFakeQuantLinear
 
+QUANTIZERS = FakeQuantLinear, KVQuantizer
+
 
 @contextmanager
 def disable_quantizers(model: nn.Module, disable_adapters: bool = True) -> Iterator[None]:
@@ -20,8 +23,7 @@ def disable_quantizers(model: nn.Module, disable_adapters: bool = True) -> Itera
     That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
     weights have not been trained.
     """
-    quantizers = FakeQuantLinear | KVQuantizer
-    kinds = quantizers | LoraFakeQuantLinear if disable_adapters else quantizers
+    kinds = (*QUANTIZERS, LoraFakeQuantLinear) if disable_adapters else QUANTIZERS
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, kinds):
@@ -83,11 +85,24 @@ class FloatView:
             module.train(training)
 
 
+def copy_of_float(model: nn.Module) -> "FloatCopy":
+    """The float model inside a prepared one, of which nothing trains yet, as a model of its own.
+
+    Weights in 16 bits are not copied: those that will train are made float32 in the prepared one, and no longer these.
+    """
+    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters() if p.dtype.itemsize < 4}
+    copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        if isinstance(module, QUANTIZERS):
+            module.enabled = False
+    return FloatCopy(copied)
+
+
 class FloatCopy:
     """The float model as a second, frozen copy: for full fine-tuning, where the weights themselves move.
 
     Args:
-        model: the copy, not prepared; its parameters are frozen in place.
+        model: the copy, not prepared or with its quantizers disabled; its parameters are frozen in place.
     """
 
     def __init__(self, model: nn.Module) -> None:

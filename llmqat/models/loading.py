@@ -10,8 +10,9 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmqat.errors import LlmqatError
+from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.foreign import ForeignError, from_pretrained
-from llmqat.models.stored import separate_heads, stored_dtype
+from llmqat.models.stored import separate_heads, stored_dtype, stores_only
 from llmqat.models.ties import correct_flag, possible_ties, set_tied
 
 # Names that need no network.
@@ -99,6 +100,33 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     correct_flag(model)
     setattr(model, REMEMBERED, stored)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def load_as_stored(name: str) -> PreTrainedModel:
+    """A float model in evaluation mode that holds the numbers of its files, to be computed with in float32.
+
+    Its weights are in 16 bits where all of the files are, and the family has a row in `ARCHITECTURES`: others may
+    compute constants in the dtype of their weights (Mamba rounds hidden states to it). They are in float32 otherwise.
+    Tensors of 16 bits stay in the memory-mapped file: whoever copies them takes memory for the whole model.
+
+    Args:
+        name: Hub id, directory or alias.
+
+    Raises:
+        LlmqatError: see `load_float`.
+    """
+    if load_config(name).model_type not in ARCHITECTURES:
+        return load_float(name, torch.float32)
+    model, path = load_float(name), Path(resolve_name(name))
+    directory = path if path.is_dir() else cached_directory(name)
+    if model.dtype.itemsize > 2 or directory is None or not stores_only(directory, model.dtype):
+        return model if model.dtype == torch.float32 else load_float(name, torch.float32)
+    # What no file holds was computed when the model was made, and rounded there: Gemma's factor of the embedding.
+    exact, saved = dict(load_empty(name)[0].named_buffers()), model.state_dict()
+    for own, buffer in model.named_buffers():
+        if own not in saved:
+            buffer.data = exact[own].to(buffer.device)
+    return model
 
 
 def storage_dtype_of(model: PreTrainedModel) -> torch.dtype:

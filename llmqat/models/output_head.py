@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.widened import WidenedLinear
 from llmqat.progress import log
+from llmqat.quant.fake_quant import compute_dtype
 from llmqat.quant.grid import slices
 
 CHUNK_LOGITS = 2**24  # numbers in the logits of a chunk: 64 MiB in float32
@@ -66,7 +68,7 @@ class BelowHead:
 
 
 class CastWeight:
-    """A frozen weight in the dtype of autocast, cast once a forward, not for every chunk of tokens."""
+    """A frozen weight in the dtype that a head computes in, cast once a forward, not for every chunk of tokens."""
 
     def __init__(self) -> None:
         self.cast: Tensor | None = None
@@ -82,14 +84,10 @@ class CastWeight:
         self.cast = None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in now; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a plain `nn.Linear` that does not train."""
-    return type(layer) is nn.Linear and not any(parameter.requires_grad for parameter in layer.parameters())
+    """Whether a layer does not train, and is a Linear and nothing else."""
+    plain = type(layer) in (nn.Linear, WidenedLinear)
+    return plain and not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 class OutputHead:
@@ -114,11 +112,16 @@ class OutputHead:
         self.compared = False
         self.cast_weight = CastWeight()
 
+    def share_cast(self, other: "OutputHead") -> None:
+        """Cast the weight once for this head and another, if they are one layer."""
+        if self.layer is other.layer:
+            self.cast_weight = other.cast_weight
+
     def output(self, hidden: Tensor) -> Tensor:
         """The head alone, on inputs ``(..., hidden)``: ``(..., vocabulary)``."""
         assert self.layer is not None
-        dtype = autocast_dtype(hidden.device)
-        if dtype is None or not is_frozen_linear(self.layer):
+        dtype = compute_dtype(hidden)
+        if not is_frozen_linear(self.layer) or self.layer.weight.dtype == dtype == hidden.dtype:
             output: Tensor = self.layer(hidden)
             return output
         bias = self.layer.bias

@@ -107,7 +107,8 @@ def prepare(
     Fused experts are split first, and their Parameters are new ones: make an optimizer after this.
 
     Args:
-        model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float.
+        model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float. Weights
+            become float32 masters; those of a model that is frozen (``model.requires_grad_(False)``) keep their dtype.
         scheme: the grid of every layer, unless overridden.
         init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration` and a known model family.
         calibration: token ids ``(batch, length)``, all of one shape.
@@ -299,15 +300,3 @@ def round_float_parts(model: nn.Module) -> None:
     dtype = quantized_layers(model)[0].layer.storage_dtype
     for parameter in float_parameters(model):
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-
-
-@torch.no_grad()
-def store_frozen_weights(model: nn.Module) -> None:
-    """Keep the weights of layers on the grid that do not train in their storage dtype, where that is exact.
-
-    Called once it is known what trains. Codes and ``W_hat`` stay the same bits: rows are widened as they are quantized.
-    """
-    for layer in (on_grid.layer for on_grid in quantized_layers(model)):
-        stored = layer.weight.to(layer.storage_dtype)
-        if not layer.weight.requires_grad and torch.equal(stored.to(layer.weight.dtype), layer.weight):
-            layer.weight.data = stored

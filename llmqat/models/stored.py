@@ -61,6 +61,29 @@ def stored_dtype(directory: Path, default: torch.dtype | None) -> torch.dtype:
         LlmqatError: if a file is damaged, or the weights are stored in less than 16 bits without a quantization that
             says how.
     """
+    floats = _float_counts(directory)
+    if not floats:
+        return default or torch.float32
+    most = max(floats, key=lambda name: floats[name])
+    if most not in FLOATS:
+        raise LlmqatError(
+            f"most weights of {directory} are stored as {most}, and config.json has no quantization_config that says "
+            f"how to read them; start from a model in {', '.join(FLOATS)}"
+        )
+    return FLOATS[most]
+
+
+def stores_only(directory: Path, dtype: torch.dtype) -> bool:
+    """Whether all of a float model's weights, as far as files tell, are stored in `dtype`.
+
+    Raises:
+        LlmqatError: if a file is damaged.
+    """
+    return [FLOATS.get(name) for name in _float_counts(directory)] == [dtype]
+
+
+def _float_counts(directory: Path) -> dict[str, int]:
+    """How many numbers of a model's weights are stored in each floating dtype, as safetensors spells it."""
     counts: Counter[str] = Counter()
     for path in float_weight_files(directory):
         try:
@@ -73,16 +96,7 @@ def stored_dtype(directory: Path, default: torch.dtype | None) -> torch.dtype:
             counts[header.dtype] += header.elements
     for path in [] if counts else [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:
         counts.update(_pickled(path))
-    floats = {name: count for name, count in counts.items() if name in FLOATS or name.startswith(OTHER_FLOATS)}
-    if not floats:
-        return default or torch.float32
-    most = max(floats, key=lambda name: floats[name])
-    if most not in FLOATS:
-        raise LlmqatError(
-            f"most weights of {directory} are stored as {most}, and config.json has no quantization_config that says "
-            f"how to read them; start from a model in {', '.join(FLOATS)}"
-        )
-    return FLOATS[most]
+    return {name: count for name, count in counts.items() if name in FLOATS or name.startswith(OTHER_FLOATS)}
 
 
 def _pickled(path: Path) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Input embeddings tied to a quantized output head: one matrix on the grid, looked up here and multiplied by there."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +43,25 @@ class _TiedEmbedding(nn.Module):
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
 
 
+def is_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether a module is a plain lookup, or one that multiplies its rows by `embed_scale`, and nothing else."""
+    plain = type(module) is nn.Embedding and module.max_norm is None
+    return plain or (isinstance(module, nn.Embedding) and isinstance(getattr(module, "embed_scale", None), Tensor))
+
+
 def embed_scale_of(module: nn.Module) -> Tensor | None:
     """The factor of an embedding's rows; None for a plain embedding.
 
     Raises:
         LlmqatError: if it is neither a plain nor a scaled lookup.
     """
+    if not is_lookup(module):
+        raise LlmqatError(
+            f"the output head is tied to a {type(module).__name__}, which llmqat cannot look up from codes; leave "
+            "--lm-head-bits out"
+        )
     scale = getattr(module, "embed_scale", None)
-    if isinstance(module, nn.Embedding) and module.max_norm is None and type(module) is nn.Embedding:
-        return None
-    if isinstance(module, nn.Embedding) and isinstance(scale, Tensor):
-        return scale.detach().clone()
-    raise LlmqatError(
-        f"the output head is tied to a {type(module).__name__}, which llmqat cannot look up from codes; leave "
-        "--lm-head-bits out"
-    )
+    return scale.detach().clone() if isinstance(scale, Tensor) else None
 
 
 class FakeQuantEmbedding(_TiedEmbedding, KeepsDtypes):
@@ -79,7 +83,7 @@ class FakeQuantEmbedding(_TiedEmbedding, KeepsDtypes):
             LlmqatError: see `embed_scale_of`.
         """
         scale = embed_scale_of(module)
-        assert isinstance(module, nn.Embedding)
+        assert is_lookup(module)
         assert isinstance(module.weight, nn.Parameter)
         return cls(module.weight, head, dtype, module.padding_idx, scale).train(module.training)
 
@@ -98,8 +102,9 @@ class FakeQuantEmbedding(_TiedEmbedding, KeepsDtypes):
         return self.scaled(rows)
 
     def _float_rows(self, ids: Tensor, adapters: Adapters | None) -> Tensor:
-        """Rows of the float matrix, adapters beside it."""
+        """Rows of the float matrix, adapters beside it, in float32 or wider."""
         rows = embedding(ids, self.weight, self.padding_idx)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return rows if adapters is None else rows + adapters.scaling * (adapters.b[ids] @ adapters.a)
 
     def cast_rest(self, fn: Callable[[Tensor], Tensor]) -> None:

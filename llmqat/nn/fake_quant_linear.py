@@ -10,7 +10,14 @@ from llmqat.errors import LlmqatError
 from llmqat.nn.dtensor import own_rows, row_shard
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, round_scale, store
-from llmqat.quant.fake_quant import codes_of, count_clipped, fake_quant_linear, fake_quantize, static_activation
+from llmqat.quant.fake_quant import (
+    codes_of,
+    compute_dtype,
+    count_clipped,
+    fake_quant_linear,
+    fake_quantize,
+    static_activation,
+)
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
 from llmqat.quant.row_shards import RowShard, whole_weight
@@ -21,13 +28,14 @@ OPTIONAL = ("code_scale", "compensation_multiples", "compensation_step")
 
 
 class FakeQuantLinear(KeepsDtypes):
-    """Linear layer whose forward runs on the grid of `scheme` and whose weight stays a trainable float32 master.
+    """Linear layer whose forward runs on the grid of `scheme`, and whose weight is a float32 master where it trains.
 
     Not an `nn.Linear`, on purpose: libraries that treat one specially (a LoRA added beside the quantizer, a second
     quantization) must not take this layer for it.
 
     Attributes:
-        weight: ``(out, in)`` float32 master; the Parameter object of the layer it replaces.
+        weight: ``(out, in)``, the Parameter object of the layer it replaces: a float32 master; one that does not train
+            may stay in the dtype in which it is stored, and is widened as it is used.
         bias: ``(out,)`` or None; that of the layer it replaces, too.
         scale: ``(out, groups)`` float32, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
@@ -118,10 +126,10 @@ class FakeQuantLinear(KeepsDtypes):
     def from_linear(
         cls, linear: nn.Module, scheme: QuantScheme, storage_dtype: torch.dtype, clip_mask: bool = False
     ) -> Self:
-        """Take over the Parameters of `linear` (the objects, made float32 and ``(out, in)``) with round-to-nearest
-        scales."""
+        """Take over the Parameters of `linear` (the objects, made ``(out, in)``, and float32 where they train) with
+        round-to-nearest scales."""
         for parameter in linear.parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float64:
+            if parameter.requires_grad and parameter.dtype != torch.float64:
                 parameter.data = parameter.data.float()
         weight, bias = linear.get_parameter("weight"), linear.bias
         assert bias is None or isinstance(bias, nn.Parameter)
@@ -157,6 +165,11 @@ class FakeQuantLinear(KeepsDtypes):
         """Find codes with today's scale from now on, so that training the scale moves none of them."""
         if self.code_scale is None:
             self.code_scale = self.stored_scale().float().clone()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the latent weight, and so of adapters: peft asks a quantized layer for it by this name."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def row_tensors(self) -> dict[str, nn.Parameter]:
@@ -219,14 +232,14 @@ class FakeQuantLinear(KeepsDtypes):
 
     def float_forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """The plain float layer, adapters beside it: no grid, no compensation."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight = whole_weight(own_rows(self.weight, self.shard), x.dtype, self.shard)
-        y = nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        # Casts of its own, not those of autocast: a weight stored in bfloat16 would be widened first.
+        dtype = compute_dtype(x)
+        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        y = nn.functional.linear(x, whole_weight(own_rows(self.weight, self.shard), dtype, self.shard), bias)
         if adapters is None:
             return y
         a, b, scaling = adapters
-        return y + scaling * nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return y + scaling * nn.functional.linear(nn.functional.linear(x, a.to(dtype)), b.to(dtype))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -234,7 +247,11 @@ class FakeQuantLinear(KeepsDtypes):
 
 
 def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there."""
+    """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there; and a
+    weight that is as wide as the one that it loads."""
+    weight = state_dict.get(prefix + "weight")
+    if weight is not None and weight.dtype != layer.weight.dtype:
+        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, weight.dtype))
     device, found = layer.weight.device, [state_dict.get(prefix + name) for name in OPTIONAL]
     code_scale, multiples, step = (None if value is None else value.to(device) for value in found)
     layer.code_scale = code_scale

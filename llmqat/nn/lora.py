@@ -95,7 +95,8 @@ class LoraFakeQuantLinear(KeepsDtypes, LoraLayer):
             if not torch.isfinite(self.get_delta_weight(name)).all():
                 raise LlmqatError(f"adapter {name!r} holds non-finite weights; train again with a lower learning rate")
         if names:
-            weight = self.base_layer.weight.data
+            layer = self.base_layer
+            weight = layer.weight.data = layer.weight.data.to(layer.compute_dtype)  # the sum is no stored weight
             merged = Latent(weight, None, self._side_by_side(names))
             for rows in merged.chunks():
                 weight[rows] = merged.rows(rows)

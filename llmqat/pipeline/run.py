@@ -26,8 +26,8 @@ from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
-from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
-from llmqat.models.loading import load_float, load_tokenizer, storage_dtype_of
+from llmqat.models.float_view import FloatView, copy_of_float, disable_quantizers
+from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
     GPTQ_REMEDY,
     gptq_part_count,
@@ -36,9 +36,9 @@ from llmqat.models.patcher import (
     run_gptq,
     smooth,
     smoothable,
-    store_frozen_weights,
 )
 from llmqat.models.planning import checked_plan, resolve_for
+from llmqat.models.widening import compute_in_float32
 from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.output import (
     ADAPTER,
@@ -112,7 +112,7 @@ class Run:
         self.claim_directory()
         self.restore_state()
         torch.manual_seed(self.recipe.seed)
-        self.model.to(self.device).requires_grad_(False)  # until it is marked what trains
+        self.model.to(self.device).requires_grad_(False)  # until it is marked what trains; a CPU leaves the file mapped
         self.smooth_model()
         self.prepare_model()
         self.initialize_codes()
@@ -140,7 +140,8 @@ class Run:
         if is_first():
             announce(asked, self.device, self.train)
         log(f"loading {asked.model}")
-        self.model = load_float(asked.model, torch.float32)
+        smooths = asked.init.smooth is not None  # by factors that leave weights which may need more bits
+        self.model = load_float(asked.model, torch.float32) if smooths else load_as_stored(asked.model)
         self.tokenizer = load_tokenizer(asked.model)
         resolved = resolve_for(self.model, asked)
         self.recipe = fit_context(resolved, getattr(self.model.config, "max_position_embeddings", None))
@@ -244,30 +245,29 @@ class Run:
             log(smoothing_summary(done))
 
     def prepare_model(self) -> None:
-        """Measure the float model, put it on its grid by rounding to nearest, and measure that."""
-        recipe = self.recipe
-        trains_weights = self.train and recipe.train.mode == "full"
-        self.float_copy = FloatCopy(copy.deepcopy(self.model)) if trains_weights else None
-        watched = [layer.name for layer in self.coverage.quantized]
-        # Also in a resumed run that has the float row: the others are compared with what the first run had.
-        self.float_pass = FloatPass(self.float_copy or FloatCopy(self.model), self.inputs.test, watched, self.team)
-        self.measure("float", partial(self.float_pass.score, "perplexity, float"))
+        """Put the model on its grid by rounding to nearest; measure the float model inside it, and then the grid."""
+        recipe, dtype = self.recipe, storage_dtype_of(self.model)
         prepare(
             self.model,
             recipe.scheme(),
             overrides=recipe.quant.overrides,
-            storage_dtype=storage_dtype_of(self.model),
+            storage_dtype=dtype,
             clip_mask=recipe.quant.clip_mask,
             lm_head_bits=recipe.quant.lm_head_bits,
             kv_bits=recipe.quant.kv_bits,
             min_coverage=recipe.quant.min_coverage,
         )
+        compute_in_float32(self.model, dtype)
+        self.float_copy = copy_of_float(self.model) if self.train and recipe.train.mode == "full" else None
+        watched = [layer.name for layer in self.coverage.quantized]
+        # Also in a resumed run that has the float row: the others are compared with what the first run had.
+        self.float_pass = FloatPass(self.float_copy or FloatView(self.model), self.inputs.test, watched, self.team)
+        self.measure("float", partial(self.float_pass.score, "perplexity, float"))
         observe_activations(self.model, [] if self.calibrated else self.calibration, recipe.quant.observer)
         log(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
         self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores, device=str(self.device))
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
-        self.float_pass.reference = self.float_copy or FloatView(self.model)
         self.measure("rtn", partial(self.float_pass.compare, self.model, "perplexity, round to nearest"))
 
     @property
@@ -286,7 +286,6 @@ class Run:
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
-        store_frozen_weights(self.model)
         self.float_pass.reference = self.float_copy or FloatView(self.model)
         if recipe.init.method == "gptq":
             self.measure("gptq", partial(self.float_pass.compare, self.model, "perplexity, GPTQ"))

@@ -32,6 +32,12 @@ from llmqat.quant.row_shards import RowShard, narrower
 from llmqat.scheme import QuantScheme
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer with input `x` computes: that of autocast where autocast is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @torch.no_grad()
 def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = None) -> Tensor:
     """``dequantize(quantize(latent))``, ``(out, in)``, in `out_dtype` (by default the storage dtype); no gradient.
@@ -293,13 +299,11 @@ def fake_quant_linear(
         clip_mask: stop the gradient of weights beyond the ends of the grid. Off by default: a masked weight that left
             the range can not come back, and adapters would need the full weight gradient at every step.
     """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = x.to(compute_dtype(x))
     weight, compensation, adapters, shard = latent
     factors = (None, None, 1.0) if adapters is None else adapters
     change = (None, None) if compensation is None else compensation
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _eager(x, bias, weight, *change, *factors, *grid, shard, clip_mask)
     return y
 

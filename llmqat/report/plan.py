@@ -114,10 +114,10 @@ def inspect(recipe: Recipe) -> Inspection:
 
 def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, stored: torch.dtype) -> int:
     """Weights, gradients, optimizer states and teacher; the same sums as the training modes make."""
-    layers = coverage.quantized
+    layers, frozen = coverage.quantized, min(MASTER, stored.itemsize)
     quantized = sum(layer.parameters for layer in layers)
     if recipe.train.mode == "full":
-        teacher = MASTER * parameters if recipe.train.loss == "kd" else 0
+        teacher = frozen * parameters if recipe.train.loss == "kd" else 0
         return (MASTER + GRADIENT + ADAM) * parameters + teacher
     scales = sum(
         layer.shape[0] * (layer.shape[1] // layer.scheme.group_length(layer.shape[1]))
@@ -127,5 +127,5 @@ def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, 
     compensation = quantized + 2 * scales  # see `llmqat.quant.grid.Compensation`
     if recipe.train.mode == "lora":
         trained = recipe.train.lora_r * sum(sum(layer.shape) for layer in layers)
-        return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
-    return MASTER * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales
+        return frozen * parameters + compensation + (MASTER + GRADIENT + ADAM) * trained
+    return frozen * parameters + compensation + (MASTER + GRADIENT + ADAM) * scales

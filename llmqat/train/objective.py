@@ -29,8 +29,8 @@ class Objective:
         self.config, self.teacher = config, teacher
         self.head = OutputHead(model, apart)
         self.teacher_head = None if teacher is None else ReferenceHead(teacher, apart)
-        if self.teacher_head is not None and self.teacher_head.layer is self.head.layer:
-            self.teacher_head.cast_weight = self.head.cast_weight  # one head, one cast
+        if self.teacher_head is not None:
+            self.teacher_head.share_cast(self.head)
 
     def loss(
         self, model: nn.Module, ids: Tensor, places: Tensor | None, autocast: Callable[[], AbstractContextManager[None]]

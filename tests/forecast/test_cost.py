@@ -1,6 +1,5 @@
 """Predictions of memory and operations beside what real steps and real batches take."""
 
-import copy
 import itertools
 from types import SimpleNamespace
 
@@ -10,11 +9,12 @@ import torch
 from llmqat.config import Recipe
 from llmqat.forecast.cost import cost_of, scored_batch, training_step
 from llmqat.metrics.live_bytes import LiveBytes
-from llmqat.models.float_view import FloatCopy, FloatView
+from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_empty
 from llmqat.models.output_head import OutputHead
 from llmqat.models.patcher import prepare
 from llmqat.models.planning import checked_plan, resolve_for
+from llmqat.models.widening import compute_in_float32
 from llmqat.train.loop import Trainer, TrainingData
 from llmqat.train.modes import add_lora, select_trainable
 
@@ -23,10 +23,10 @@ GPT2 = {"n_embd": 64, "n_layer": 4, "n_positions": 128, "vocab_size": 3000}
 GEMMA3 = {"num_hidden_layers": 5, "layer_types": ["sliding_attention", *["full_attention"] * 4]}
 CASES = [
     ("llama", LLAMA, {}),
-    ("llama", LLAMA | {"num_key_value_heads": 1}, {"train.mode": "full"}),
-    ("llama", LLAMA, {"train.gradient_checkpointing": True}),
+    ("llama", LLAMA | {"num_key_value_heads": 1}, {"train.mode": "full", "stored": "bfloat16"}),
+    ("llama", LLAMA, {"train.gradient_checkpointing": True, "stored": "bfloat16"}),
     ("llama", LLAMA | {"vocab_size": 20_000}, {"train.loss": "ce", "train.precision": "fp32"}),
-    ("gemma3_text", GEMMA3, {"train.mode": "scales"}),
+    ("gemma3_text", GEMMA3, {"train.mode": "scales", "stored": "bfloat16"}),
     ("gpt2", GPT2, {"train.mode": "full", "train.loss": "ce"}),
     ("qwen2", {"num_hidden_layers": 2}, {"quant.kv_bits": 8, "quant.act_bits": 8}),
 ]
@@ -36,20 +36,22 @@ CASES = [
 def run(request, tiny, tmp_path):
     """A recipe for a small model, the model, what is known of it without weights."""
     model_type, sizes, values = request.param
-    model = tiny(model_type, **sizes)
+    model = tiny(model_type, **sizes).to(getattr(torch, values.get("stored", "float32")))
     model.save_pretrained(tmp_path)
     small = {"quant.group_size": 32, "train.mode": "lora", "train.batch_size": 3, "data.length": 48, "eval.window": 64}
     empty, stored = load_empty(str(tmp_path))
+    values = {name: value for name, value in values.items() if name != "stored"}
     recipe = resolve_for(empty, Recipe().with_values({"model": str(tmp_path), **small, "init.method": "rtn"} | values))
     coverage = checked_plan(empty, recipe.scheme())
     return SimpleNamespace(
-        recipe=recipe, model=model, cost_of=lambda work: cost_of(work, empty, recipe, coverage, stored)
+        recipe=recipe, model=model, stored=stored, cost_of=lambda work: cost_of(work, empty, recipe, coverage, stored)
     )
 
 
 def prepared(run):
-    reference = FloatCopy(copy.deepcopy(run.model)) if run.recipe.train.mode == "full" else None
     prepare(run.model.requires_grad_(False), run.recipe.scheme(), kv_bits=run.recipe.quant.kv_bits)
+    compute_in_float32(run.model, run.stored)
+    reference = copy_of_float(run.model) if run.recipe.train.mode == "full" else None
     model = add_lora(run.model, run.recipe.train.lora_r) if run.recipe.train.mode == "lora" else run.model
     select_trainable(model, run.recipe.train.mode, False)
     return model, reference or FloatView(model)

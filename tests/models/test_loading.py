@@ -2,6 +2,7 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import (
+    load_as_stored,
     load_config,
     load_empty,
     load_float,
@@ -40,6 +42,41 @@ def test_loads_in_the_stored_or_the_asked_dtype(model_dir):
     assert storage_dtype_of(wide) == storage_dtype_of(copy.deepcopy(wide)) == torch.bfloat16
     assert wide.dtype == torch.float32
     assert torch.equal(wide.lm_head.weight, model.lm_head.weight.float())
+
+
+def mapped(tensor):
+    """Whether a tensor lies in a memory-mapped file of weights."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(start <= tensor.data_ptr() < end for start, end in ranges)
+
+
+def test_as_stored_is_in_the_file_and_exact(model_dir):
+    model = load_as_stored(str(model_dir))
+    assert storage_dtype_of(model) == model.dtype == torch.bfloat16
+    assert all(mapped(parameter) for parameter in model.to("cpu").parameters())
+    assert not mapped(load_float(str(model_dir), torch.float32).lm_head.weight)
+
+
+@pytest.mark.parametrize("stored", ["mixed", "float32", "float64"])
+def test_numbers_that_need_more_bits_are_float32(damaged, stored):
+    tensors = load_file(damaged / "model.safetensors")
+    for name, tensor in tensors.items():
+        if stored != "mixed" or tensor.ndim == 1:
+            tensors[name] = tensor.to(torch.float64 if stored == "float64" else torch.float32) + 2.0**-20
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    model = load_as_stored(str(damaged))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.model.norm.weight, tensors["model.norm.weight"].float())
+    assert storage_dtype_of(model) == {"mixed": torch.bfloat16}.get(stored) or getattr(torch, stored)
+
+
+def test_what_no_file_holds_is_not_rounded(tiny, tmp_path):
+    """Gemma 3 multiplies embeddings by the root of its width."""
+    tiny("gemma3_text", hidden_size=80).bfloat16().save_pretrained(tmp_path)
+    factor = load_as_stored(str(tmp_path)).model.embed_tokens.embed_scale
+    assert torch.equal(factor, load_float(str(tmp_path), torch.float32).model.embed_tokens.embed_scale)
+    assert factor.bfloat16() != factor
 
 
 def test_a_model_of_ones_own_is_stored_as_it_is(tiny_llama):

@@ -10,7 +10,7 @@ import llmqat
 from llmqat.compat.peft import register_layers
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import load_float
-from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth, store_frozen_weights
+from llmqat.models.patcher import convert, prepare, quantized_layers, round_float_parts, smooth
 from llmqat.models.planning import check_divisible, plan
 from llmqat.nn.embedding import FakeQuantEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -414,15 +414,17 @@ def test_static_activations_without_a_range_name_their_layer(tiny_llama, tokens)
         llmqat.observe_activations(model, tokens)
 
 
-def test_only_frozen_weights_that_lose_nothing_are_stored_in_less(tiny_llama):
-    model = tiny_llama(num_hidden_layers=1).bfloat16()
-    prepare(model, QuantScheme(4, 32))
+@pytest.mark.parametrize("mode", ["full", "lora", "scales"])
+def test_a_frozen_model_keeps_its_dtype_until_it_is_known_what_trains(tiny_llama, tokens, mode):
+    """With GPTQ, whose changed weights need more bits."""
+    model = tiny_llama(attention_bias=True).bfloat16().requires_grad_(False)
+    prepare(model, SCHEME, init="gptq", calibration=tokens, keep_float=mode != "full")
     layers = [on_grid.layer for on_grid in quantized_layers(model)]
-    weights = [layer.quantized_weight() for layer in layers]
-    layers[0].weight.data[0, 0] *= 1 + 2.0**-12  # no bfloat16
-    store_frozen_weights(model)
-    assert {layer.weight.dtype for layer in layers} == {torch.float32}  # they may train
-    model.requires_grad_(False)
-    store_frozen_weights(model)
-    assert [layer.weight.dtype for layer in layers] == [torch.float32] + [torch.bfloat16] * (len(layers) - 1)
-    assert all(torch.equal(layer.quantized_weight(), old) for layer, old in zip(layers[1:], weights[1:], strict=True))
+    stored = torch.float32 if mode == "full" else torch.bfloat16
+    assert {layer.weight.dtype for layer in layers} == {stored}
+    model = llmqat.add_lora(model) if mode == "lora" else model
+    codes = [layer.codes() for layer in layers]
+    llmqat.finetune(model, tokens[0], tokens[1], mode=mode, max_steps=1, batch_size=2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {layer.weight.dtype for layer in layers} == {stored}
+    assert mode != "scales" or all(torch.equal(c, layer.codes()) for c, layer in zip(codes, layers, strict=True))

@@ -10,7 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmqat.errors import LlmqatError
-from llmqat.models.stored import Header, float_weight_files, headers, separate_heads, stored_dtype, tensor_of
+from llmqat.models.stored import (
+    Header,
+    float_weight_files,
+    headers,
+    separate_heads,
+    stored_dtype,
+    stores_only,
+    tensor_of,
+)
 
 
 def write(path, **tensors):
@@ -36,6 +44,14 @@ def test_no_files_that_transformers_would_read(tmp_path, index):
     assert float_weight_files(tmp_path) == []
     assert stored_dtype(tmp_path, torch.float16) == torch.float16
     assert stored_dtype(tmp_path, None) == torch.float32
+
+
+def test_one_dtype_alone(tmp_path):
+    write(tmp_path / "model.safetensors", a=torch.zeros(2).half(), b=torch.zeros(2, dtype=torch.int64))
+    assert stores_only(tmp_path, torch.float16)
+    assert not stores_only(tmp_path, torch.bfloat16)
+    write(tmp_path / "model.safetensors", a=torch.zeros(2).half(), b=torch.zeros(1))
+    assert not stores_only(tmp_path, torch.float16)
 
 
 def test_files_of_an_index(tmp_path):

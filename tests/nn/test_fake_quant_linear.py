@@ -54,6 +54,25 @@ def test_takes_over_the_parameter_objects(scheme, dtype):
     assert str(scheme) in repr(layer)
 
 
+def test_a_frozen_weight_keeps_its_dtype_and_its_grid():
+    linear = nn.Linear(IN, OUT).bfloat16()
+    frozen = FakeQuantLinear.from_linear(copy.deepcopy(linear).requires_grad_(False), SCHEME, torch.bfloat16)
+    master = FakeQuantLinear.from_linear(linear, SCHEME, torch.bfloat16)
+    assert frozen.weight.dtype == frozen.bias.dtype == torch.bfloat16
+    assert torch.equal(frozen.scale, master.scale)
+    assert torch.equal(frozen.codes(), master.codes())
+    x = torch.randn(3, IN)
+    for enabled in (True, False):
+        frozen.enabled = master.enabled = enabled
+        assert torch.equal(frozen(x), master(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(frozen(x), master(x))
+    master.weight.data += 2.0**-12
+    frozen.load_state_dict(master.state_dict())
+    assert torch.equal(frozen.codes(), master.codes()), "a state of masters is not rounded"
+    assert torch.equal(frozen.weight, master.weight)
+
+
 def test_is_planned_on_meta():
     with torch.device("meta"):
         layer = FakeQuantLinear.from_linear(nn.Linear(IN, OUT, bias=False), QuantScheme(4, 16, False), torch.bfloat16)

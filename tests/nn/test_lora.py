@@ -126,6 +126,23 @@ def test_merging_keeps_every_bit_that_is_quantized(trained, tokens, compensation
         torch.testing.assert_close(m.base_layer.weight.detach(), master, rtol=0, atol=1e-6)
 
 
+def test_adapters_of_a_model_in_its_stored_dtype(tiny_llama, tokens):
+    """They start as those of float32 masters do, and merging rounds neither: the base becomes float32."""
+    found = []
+    for frozen in (False, True):
+        torch.manual_seed(1)
+        model = tiny_llama().bfloat16().requires_grad_(not frozen)
+        prepare(model, QuantScheme(4, 16))
+        model = get_peft_model(model, lora_config(init_lora_weights=False))
+        layers = adapters_of(model)
+        assert {p.dtype for m in layers for p in m.adapter_parameters()} == {torch.float32}
+        assert {m.base_layer.weight.dtype for m in layers} == {torch.bfloat16 if frozen else torch.float32}
+        found.append([*codes(model), *(latent(m) for m in layers)])
+        model.merge_adapter()
+        found.append([*codes(model), *(latent(m) for m in layers)])
+    assert all(torch.equal(value, first) for others in found for value, first in zip(others, found[0], strict=True))
+
+
 def test_several_adapters_add_up_and_can_be_switched_off(trained, tokens):
     model = trained()
     layer = adapters_of(model)[0]

@@ -24,7 +24,7 @@ from llmqat.metrics import perplexity
 from llmqat.metrics.perplexity import evaluate
 from llmqat.models.float_view import FloatCopy
 from llmqat.models.loading import load_float
-from llmqat.models.patcher import quantized_layers, round_float_parts, store_frozen_weights
+from llmqat.models.patcher import round_float_parts
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
@@ -34,7 +34,7 @@ from llmqat.pipeline.inputs import fit_context, tokenized
 from llmqat.pipeline.output import check_output, saved_recipe
 from llmqat.pipeline.run import run
 from llmqat.report.names import public_recipe
-from llmqat.train.loop import Trainer
+from llmqat.train.loop import Trainer, fit
 
 
 @pytest.fixture
@@ -507,19 +507,25 @@ def test_what_a_resume_reads_is_checked(finished, tmp_path, capsys, name):
         assert listing(directory) == before
 
 
-def test_frozen_weights_stay_in_their_stored_dtype(go, monkeypatch):
-    """Half the bytes, and the same numbers and the same file, to the bit."""
-    kept, dtypes = store_frozen_weights, []
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_model_stays_in_its_stored_dtype(go, tied_dir, monkeypatch, mode):
+    """Half the bytes or less; the same numbers and the same file, to the bit, as of one that is float32 throughout."""
+    done, dtypes = {}, {}
 
-    def store(model):
-        kept(model)
-        dtypes.extend(on_grid.layer.weight.dtype for on_grid in quantized_layers(model))
+    def train(model, teacher=None, **kwargs):
+        large = ("_proj.weight", "base_layer.weight", "embed_tokens.weight")
+        dtypes[name] = {p.dtype for n, p in teacher.model.named_parameters() if n.endswith(large)}
+        return fit(model, teacher=teacher, **kwargs)
 
-    done = {}
-    for name, instead in (("before", lambda model: None), ("out", store)):
-        monkeypatch.setattr(run_module, "store_frozen_weights", instead)
-        done[name] = go({"train.mode": "lora", "train.max_steps": 2, "init.method": "rtn"}, name)
-    assert set(dtypes) == {torch.bfloat16}
+    monkeypatch.setattr(run_module, "fit", train)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_as_stored", lambda model: load_float(model, torch.float32))
+        patch.setattr(run_module, "compute_in_float32", lambda *_: None)
+        name = "before"
+        done[name] = go({"model": str(tied_dir), "train.mode": mode, "train.max_steps": 2}, name)
+    name = "out"
+    done[name] = go({"model": str(tied_dir), "train.mode": mode, "train.max_steps": 2}, name)
+    assert dtypes == {"before": {torch.float32}, "out": {torch.bfloat16}}
     before, after = (comparable(done[name].report) for name in done)
     assert before == after
     files = [(done[name].directory / "model.safetensors").read_bytes() for name in done]
