@@ -17,16 +17,16 @@ def compute_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let a prepared model, of which nothing trains yet, compute in float32 on weights that are stored in `dtype`.
 
     Layers on the grid, and in families that have a row in `ARCHITECTURES` the input embedding and the output head, keep
-    their weights in `dtype`, if that holds their numbers, and widen them as they use them: codes and ``W_hat`` are the
-    same bits. All else is small, and made float32. The forward of another family may read the dtype of its head.
+    their weights in `dtype`, if that holds their numbers, and widen them as they use them; layers on the grid their
+    scales, too: codes and ``W_hat`` are the same bits. All else is small, and made float32. The forward of another
+    family may read the dtype of its head.
     """
-    kept: list[Tensor] = [on_grid.layer.weight for on_grid in quantized_layers(model)]
+    kept: list[Tensor] = [part for found in quantized_layers(model) for part in (found.layer.weight, found.layer.scale)]
     kept += ends_that_widen(model) if known_architecture(model) is not None else ()
     for weight in kept:
         stored = weight.data.to(dtype)
-        if weight.is_meta or torch.equal(
-            stored.to(weight.dtype), weight
-        ):  # taken for granted where there are no values
+        # Of a weight without values it is taken for granted.
+        if weight.is_meta or torch.equal(stored.to(weight.dtype), weight):
             weight.data = stored
     ids = {id(weight) for weight in kept}
     others = [parameter for parameter in float_parameters(model) if id(parameter) not in ids]

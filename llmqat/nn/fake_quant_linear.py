@@ -37,7 +37,7 @@ class FakeQuantLinear(KeepsDtypes):
         weight: ``(out, in)``, the Parameter object of the layer it replaces: a float32 master; one that does not train
             may stay in the dtype in which it is stored, and is widened as it is used.
         bias: ``(out,)`` or None; that of the layer it replaces, too.
-        scale: ``(out, groups)`` float32, rounded to `storage_dtype` in each forward.
+        scale: ``(out, groups)``, float32 where it trains, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
         code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
         compensation: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``), or None. Its tensors are
@@ -247,11 +247,12 @@ class FakeQuantLinear(KeepsDtypes):
 
 
 def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there; and a
-    weight that is as wide as the one that it loads."""
-    weight = state_dict.get(prefix + "weight")
-    if weight is not None and weight.dtype != layer.weight.dtype:
-        layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, weight.dtype))
+    """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there; and
+    weight and scale that are as wide as those that it loads."""
+    for name, own in (("weight", layer.weight), ("scale", layer.scale)):
+        loaded = state_dict.get(prefix + name)
+        if loaded is not None and loaded.dtype != own.dtype:
+            own.data = own.data.to(torch.promote_types(own.dtype, loaded.dtype))
     device, found = layer.weight.device, [state_dict.get(prefix + name) for name in OPTIONAL]
     code_scale, multiples, step = (None if value is None else value.to(device) for value in found)
     layer.code_scale = code_scale

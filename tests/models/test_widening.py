@@ -38,8 +38,8 @@ def test_half_the_bytes_and_the_same_numbers(tiny, model_type, tied):
     with FloatView(model).active(), FloatView(wide).active():
         assert torch.equal(logits(model), logits(wide))
     assert torch.equal(logits(model), logits(wide))
-    matrices = {p.dtype for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(".scale")}
-    assert torch.bfloat16 in matrices
+    layers = [on_grid.layer for on_grid in quantized_layers(model)]
+    assert {part.dtype for layer in layers for part in (layer.weight, layer.scale)} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.ndim == 1} == {torch.float32}
     assert isinstance(model.get_input_embeddings(), WidenedEmbedding)
     assert isinstance(model.get_output_embeddings(), WidenedLinear)
