@@ -28,8 +28,11 @@ from torch.nn.functional import linear
 
 from llmqat.quant.affine import fake_quantize_activation, fake_quantize_static, grouped
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
+from llmqat.quant.input_cast import InputCast
 from llmqat.quant.row_shards import RowShard, narrower
 from llmqat.scheme import QuantScheme
+
+_input_cast = InputCast()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -119,6 +122,7 @@ class _PerArgument(NamedTuple):
     gradient."""
 
     x: Any = None
+    cast: Any = None
     bias: Any = None
     weight: Any = None
     multiples: Any = None
@@ -136,12 +140,13 @@ class _PerArgument(NamedTuple):
 
 
 class _FakeQuantLinear(torch.autograd.Function):
-    """``y = x_hat @ W_hat.T + bias``; formulas in the module's docstring."""
+    """``y = x_hat @ W_hat.T + bias``; formulas in the module's docstring. `cast` is `x` in the dtype of the product."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        cast: Tensor,
         bias: Tensor | None,
         weight: Tensor,
         multiples: Tensor | None,
@@ -158,13 +163,13 @@ class _FakeQuantLinear(torch.autograd.Function):
         clip_mask: bool,
     ) -> Tensor:
         tensors = (weight, multiples, step, lora_a, lora_b, scale, zero_point, code_scale)
-        ctx.save_for_backward(x, *tensors)
+        ctx.save_for_backward(cast, *tensors)
         ctx.constants = (lora_scaling, scheme, storage_dtype, shard)
         ctx.clip_mask = clip_mask
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        w_hat = whole_w_hat(*_values(tensors, ctx.constants), x.dtype)
-        x_hat = fake_quantize_activation(x) if scheme.inputs == "dynamic" else x
-        return linear(x_hat, w_hat, None if bias is None else bias.to(x.dtype))
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        w_hat = whole_w_hat(*_values(tensors, ctx.constants), cast.dtype)
+        x_hat = fake_quantize_activation(cast) if scheme.inputs == "dynamic" else cast
+        return linear(x_hat, w_hat, None if bias is None else bias.to(cast.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> _PerArgument:
@@ -175,7 +180,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         if grid.scheme.inputs == "dynamic":
             x2 = fake_quantize_activation(x2)
         own = _PerArgument(
-            x=grad_y @ whole_w_hat(latent, grid, x.dtype) if need.x else None,
+            x=(grad_y @ whole_w_hat(latent, grid, x.dtype)).to(ctx.x_dtype) if need.x else None,
             bias=gy.sum(0, dtype=ctx.bias_dtype) if need.bias else None,
         )
         on_grid = need.scale or need.zero_point
@@ -299,16 +304,16 @@ def fake_quant_linear(
         clip_mask: stop the gradient of weights beyond the ends of the grid. Off by default: a masked weight that left
             the range can not come back, and adapters would need the full weight gradient at every step.
     """
-    x = x.to(compute_dtype(x))
+    dtype = compute_dtype(x)
     weight, compensation, adapters, shard = latent
     factors = (None, None, 1.0) if adapters is None else adapters
     change = (None, None) if compensation is None else compensation
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _eager(x, bias, weight, *change, *factors, *grid, shard, clip_mask)
+        y: Tensor = _eager(x, dtype, bias, weight, *change, *factors, *grid, shard, clip_mask)
     return y
 
 
 @torch.compiler.disable
-def _eager(*args: Any) -> Any:
+def _eager(x: Tensor, dtype: torch.dtype, *args: Any) -> Any:
     """Run eagerly, inside `torch.compile` too: Inductor fuses the rounding of scale and ``W_hat`` away."""
-    return _FakeQuantLinear.apply(*args)
+    return _FakeQuantLinear.apply(x, _input_cast(x, dtype), *args)

@@ -15,9 +15,9 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize(("init", "most"), [("gptq", 32.5e9), ("rtn", 25.5e9)])
+@pytest.mark.parametrize(("init", "most"), [("gptq", 27.1e9), ("rtn", 20e9)])
 def test_lora_of_8b_with_checkpointing(init, most):
-    """4 sequences of 512 tokens, by default: embeddings, head and their casts are what is left above 24 and 20 GB."""
+    """4 sequences of 512 tokens, by default; GPTQ adds a byte for each of 7 billion weights."""
     model = empty_model(LlamaConfig(**SHAPE))
     recipe = resolve_for(model, Recipe().with_values({"train.gradient_checkpointing": True, "init.method": init}))
     assert (recipe.train.mode, recipe.quant.group_size) == ("lora", 128)
