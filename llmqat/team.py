@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmqat.processes import process_count, process_index
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
+Named = list[tuple[str, "torch.Tensor"]]
 NO_LIMIT = timedelta(days=365)
 
 
@@ -66,6 +70,22 @@ class Team:
                 torch.distributed.recv_object_list(box, src=owner, group=connection())
                 return box[0]  # type: ignore[no-any-return]
         return value
+
+    def tensors_of(self, owner: int, tensors: Named, device: "torch.device") -> Named:
+        """The named `tensors` that process `owner` gives, on `device`; what the others give does not count."""
+        if self.count == 1:
+            return tensors
+        import torch
+
+        own = self.index == owner
+        box = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors] if own else None]
+        torch.distributed.broadcast_object_list(box, src=owner, group=connection())
+        self.wait()  # on the connection without limit, and not in a collective of the devices
+        found = tensors if own else [(n, torch.empty(shape, dtype=t, device=device)) for n, shape, t in box[0] or ()]
+        found = [(name, tensor.contiguous()) for name, tensor in found]
+        for _, tensor in found:
+            torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), src=owner)  # not every backend knows dtypes
+        return found
 
 
 ALONE = Team()

@@ -36,9 +36,11 @@ def member(environment, rank, log, arguments, stop):
     descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from llmqat.algorithms import blocks, gptq_model
     from llmqat.algorithms.activation_ranges import static_layers
     from llmqat.cli import main
     from llmqat.metrics import perplexity
+    from llmqat.pipeline import inputs
     from llmqat.train.loop import Trainer
 
     original, finish, ranges = Trainer.step, Trainer.finish, []
@@ -60,8 +62,17 @@ def member(environment, rank, log, arguments, stop):
         Path(f"{log}.{rank}.whole").write_text(" ".join(map(str, here)))
         return result
 
+    quantize = gptq_model._quantize_layer
+
+    def counted_quantize(layer, *args):
+        with Path(f"{log}.{rank}.quantized").open("a") as file:
+            file.write(f"{args[-1]}\n")
+        return quantize(layer, *args)
+
     Trainer.step, Trainer.finish = step, recorded_finish
+    gptq_model._quantize_layer = counted_quantize
     perplexity.BATCH_TOKENS = 192  # three batches of windows: two for the first process, one for the other
+    inputs.CALIBRATION_BATCH, blocks.LEAST_STRIPE = 2, 24  # four batches, and Hessians in three or four pieces
     os._exit(main(["finetune", *arguments]))
 
 
@@ -178,6 +189,9 @@ def test_two_processes_train_what_one_does(launch, alone, mode, environment):
     check_same_run(alone(mode), directory)
     assert "perplexity" in first
     assert second == "", "only the first process speaks"
+    quantized = [Path(f"{directory}.log.{rank}.quantized").read_text().splitlines() for rank in (0, 1)]
+    assert [len(layers) for layers in quantized] == [8, 6]
+    assert not set(quantized[0]) & set(quantized[1])
     whole = [Path(f"{directory}.log.{rank}.whole").read_text() for rank in (0, 1)]
     assert whole == (["True", "False"] if environment is FSDP2 else ["True", "True"]), "FSDP2 gathers on the first"
     assert {path.name for path in directory.iterdir()} == {path.name for path in alone(mode).iterdir()}

@@ -18,6 +18,7 @@ from llmqat.algorithms.stand_ins import StandIns, replaced_forward
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.team import ALONE, Team
 
 # An expert's layer that saw fewer calibration tokens than this many for each of its inputs keeps round-to-nearest.
 # On the MLPs of blocks 1 and 4 of the bundled Llama (4 bits, groups of 32, stdlib text) GPTQ's output error on other
@@ -51,21 +52,28 @@ class BlockInputs:
     """The inputs of a block: its hidden states for every calibration batch, and its other arguments.
 
     Attributes:
-        hidden: a tensor per batch.
+        hidden: a tensor per batch; of several processes, for the batches in the share of this one. One that has none
+            holds the first, to see how a block runs.
         arguments: positional (after the hidden states) and keyword arguments of this block and of those after it.
             Blocks of one model may differ in them, by sliding and full attention for example; batches share them.
+        count: batches of all processes.
+        team: the processes.
     """
 
     hidden: list[Tensor]
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    count: int
+    team: Team = ALONE
 
     @classmethod
     @torch.no_grad()
-    def capture(cls, model: nn.Module, blocks: Sequence[nn.Module], batches: list[Tensor]) -> "BlockInputs":
+    def capture(
+        cls, model: nn.Module, blocks: Sequence[nn.Module], batches: list[Tensor], team: Team = ALONE
+    ) -> "BlockInputs":
         """Run the model up to its first block, and for the first batch past all of them, leaving the blocks themselves
         out. `batches`: token ids ``(batch, length)``, all of one shape."""
         check_batches(batches)
-        inputs = cls([], [])
+        inputs = cls([], [], len(batches), team)
 
         def record(index: int, *args: Any, **kwargs: Any) -> Tensor:
             hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
@@ -81,7 +89,7 @@ class BlockInputs:
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
                 stack.enter_context(replaced_forward(block, partial(record, index)))
-            for batch in batches:
+            for batch in team.share(batches) or batches[:1]:
                 try:
                     model(input_ids=batch.to(device), use_cache=False)
                 except _Stop:
@@ -198,33 +206,56 @@ def hessians_of(
         inputs: of the block.
         layers: by their paths in the block, one for each stage.
         stand_ins: for finished parts of the block; they keep of this pass what the next ones need.
+
+    Of several processes each runs its share of the batches, and sums its share of each Hessian's rows over all batches,
+    in their order: the sums are those of one process, to the bit.
     """
     sums = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in layers.items()}
-    tokens = dict.fromkeys(layers, 0)
-    waiting: set[str] = set()
+    tokens, team, device = dict.fromkeys(layers, 0), inputs.team, next(iter(sums.values())).device
+    for first in range(0, inputs.count, team.count):
+        own = first // team.count if first + team.index < inputs.count else None
+        seen = [] if own is None else inputs_of(layers, block, inputs, own, stand_ins)
+        # One batch after the other, as one process would: sums of floats depend on the order.
+        for owner in range(min(team.count, inputs.count - first)):
+            for name, x in team.tensors_of(owner, seen, device):
+                x = layers[name].quantized_input(x.flatten(0, -2).float())
+                _add_square(sums[name], x, team)
+                tokens[name] += len(x)
+    for H in sums.values():
+        _bring_together(H, team)
+    all_tokens = inputs.count * inputs.hidden[0].shape[:-1].numel()
+    least = {name: min(all_tokens, LEAST_TOKENS_PER_INPUT * layer.in_features) for name, layer in layers.items()}
+    return {
+        n: Statistics(_mirrored(H).div_(max(1, tokens[n])), tokens[n], tokens[n] >= least[n]) for n, H in sums.items()
+    }
+
+
+def inputs_of(
+    layers: dict[str, FakeQuantLinear],
+    block: nn.Module,
+    inputs: BlockInputs,
+    batch: int,
+    stand_ins: StandIns | None = None,
+) -> list[tuple[str, Tensor]]:
+    """What reaches each of `layers`, in running order, when one batch runs through their block as far as the last of
+    them."""
+    seen: list[tuple[str, Tensor]] = []
+    waiting = set(layers)
 
     def record(name: str, x: Tensor) -> None:
         if stand_ins is not None:
             stand_ins.keep(name, batch, x)
-        x = layers[name].quantized_input(x.flatten(0, -2).float())
-        _add_square(sums[name], x)
-        tokens[name] += len(x)
+        seen.append((name, x))
         waiting.discard(name)
         if not waiting:
             raise _Stop
 
     with input_hooks(layers, record):
-        for batch in range(len(inputs.hidden)):
-            waiting.update(layers)
-            try:
-                inputs.run(block, batch, stand_ins)
-            except _Stop:
-                pass
-    all_tokens = sum(hidden.shape[:-1].numel() for hidden in inputs.hidden)
-    least = {name: min(all_tokens, LEAST_TOKENS_PER_INPUT * layer.in_features) for name, layer in layers.items()}
-    return {
-        n: Statistics(_mirrored(H).div_(max(1, tokens[n])), tokens[n], tokens[n] >= least[n]) for n, H in sums.items()
-    }
+        try:
+            inputs.run(block, batch, stand_ins)
+        except _Stop:
+            pass
+    return seen
 
 
 def _stripes(size: int) -> Iterator[slice]:
@@ -234,10 +265,16 @@ def _stripes(size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def _add_square(H: Tensor, x: Tensor) -> None:
-    """Add ``2 x^T x`` to the stripes of `H` from the diagonal on: it is symmetric."""
-    for rows in _stripes(len(H)):
+def _add_square(H: Tensor, x: Tensor, team: Team = ALONE) -> None:
+    """Add ``2 x^T x`` to those stripes of `H` that are this process's share, from the diagonal on: it is symmetric."""
+    for rows in team.share(_stripes(len(H))):
         H[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :], alpha=2.0)
+
+
+def _bring_together(H: Tensor, team: Team) -> None:
+    """Fill in the stripes of `H` that other processes have summed."""
+    for index, rows in enumerate(_stripes(len(H)) if team.count > 1 else ()):
+        H[rows] = team.tensors_of(team.owner(index), [("", H[rows])], H.device)[0][1]
 
 
 def _mirrored(H: Tensor) -> Tensor:

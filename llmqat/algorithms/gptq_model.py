@@ -13,6 +13,7 @@ from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
 from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.team import ALONE, Team
 
 HEAD = "output head"
 
@@ -102,7 +103,7 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
     Raises:
         LlmqatError: if a Hessian cannot be used.
     """
-    errors = []
+    errors: list[LayerError] = []
     layers = layers_of(block)
     with finding_parts(block) as parts:
         passes = passes_of(block, inputs, layers) if layers else []
@@ -110,17 +111,46 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
     for stages in passes:
         # One Hessian serves all layers of a stage: they read the same tensor.
         statistics = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages}, stand_ins)
-        for first, layer in ((names[0], layer) for names in stages for layer in names):
-            errors.append(_quantize_layer(layers[layer], statistics[first], settings, f"{name} {layer}"))
+        of_layer = {path: statistics[names[0]] for names in stages for path in names}
+        # Counted on from stage to stage, most of which have one layer: else the first process had them all.
+        owners = {path: inputs.team.owner(len(errors) + index) for index, path in enumerate(of_layer)}
+        found = {
+            path: _quantize_layer(layers[path], of_layer[path], settings, f"{name} {path}")
+            for path, owner in owners.items()
+            if owner == inputs.team.index
+        }
+        errors += _share_layers(layers, owners, found, settings, inputs.team)
     inputs.advance(block, stand_ins)
     return errors
 
 
+def _share_layers(
+    layers: dict[str, FakeQuantLinear],
+    owners: dict[str, int],
+    found: dict[str, LayerError],
+    settings: GptqSettings,
+    team: Team,
+) -> list[LayerError]:
+    """Give every process the layers that their `owners` have quantized; returns the errors of all, each of which was
+    `found` by one."""
+    errors = {path: error for own in team.all_of(found) for path, error in own.items()}
+    for path, owner in owners.items() if team.count > 1 else ():
+        if errors[path].gptq is not None:
+            layer = layers[path]
+            own = list(written_state(layer, [""], settings.keep_float).items())
+            layer.load_state_dict(dict(team.tensors_of(owner, own, layer.weight.device)), strict=False)
+    return [errors[path] for path in owners]
+
+
 @torch.no_grad()
-def gptq_head(model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], settings: GptqSettings) -> LayerError:
+def gptq_head(
+    model: nn.Module, head: FakeQuantLinear, batches: list[Tensor], settings: GptqSettings, team: Team = ALONE
+) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with eval_mode(model):
-        statistics = hessians_of(_Forward(model), BlockInputs(batches, [((), {"use_cache": False})]), {"": head})[""]
+        own, arguments = team.share(batches) or batches[:1], [((), {"use_cache": False})]
+        inputs = BlockInputs(own, arguments, len(batches), team)
+        statistics = hessians_of(_Forward(model), inputs, {"": head})[""]
         return _quantize_layer(head, statistics, settings, HEAD)
 
 
@@ -131,6 +161,7 @@ def gptq_model(
     settings: GptqSettings,
     saved: Saved | None = None,
     head: FakeQuantLinear | None = None,
+    team: Team = ALONE,
 ) -> list[LayerError]:
     """GPTQ for every `FakeQuantLinear` inside `blocks`, in place, then for the head; see `gptq_block`, `gptq_head`.
 
@@ -141,6 +172,7 @@ def gptq_model(
         settings: see `GptqSettings`.
         saved: parts finished by an earlier run of the same arguments; those of this run are added.
         head: the output head, if GPTQ is to find its codes too.
+        team: processes that divide the work, and all find the same; each has the whole model.
 
     Raises:
         LlmqatError: if there are no batches, or a Hessian cannot be used.
@@ -148,7 +180,7 @@ def gptq_model(
     errors = [restored(block, index, settings, saved) for index, block in enumerate(blocks)]
     if None in errors:
         with eval_mode(model):
-            inputs = BlockInputs.capture(model, list(blocks), batches)
+            inputs = BlockInputs.capture(model, list(blocks), batches, team)
             for index, block in track(enumerate(blocks), "GPTQ", len(blocks)):
                 if errors[index] is not None:
                     inputs.advance(block)
@@ -158,7 +190,7 @@ def gptq_model(
     if head is not None:
         errors.append(restored(head, len(blocks), settings, saved))
         if errors[-1] is None:
-            own = errors[-1] = [gptq_head(model, head, batches, settings)]
+            own = errors[-1] = [gptq_head(model, head, batches, settings, team)]
             keep(head, len(blocks), own, settings, saved)
     return [error for own in errors for error in own or ()]
 

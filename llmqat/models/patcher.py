@@ -31,6 +31,7 @@ from llmqat.quant.affine import check_storable, check_weight
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
 from llmqat.serve.int8_cache import serve_int8_kv
+from llmqat.team import ALONE, Team
 
 # GPTQ leaves output heads of this many bits and more to round-to-nearest.
 HEAD_RTN_BITS = 8
@@ -166,8 +167,10 @@ def run_gptq(
     batches: list[Tensor],
     settings: GptqSettings,
     saved: Saved | None = None,
+    team: Team = ALONE,
 ) -> dict[str, tuple[float, float | None]]:
-    """GPTQ on a model prepared with round-to-nearest, in place; parts in `saved` are taken from there.
+    """GPTQ on a model prepared with round-to-nearest, in place; parts in `saved` are taken from there. The processes of
+    `team` divide the work.
 
     Returns:
         layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.
@@ -176,7 +179,7 @@ def run_gptq(
         LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
     """
     architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
-    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved, gptq_head_of(model))
+    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved, gptq_head_of(model), team)
     if not settings.keep_float:
         for on_grid in quantized_layers(model):
             on_grid.layer.holds_float = False

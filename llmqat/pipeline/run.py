@@ -282,7 +282,7 @@ class Run:
         recipe = self.recipe
         if recipe.init.method == "gptq":
             settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
-            self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks))
+            self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks, self.team))
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()

@@ -60,7 +60,7 @@ def test_blocks_may_return_tuples():
             return (2 * hidden, "cache") if as_tuple else 2 * hidden
 
     for as_tuple in (False, True):
-        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})])
+        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})], 2)
         inputs.advance(Doubles())
         assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
         assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))
