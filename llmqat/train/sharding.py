@@ -119,7 +119,8 @@ def prepare_model(
         the model to call, the optimizer, and the models that were sharded.
 
     Raises:
-        LlmqatError: for an 8-bit optimizer under FSDP2: its groups of values do not follow the shards.
+        LlmqatError: for an 8-bit optimizer under FSDP2. Its operators refuse a `DTensor`; on the shards themselves the
+            scales of its blocks would depend on the number of processes, and with them the state that is saved.
     """
     copied = teacher.model if isinstance(teacher, FloatCopy) else None
     if not sharding_requested():
@@ -127,7 +128,11 @@ def prepare_model(
             copied.to(accelerator.device)
         return accelerator.prepare_model(model), make_optimizer(optimizer, groups), []
     if optimizer != "adamw":
-        raise LlmqatError(f"--optimizer {optimizer} does not run under FSDP2; use adamw, or DDP (recipes/accelerate)")
+        raise LlmqatError(
+            f"--optimizer {optimizer} does not run under FSDP2: bitsandbytes updates whole tensors, and its blocks of "
+            "256 values cross the rows of two processes, so that no other number of them could resume; use adamw, or "
+            "DDP (recipes/accelerate)"
+        )
     names = {id(p): name for name, p in model.named_parameters()}
     groups_by_name = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
     sharded = [ShardedModel(m, accelerator.device) for m in (model, copied) if m is not None]
