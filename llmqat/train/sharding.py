@@ -1,8 +1,9 @@
 """FSDP2: parameters, gradients and optimizer states sharded over the processes, block by block.
 
 A layer on the grid keeps the rows of its process, quantizes those, and gathers ``W_hat`` (see `RowShard`). Every other
-parameter is gathered inside the forward of its block, in its own dtype: the grid of training is that of one process,
-to the bit. accelerate's own preparation would gather parameters in bfloat16, and find codes with rounded masters.
+parameter is gathered inside the forward of its block, in its own dtype or, for a teacher, in that of autocast if that
+changes no bit: the grid of training is that of one process. accelerate's own preparation would gather parameters in
+bfloat16, and find codes with rounded masters.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmqat.compat.torch import forget_sharded
@@ -46,7 +47,8 @@ def sharding_requested() -> bool:
 class ShardedModel:
     """A model that is sharded over the processes, in place, until `gather` undoes it."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> None:
+        """Shard `model` on `device`; autocast, where it is on, computes in the dtype `autocast`."""
         self.model = model
         # The model as it was, without its parameters: `gather` fills it.
         memo: dict[int, object] = {id(p): _on_meta(p) for p in model.parameters()}
@@ -56,7 +58,7 @@ class ShardedModel:
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         by_rows = {parameter for block in blocks for parameter in divide_rows(block, mesh)}
         for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params=by_rows)
+            fully_shard(block, mesh=mesh, ignored_params=by_rows, mp_policy=gathering_of(block, autocast))
         # Sharded again after each forward: a teacher that swaps parameters before its own must not leave them behind.
         fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=by_rows)
 
@@ -78,6 +80,19 @@ class ShardedModel:
             self.unsharded.cpu()
         self.model.__class__, self.model.__dict__ = self.unsharded.__class__, self.unsharded.__dict__
         forget_sharded(self.model)
+
+
+def gathering_of(block: nn.Module, autocast: torch.dtype | None) -> MixedPrecisionPolicy:
+    """In which dtype the parameters of a block are gathered: that of autocast for a teacher, if no bit depends on it.
+
+    Autocast casts weights of linear layers anyway. All others must be exact in the dtype, and none may train.
+    """
+    linear = {p for module in block.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
+    if autocast is None or any(p.requires_grad for p in block.parameters()):
+        return MixedPrecisionPolicy()
+    if all(p in linear or torch.equal(p.to(autocast).to(p.dtype), p) for p in block.parameters()):
+        return MixedPrecisionPolicy(param_dtype=autocast, cast_forward_inputs=False)
+    return MixedPrecisionPolicy()
 
 
 def divide_rows(block: nn.Module, mesh: DeviceMesh) -> Iterator[nn.Parameter]:
@@ -135,7 +150,8 @@ def prepare_model(
         )
     names = {id(p): name for name, p in model.named_parameters()}
     groups_by_name = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
-    sharded = [ShardedModel(m, accelerator.device) for m in (model, copied) if m is not None]
+    autocast = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    sharded = [ShardedModel(m, accelerator.device, autocast) for m in (model, copied) if m is not None]
     parameters = dict(model.named_parameters())
     groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups_by_name]
     return accelerator.prepare_model(model, evaluation_mode=True), make_optimizer(optimizer, groups), sharded
