@@ -54,7 +54,7 @@ class RowShard:
         sent[: len(rows)] = rows
         whole = rows.new_empty(self.size * self.count, *rows.shape[1:])
         # As bytes: not every backend knows every dtype.
-        torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), sent.view(torch.uint8), self.group)
+        torch.distributed.all_gather_single(whole.view(torch.uint8), sent.view(torch.uint8), self.group)
         return whole[: self.total]
 
     def mean_of(self, whole: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class RowShard:
         sent = whole.new_zeros(self.size * self.count, *whole.shape[1:])
         torch.div(whole, self.count, out=sent[: self.total])
         rows = whole.new_empty(self.size, *whole.shape[1:])
-        torch.distributed.reduce_scatter_tensor(rows, sent, group=self.group)
+        torch.distributed.reduce_scatter_single(rows, sent, group=self.group)
         own = self.rows
         return rows[: own.stop - own.start]
 

@@ -124,6 +124,8 @@ class Trainer:
             put_back(model, state["trained"])
         groups = parameter_groups(model, config.mode, config)
         self.model, optimizer, self.sharded = prepare_model(self.accelerator, model, groups, teacher, config.optimizer)
+        if self.sharded and not is_first():
+            self.first_codes.packed.clear()  # the first process counts, once the model is whole again
         # A split head is whole inside the forward only.
         self.objective = Objective(model, config, teacher, apart=not self.sharded)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
@@ -258,15 +260,14 @@ class Trainer:
 
     @torch.no_grad()
     def finish(self, everywhere: bool) -> TrainResult:
-        """Put the best state back, take accelerate's autocast off the model, and count what changed, where it is
-        whole."""
+        """Put the best state back, take accelerate's autocast off the model, and count what changed."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         put_back(self.unwrapped_model, self.best)
         self.team.wait()  # for the first, which writes the last checkpoint
         for sharded in self.sharded:
             sharded.gather(everywhere)
-        whole = not self.sharded or everywhere or is_first()
-        if whole and (self.sharded or self.result.best_step != self.result.steps):  # else they are counted
+        counted = self.result.best_step == self.result.steps
+        if is_first() if self.sharded else not counted:
             self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
