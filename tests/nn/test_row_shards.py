@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from llmqat.nn.dtensor import divided, local_shard
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant import grid
-from llmqat.quant.grid import Adapters
+from llmqat.quant.grid import Adapters, Latent
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 from tests.quant.helpers import random_change
@@ -111,3 +111,16 @@ def test_every_row_is_in_one_shard_and_one_part(total, count):
         seen += [shard.rows.start + row for part in parts for row in range(part.start, part.stop)]
         assert all(len({(shard.rows.start + row) // 3 for row in range(p.start, p.stop)}) == 1 for p in parts)
     assert seen == list(range(total))
+
+
+def test_a_shard_has_the_latents_of_the_whole(monkeypatch):
+    """Also of a chunk that it has a part of: a product of fewer rows rounds otherwise."""
+    monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 4 * IN)
+    layer, adapters = make(lora=True)
+    whole = layer.latent(adapters)
+    expected = torch.cat([whole.rows(rows) for rows in whole.chunks()])
+    for index in (0, 1):
+        shard = RowShard(None, index, 2, OUT)
+        own = Latent(layer.weight[shard.rows], None, adapters, shard)
+        found = torch.cat([own.rows(rows) for rows in own.chunks()])
+        assert torch.equal(found, expected[shard.rows])
