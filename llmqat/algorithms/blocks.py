@@ -237,8 +237,7 @@ def inputs_of(
     batch: int,
     stand_ins: StandIns | None = None,
 ) -> list[tuple[str, Tensor]]:
-    """What reaches each of `layers`, in running order, when one batch runs through their block as far as the last of
-    them."""
+    """Run one batch through a block, as far as the last of `layers`; returns the inputs of each, in running order."""
     seen: list[tuple[str, Tensor]] = []
     waiting = set(layers)
 
