@@ -13,7 +13,8 @@ from llmqat.config import Resolved
 from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
 from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
-from llmqat.models.coverage import CoverageReport
+from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.coverage import CoverageReport, total_parameters
 from llmqat.models.experts import fused_experts
 from llmqat.models.output_head import CHUNK_LOGITS
 
@@ -22,6 +23,7 @@ PROCESS_BYTES = 500_000_000
 # Share of a stage's time that its matrix products would take alone, of CPU time on an AMD EPYC, one thread and torch
 # 2.13: evaluation 0.35 to 0.49 for the bundled Llama, 0.59 to 0.62 for SmolLM2-135M; training 0.27 to 0.38.
 EFFICIENCY = {torch.float32: 0.5, torch.bfloat16: 0.33}
+MASTER = 4  # bytes of a float32 weight
 SCORING_CHUNKS = 2  # as large as a chunk of logits, alive at once while tokens are scored
 
 
@@ -80,13 +82,24 @@ def forecast(
     """
     batch = cost_of(scored_batch, model, recipe, coverage, stored)
     score = partial(evaluation, recipe, model, batch)
-    stages = [score("float model"), score("round to nearest")]
+    stages = [loading(recipe, model, stored, batch), score("float model"), score("round to nearest")]
     if recipe.init.method == "gptq":
         stages += [gptq(recipe, model, coverage, batch), score("GPTQ's codes")]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
     always = PROCESS_BYTES + kept_of_float(recipe, model, coverage)
     return Forecast(tuple(stage._replace(bytes=stage.bytes + always) for stage in (*stages, score("packed"))))
+
+
+def loading(recipe: Resolved, model: PreTrainedModel, stored: torch.dtype, batch: Cost) -> Stage:
+    """The model before it is on its grid, see `load_as_stored`; where it is smoothed, with activations of a batch."""
+    parameters = total_parameters(model)
+    if recipe.init.smooth is not None:
+        tokens = recipe.init.samples * recipe.data.length
+        peak = MASTER * parameters + batch.peak - batch.held
+        return Stage("SmoothQuant", batch.flops * tokens / BATCH_TOKENS, torch.float32, peak)
+    as_stored = model.config.model_type in ARCHITECTURES
+    return Stage("loading", 0, torch.float32, (min(MASTER, stored.itemsize) if as_stored else MASTER) * parameters)
 
 
 def kept_of_float(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport) -> int:
