@@ -15,9 +15,8 @@ from llmqat.pipeline.export import export
 from llmqat.scheme import QuantScheme
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_weights_are_those_of_the_packed_file(trained, decode, tmp_path, scheme, dtype):
-    source = save_packed(trained(scheme, dtype), tmp_path / "packed")
+def test_weights_are_those_of_the_packed_file(trained, decode, tmp_path, scheme):
+    source = save_packed(trained(scheme, torch.bfloat16), tmp_path / "packed")
     export(source, "dense", tmp_path / "out")
     dense = load_file(tmp_path / "out" / "model.safetensors")
     for name, (_, _, _, w_hat) in decode(source, scheme.bits, scheme.symmetric).items():
