@@ -8,7 +8,7 @@ from typing import Any
 from llmqat.cli.flags import check_fields, recipe_from
 from llmqat.cli.parser import EVAL_DATA_FIELDS
 from llmqat.cli.recipes import bundled_recipes, bundled_scripts, command_of, find_recipe
-from llmqat.config import DataConfig, EvalConfig, TrainConfig
+from llmqat.config import DataConfig, EvalConfig, TrainConfig, speed_lengths
 from llmqat.config.options import NO_LIMITS, check_value
 from llmqat.errors import LlmqatError
 
@@ -141,7 +141,6 @@ def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[
 def speed_numbers(args: argparse.Namespace, context: int | None) -> dict[str, Any]:
     """Speed, and path, of a model loaded anew, in its stored dtype."""
     from llmqat.metrics.throughput import throughput
-    from llmqat.pipeline.inputs import speed_lengths
 
     prompt, new_tokens = speed_lengths(EvalConfig.prompt, EvalConfig.new_tokens, context)
     speed = throughput(

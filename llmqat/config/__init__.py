@@ -4,6 +4,7 @@ A recipe file holds differences from the defaults; the resolved recipe is writte
 folders of the machine.
 """
 
+from llmqat.config.context import fit_context, log_cut, speed_lengths
 from llmqat.config.files import from_yaml, to_yaml
 from llmqat.config.recipe import (
     DEFAULT_LR,
@@ -51,8 +52,11 @@ __all__ = [
     "ResolvedTrain",
     "TrainConfig",
     "check_pattern",
+    "fit_context",
     "from_dict",
     "from_yaml",
+    "log_cut",
     "resolve",
+    "speed_lengths",
     "to_yaml",
 ]

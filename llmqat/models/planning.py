@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.config import Recipe, Resolved, resolve
+from llmqat.config import Recipe, Resolved, fit_context, resolve
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES, blocks_path
 from llmqat.models.coverage import (
@@ -113,13 +113,14 @@ def checked_plan(
 
 
 def resolve_for(model: PreTrainedModel, recipe: Recipe) -> Resolved:
-    """The recipe with everything chosen that it leaves to `model`.
+    """The recipe with everything chosen that it leaves to `model`, and lengths that fit its context.
 
     Raises:
         LlmqatError: see `plan`.
     """
     group_size = default_group_size(model, recipe.quant.overrides, recipe.quant.lm_head_bits)
-    return resolve(recipe, total_parameters(model), group_size)
+    resolved = resolve(recipe, total_parameters(model), group_size)
+    return fit_context(resolved, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
 def default_group_size(

@@ -158,25 +158,3 @@ def eval_windows(
         log(f"the model's context is {context} tokens: windows are cut to it; papers take {PUBLISHED_WINDOW}")
     window = window or min(PUBLISHED_WINDOW, context or PUBLISHED_WINDOW)
     return scored_windows(data.dataset, tokenizer, window, max_tokens, bos or "tokenizer")
-
-
-def fit_context(recipe: Resolved, context: int | None) -> Resolved:
-    """Sequences and windows no longer than the model's context; says so where one is cut."""
-    if context is None:
-        return recipe
-    if recipe.data.length > context or recipe.eval.window > context:
-        log(f"the model's context is {context} tokens: sequences and windows are cut to it")
-    prompt, new_tokens = speed_lengths(recipe.eval.prompt, recipe.eval.new_tokens, context)
-    return replace(
-        recipe,
-        data=replace(recipe.data, length=min(recipe.data.length, context)),
-        eval=replace(recipe.eval, window=min(recipe.eval.window, context), prompt=prompt, new_tokens=new_tokens),
-    )
-
-
-def speed_lengths(prompt: int, new_tokens: int, context: int | None) -> tuple[int, int]:
-    """Prompt and new tokens of a measurement of speed, as far as the context of the model allows."""
-    if context is None:
-        return prompt, new_tokens
-    prompt = min(prompt, max(1, context - new_tokens))
-    return prompt, min(new_tokens, context - prompt)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_block
-from llmqat.config import Recipe, to_yaml
+from llmqat.config import Recipe, log_cut, to_yaml
 from llmqat.devices import find_device
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
@@ -26,7 +26,7 @@ from llmqat.models.experts import can_split_experts
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.patcher import put_on_grid
 from llmqat.models.planning import checked_plan, resolve_for
-from llmqat.pipeline.inputs import calibrates, calibration, fit_context
+from llmqat.pipeline.inputs import calibrates, calibration
 from llmqat.pipeline.output import RECIPE, REPORT_FILES, claimed, forget_earlier
 from llmqat.processes import process_count
 from llmqat.progress import log, track
@@ -68,8 +68,8 @@ def quantize_by_block(recipe: Recipe, overwrite: bool = False) -> CoverageReport
 
 def _quantize(asked: Recipe, directory: Path) -> CoverageReport:
     source = PartialModel(asked.model, find_device(asked.device))
-    resolved = resolve_for(source.model, asked)
-    recipe = fit_context(resolved, getattr(source.model.config, "max_position_embeddings", None))
+    recipe = resolve_for(source.model, asked)
+    log_cut(asked, recipe)
     architecture_of(source.model, "--low-memory", "leave it out, or add a row to models/architectures.py")
     if can_split_experts(source.model):
         raise LlmqatError("--low-memory does not know how to split fused experts yet: leave it out")

@@ -11,7 +11,7 @@ import torch
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
-from llmqat.config import Recipe, Resolved, to_yaml
+from llmqat.config import Recipe, Resolved, log_cut, to_yaml
 from llmqat.devices import find_device, use_share_of_cores
 from llmqat.errors import LlmqatError
 from llmqat.files import replacing
@@ -39,7 +39,7 @@ from llmqat.models.patcher import (
 )
 from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.models.widening import compute_in_float32
-from llmqat.pipeline.inputs import fit_context, hash_of_tokenizer, hash_of_weights, read, tokenized
+from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.output import (
     ADAPTER,
     CHECKPOINT,
@@ -143,8 +143,8 @@ class Run:
         smooths = asked.init.smooth is not None  # by factors that leave weights which may need more bits
         self.model = load_float(asked.model, torch.float32) if smooths else load_as_stored(asked.model)
         self.tokenizer = load_tokenizer(asked.model)
-        resolved = resolve_for(self.model, asked)
-        self.recipe = fit_context(resolved, getattr(self.model.config, "max_position_embeddings", None))
+        self.recipe = resolve_for(self.model, asked)
+        log_cut(asked, self.recipe)
 
     def plan_layers(self) -> None:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""

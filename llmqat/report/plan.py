@@ -5,7 +5,7 @@ from math import ceil
 
 import torch
 
-from llmqat.config import Recipe, Resolved
+from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device
 from llmqat.forecast.stages import Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
@@ -90,6 +90,7 @@ def inspect(recipe: Recipe) -> Inspection:
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
     resolved = resolve_for(model, recipe)
+    log_cut(recipe, resolved)
     coverage = checked_plan(
         model, resolved.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits, recipe.quant.min_coverage
     )

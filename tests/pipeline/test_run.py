@@ -30,7 +30,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline import run as run_module
-from llmqat.pipeline.inputs import fit_context, tokenized
+from llmqat.pipeline.inputs import tokenized
 from llmqat.pipeline.output import check_output, saved_recipe
 from llmqat.pipeline.run import run
 from llmqat.report.names import public_recipe
@@ -409,19 +409,6 @@ def test_quantized_head_and_cache(go, tied_dir, mode):
     if mode == "lora":
         names = load_file(done.directory / "adapter" / "adapter_model.safetensors")
         assert {name.rsplit(".", 2)[-2] for name in names} == {"lora_A", "lora_B"}
-
-
-def test_context_shortens_sequences(small_recipe, capsys):
-    recipe = small_recipe("x", {"data.length": 512, "eval.window": 100, "eval.prompt": 60, "eval.new_tokens": 10})
-    fitted = fit_context(recipe, 64)
-    assert (fitted.data.length, fitted.eval.window, fitted.eval.prompt, fitted.eval.new_tokens) == (64, 64, 54, 10)
-    assert "the model's context is 64 tokens: sequences and windows are cut to it" in capsys.readouterr().err
-    assert fit_context(small_recipe("x", {"eval.prompt": 8, "eval.new_tokens": 4}), 64).eval.prompt == 8
-    assert fit_context(recipe, None) == recipe
-    assert capsys.readouterr().err == ""
-    small = fit_context(recipe, 8)
-    assert small.eval.prompt + small.eval.new_tokens <= 8
-    assert min(small.eval.prompt, small.eval.new_tokens) >= 1
 
 
 def test_output_guards(go, finished, small_recipe, tmp_path):

@@ -37,3 +37,10 @@ def test_coverage_is_checked_before_any_work(tiny, tmp_path):
     recipe = Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16, "quant.min_coverage": 1.0})
     with pytest.raises(LlmqatError, match=r"100% are asked for; .* allow it with --min-coverage 0\.99"):
         inspect(recipe)
+
+
+def test_what_is_predicted_fits_the_context(tiny, tmp_path, capsys):
+    tiny("llama", max_position_embeddings=32).save_pretrained(tmp_path)
+    found = inspect(Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16}))
+    assert (found.recipe.data.length, found.recipe.eval.window) == (32, 32)
+    assert "the model's context is 32 tokens" in capsys.readouterr().err
