@@ -19,6 +19,7 @@ ROWS = {
     "compat": 0,
     "team": 0,
     "files": 0,
+    "mapped": 0,
     "processes": 0,
     "progress": 0,
     "devices": 0,

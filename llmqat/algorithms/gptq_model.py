@@ -10,9 +10,11 @@ from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessian
 from llmqat.algorithms.compensation import compensation_of
 from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
+from llmqat.mapped import Disk
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.progress import track
 from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.grid import Compensation
 from llmqat.team import ALONE, Team
 
 HEAD = "output head"
@@ -25,11 +27,13 @@ class GptqSettings(NamedTuple):
         damp: damping of the Hessian, as a fraction of its mean diagonal.
         keep_float: leave `weight` as it was and keep GPTQ's change apart, so that the float model can still be run.
         kept_bytes: of one block's activations that may be kept between passes over the data; see `StandIns`.
+        disk: where the change goes that is kept apart; None leaves it in memory.
     """
 
     damp: float = 0.01
     keep_float: bool = False
     kept_bytes: int = 4 << 30
+    disk: Disk | None = None
 
 
 class LayerError(NamedTuple):
@@ -201,19 +205,29 @@ def restored(part: nn.Module, index: int, settings: GptqSettings, saved: Saved |
     if kept is None or kept.get("changed") != changed_tensors(settings.keep_float):
         return None
     part.load_state_dict(kept["state"], strict=False)
+    stow(part, settings)
     return [LayerError(*error) for error in kept["errors"]]
 
 
 def keep(
     part: nn.Module, index: int, errors: list[LayerError], settings: GptqSettings, saved: Saved | None = None
 ) -> None:
-    """Save what GPTQ found for a part of the model, so that a later run may have it `restored`."""
+    """Save what GPTQ found for a part of the model, so that a later run may have it `restored`; then `stow` it."""
     if saved is not None:
         improved = {error.layer for error in errors if error.gptq is not None}
         name = HEAD if isinstance(part, FakeQuantLinear) else f"block {index}"
         written = {path for path in layers_of(part) if f"{name} {path}".strip() in improved}
         state, rows = written_state(part, written, settings.keep_float), [tuple(error) for error in errors]
         saved.put(index, {"state": state, "errors": rows, "changed": changed_tensors(settings.keep_float)})
+    stow(part, settings)
+
+
+def stow(part: nn.Module, settings: GptqSettings) -> None:
+    """Put the change that is kept apart of each layer of a part on the disk, if there is one."""
+    for layer in layers_of(part).values():
+        if settings.disk is not None and layer.compensation is not None:
+            multiples, step = layer.compensation
+            layer.compensation = Compensation(settings.disk.put(multiples), step)
 
 
 def changed_tensors(keep_float: bool) -> list[str]:

@@ -25,17 +25,11 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Run `llmqat quantize`."""
-    from llmqat.pipeline.low_memory import quantize_by_block
     from llmqat.progress import log
 
     if args.recipe and args.parsed_recipe.train != TrainConfig():
         log(f"quantize does not train: the train section of {args.recipe} says nothing here")
-    if not args.low_memory:
-        run_finetune(args, train=False)
-        return
-    if args.resume:
-        raise LlmqatError("--low-memory keeps nothing to go on from: leave it out, or --resume")
-    quantize_by_block(args.parsed_recipe, args.overwrite)
+    run_finetune(args, train=False)
 
 
 def run_inspect(args: argparse.Namespace) -> None:

@@ -16,9 +16,7 @@ NETWORK = (
     "LocalEntryNotFoundError",
     "ConnectError",
 )
-LESS_MEMORY = (
-    "lower --batch-size or --length, add --gradient-checkpointing, use --train lora, or quantize with --low-memory"
-)
+LESS_MEMORY = "lower --batch-size or --length, add --gradient-checkpointing, use --train lora, or add --low-memory"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

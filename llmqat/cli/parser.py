@@ -20,6 +20,8 @@ Fine-tune a model with quantized weights in its forward, pack it, and prove and 
   llmqat finetune --model ./my-model --dataset chats.jsonl --bits 4 --output out
       conversations (messages, prompt/completion, instruction/output): chat template, loss on the answers only
   llmqat finetune --model ./my-model --dataset my.txt --bits 4 --act-bits 8 --smooth auto --output out
+  llmqat finetune --model ./large-model --dataset my.txt --bits 4 --low-memory --output out
+      LoRA with one block of the model in memory at a time, forward and backward
   llmqat finetune --output out --resume
       go on after an interruption, with the options of the first call
 
@@ -33,7 +35,7 @@ Quantize without training: round to nearest or GPTQ, packed, verified and measur
   llmqat quantize --model ./my-model --bits 8 --group-size -1 --act-bits 8 --smooth auto --output out
   llmqat quantize --model ./my-model --bits 4 --override 'down_proj$:bits=8' --output out
   llmqat quantize --model ./large-model --bits 4 --low-memory --output out
-      one block of the model in memory at a time; nothing is measured: llmqat eval and llmqat verify do that afterwards
+      one block of the model in memory at a time, from files; takes the disk one to two bytes for each weight
   llmqat quantize --output out --resume
       go on after an interruption, from the blocks that are done
 """
@@ -134,10 +136,6 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
             continue
         sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
         sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
-        if name == "quantize":
-            sub.add_argument(
-                "--low-memory", action="store_true", help="block by block, for a model larger than memory; not measured"
-            )
 
     sub = command("eval", EVAL)
     sub.add_argument("model", help="directory, Hub id, or llama")

@@ -1,6 +1,6 @@
 """Private names of transformers: how a model is made, read in parts, tied and saved, and the hooks it gets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,22 +48,6 @@ def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     return {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in keys}
-
-
-@leans_on(
-    "transformers.PreTrainedModel._load_pretrained_model",
-    "transformers.conversion_mapping.get_model_conversion_mapping",
-    "transformers.modeling_utils.LoadStateDictConfig",
-    test="tests/pipeline/test_low_memory.py",
-)
-def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Read tensors, slices of files by their names there, into a model: converted as `from_pretrained` does."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    mapping: Any = get_model_conversion_mapping(model)
-    config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
-    model._load_pretrained_model(model, dict(tensors), None, config)
 
 
 @leans_on("transformers.PreTrainedModel._init_weights", test="tests/models/test_replaceable.py")

@@ -28,6 +28,12 @@ class Recipe:
         "where everything is computed: cpu, cuda, cuda:1, xpu or mps; auto: the accelerator that torch sees, else cpu",
         "--device",
     )
+    low_memory: bool = option(
+        False,
+        "for a model larger than memory: weights stay in their files, one block at a time is read; for --train lora or "
+        "scales",
+        "--low-memory",
+    )
     seed: int = option(0, "order of the data, initial adapters", "--seed", least=0, most=2**63 - 1)
     quant: QuantConfig = field(default_factory=QuantConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -89,11 +95,12 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
     """
     quant, train = recipe.quant, recipe.train
     group_size = quant.group_size if quant.group_size is not None else default_group_size
-    mode = train.mode or ("full" if parameters < 1e9 else "lora")
+    mode = train.mode or ("full" if parameters < 1e9 and not recipe.low_memory else "lora")
     lr = train.lr if train.lr is not None else DEFAULT_LR[mode]
+    checkpointing = train.gradient_checkpointing or recipe.low_memory  # else all blocks would stay for the backward
     chosen = {
         "quant": ResolvedQuant(**{**vars(quant), "group_size": group_size}),
-        "train": ResolvedTrain(**{**vars(train), "mode": mode, "lr": lr}),
+        "train": ResolvedTrain(**{**vars(train), "mode": mode, "lr": lr, "gradient_checkpointing": checkpointing}),
     }
     return Resolved(**{**vars(recipe), **chosen})
 

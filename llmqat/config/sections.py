@@ -88,8 +88,8 @@ class TrainConfig:
 
     mode: str | None = option(
         None,
-        "what trains: all weights, LoRA inside the quantizer, or scales and norms; default: full below 1 B parameters, "
-        "else lora",
+        "what trains: all weights, LoRA inside the quantizer, or scales and norms; default: full below 1 B parameters "
+        "and without --low-memory, else lora",
         "--train",
         choices=MODES,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmqat.config import Resolved
 from llmqat.forecast.stages import Forecast
@@ -13,16 +13,18 @@ class Remedy(NamedTuple):
 
     Attributes:
         flags: as they are typed.
-        section: of the recipe that they change.
+        section: of the recipe that they change; empty for the recipe itself.
         values: that they give it.
     """
 
     flags: str
     section: str
-    values: dict[str, object]
+    values: dict[str, Any]
 
     def applied(self, recipe: Resolved) -> Resolved:
         """The recipe with the values of the flags."""
+        if not self.section:
+            return replace(recipe, **self.values)
         section = getattr(recipe, self.section)
         return replace(recipe, **{self.section: replace(section, **self.values)})
 
@@ -52,6 +54,8 @@ def remedies(recipe: Resolved) -> list[Remedy]:
         if train.optimizer == "adamw":
             found.append(Remedy("--optimizer adamw8bit", "train", {"optimizer": "adamw8bit"}))
         found.append(Remedy("--train lora", "train", {"mode": "lora"}))
+    if not recipe.low_memory:
+        found.append(Remedy("--low-memory", "", {"low_memory": True}))
     if recipe.init.method == "gptq":
         found.append(Remedy("--init rtn", "init", {"method": "rtn"}))
     return found

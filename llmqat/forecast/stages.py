@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import Resolved
 from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
+from llmqat.forecast.shapes import block_count
 from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.architectures import ARCHITECTURES
@@ -82,12 +83,13 @@ def forecast(
     """
     batch = cost_of(scored_batch, model, recipe, coverage, stored)
     score = partial(evaluation, recipe, model, batch)
-    stages = [loading(recipe, model, stored, batch), score("float model"), score("round to nearest")]
+    stages = [] if recipe.low_memory else [loading(recipe, model, stored, batch)]
+    stages += [score("float model"), score("round to nearest")]
     if recipe.init.method == "gptq":
         stages += [gptq(recipe, model, coverage, batch), score("GPTQ's codes")]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
-    always = PROCESS_BYTES + kept_of_float(recipe, model, coverage)
+    always = PROCESS_BYTES + kept_of_float(recipe, model, coverage) - left_in_files(recipe, model, coverage, stored)
     return Forecast(tuple(stage._replace(bytes=stage.bytes + always) for stage in (*stages, score("packed"))))
 
 
@@ -100,6 +102,17 @@ def loading(recipe: Resolved, model: PreTrainedModel, stored: torch.dtype, batch
         return Stage("SmoothQuant", batch.flops * tokens / BATCH_TOKENS, torch.float32, peak)
     as_stored = model.config.model_type in ARCHITECTURES
     return Stage("loading", 0, torch.float32, (min(MASTER, stored.itemsize) if as_stored else MASTER) * parameters)
+
+
+def left_in_files(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, stored: torch.dtype) -> float:
+    """Bytes of the blocks' weights, and of what GPTQ adds to them, that a run with low memory has not in memory: those
+    of all blocks but one."""
+    blocks = block_count(model)
+    if not recipe.low_memory or blocks is None:
+        return 0
+    weights = sum(layer.parameters for layer in coverage.quantized if not layer.role)
+    of_weight = stored.itemsize + (recipe.init.method == "gptq")
+    return of_weight * weights * (blocks - 1) / blocks
 
 
 def kept_of_float(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport) -> int:

@@ -48,6 +48,6 @@ def announce(asked: Recipe, device: torch.device, train: bool) -> None:
     fit = fitting(recipe, predicted, predict, available)
     has = f"there are {available / 1e9:.1f} GB"
     if fit is None:
-        log(f"{has}, and no flag makes it fit: take a larger machine, or llmqat quantize --low-memory")
+        log(f"{has}, and no flag makes it fit: take a larger machine, or a smaller model")
     else:
         log(f"{has}: add {' '.join(fit.flags)}, which takes {fit.forecast.worst.bytes / 1e9:.1f} GB")

@@ -11,6 +11,7 @@ from llmqat.algorithms.activation_ranges import check_ranges
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats.conv1d import to_conv1d_layout
+from llmqat.mapped import Disk
 from llmqat.models.experts import file_name
 from llmqat.models.patcher import OnGrid, quantized_layers, transformers_model
 from llmqat.models.ties import possible_ties, shared_ties
@@ -42,12 +43,12 @@ class Contents:
         return fingerprint.tensor_hashes(self.state)
 
 
-def contents_of(model: nn.Module, prefix: str = "") -> Contents:
+def contents_of(model: nn.Module, disk: Disk | None = None) -> Contents:
     """The contents of the file that `model` packs to; the model itself is left alone.
 
     Args:
         model: prepared; a `PeftModel` too, whose adapters go into the codes.
-        prefix: only tensors whose names start with it are looked at. Those on the meta device are not there.
+        disk: where packed layers go, one after the other; None keeps them in memory.
 
     Raises:
         LlmqatError: if no layer is quantized, static activations have no range, or a tensor holds NaN, infinity, or
@@ -56,14 +57,22 @@ def contents_of(model: nn.Module, prefix: str = "") -> Contents:
     dtype = storage_dtype(model)
     check_ranges(model)
     on_grid, root, lookups = quantized_layers(model), transformers_model(model), tied_head(model)
-    state = _float_parts(model, prefix, {*(own.name for own in on_grid), *lookups.values()}, dtype)
+    state = _float_parts(model, {*(own.name for own in on_grid), *lookups.values()}, dtype)
     layers: dict[str, PackedLinear] = {}
     hashes: fingerprint.Layers = {}
     for own in on_grid:
-        if own.name.startswith(prefix) and not own.layer.weight.is_meta:
-            layers[own.name], hashes[own.name] = _packed(own)
-            state.update(_tensors(own, layers[own.name], lookups.get(own.name, own.name)))
+        layers[own.name], hashes[own.name] = _packed(own)
+        if disk is not None:
+            put_on_disk(layers[own.name], disk)
+        tensors = _tensors(own, layers[own.name], lookups.get(own.name, own.name))
+        state |= tensors if disk is None else {key: disk.put(tensor) for key, tensor in tensors.items()}
     return Contents(model, layers, hashes, {file_name(root, name): tensor for name, tensor in state.items()})
+
+
+def put_on_disk(packed: PackedLinear, disk: Disk) -> None:
+    """Let a packed layer have its tensors on the disk."""
+    for name, tensor in list(packed.named_buffers()):
+        setattr(packed, name, disk.put(tensor))
 
 
 def storage_dtype(model: nn.Module) -> torch.dtype:
@@ -102,13 +111,13 @@ def is_inside(name: str, modules: Container[str]) -> bool:
     return any(".".join(path[:depth]) in modules for depth in range(1, len(path)))
 
 
-def _float_parts(model: nn.Module, prefix: str, on_grid: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+def _float_parts(model: nn.Module, on_grid: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors outside the modules `on_grid`, by their names in the model, floating ones in `dtype`."""
     state: dict[str, Tensor] = {}
     elsewhere, root = tied_tensors(model), transformers_model(model)
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     for name, tensor in root.state_dict().items():
-        if tensor.is_meta or name in elsewhere or not name.startswith(prefix) or is_inside(name, on_grid):
+        if name in elsewhere or is_inside(name, on_grid):
             continue
         if name in parameters:  # a buffer may hold -inf on purpose, as masks do
             check_storable(tensor, dtype, name)

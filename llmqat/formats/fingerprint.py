@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.mapped import release
 
 NAME, FORMAT = "fingerprint.json", 2
 CHUNK_BYTES = 1 << 22
@@ -40,7 +41,9 @@ def sha256(tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
+    digest = hashlib.sha256(raw.numpy().data).hexdigest()
+    release(tensor)
+    return digest
 
 
 def sha256_of_file(path: Path) -> str:

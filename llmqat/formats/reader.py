@@ -1,6 +1,7 @@
 """Load a packed directory onto `PackedLinear`, without ever making a dense weight."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from llmqat.errors import LlmqatError, error_text
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, METHOD, OWN_KEY
 from llmqat.formats.conv1d import from_conv1d_layout
 from llmqat.formats.skeleton import own_name, skeleton
-from llmqat.formats.weights import AGAIN, read_tensors, tensor_headers
+from llmqat.formats.weights import AGAIN, read_mapped, read_tensors, tensor_headers
 from llmqat.models.experts import module_name
 from llmqat.models.foreign import ForeignError, from_pretrained
 from llmqat.nn.kv_cache import quantize_kv
@@ -82,6 +83,7 @@ def load_packed(
     device: torch.device | str = "cpu",
     activations: Literal["int8"] | None = None,
     native: bool = True,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """A packed model, ready to run.
 
@@ -91,6 +93,7 @@ def load_packed(
         device: where to put it.
         activations: "int8" quantizes those of a model that was trained without, for speed: no longer what was trained.
         native: False leaves blocks and sampling to the code of transformers; see `llmqat.serve`.
+        mapped: leave codes and scales in the files, for a model larger than memory; slower, and they have to stay.
 
     Returns:
         the transformers model of the config's architecture in evaluation mode, its layers `PackedLinear`.
@@ -100,7 +103,7 @@ def load_packed(
     """
     directory = local_directory(name)
     model = skeleton(directory, quantization_of(directory), tensor_headers(directory), dtype)
-    _fill(model, directory)
+    _fill(model, directory, read_mapped(directory) if mapped else read_tensors(directory))
     if (directory / "generation_config.json").exists():
         model.generation_config = generation_config(directory)
     kv_bits = kv_bits_in(directory)
@@ -111,7 +114,7 @@ def load_packed(
     return attach(model, activations, native)
 
 
-def _fill(model: PreTrainedModel, directory: Path) -> None:
+def _fill(model: PreTrainedModel, directory: Path, tensors_of_file: Iterable[tuple[str, Tensor]]) -> None:
     """Assign the tensors of the file, whose headers were checked, float parts in the dtype of `model`.
 
     Raises:
@@ -121,7 +124,7 @@ def _fill(model: PreTrainedModel, directory: Path) -> None:
     paths = {id(module): name for name, module in model.named_modules()}
     looked_up, head = paths[id(model.get_input_embeddings())], paths.get(id(model.get_output_embeddings()), "")
     state: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(directory):
+    for name, tensor in tensors_of_file:
         key = module_name(model, name)
         key = own_name(key, looked_up, head) if looked_up not in layers and head in layers else key
         float_part = tensor.is_floating_point() and key.rpartition(".")[0] not in layers

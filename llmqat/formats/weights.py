@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.mapped import mapped_tensors
 from llmqat.models.stored import Header, headers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,6 +97,19 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+def read_mapped(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model, mapped.
+
+    Raises:
+        LlmqatError: if a file is missing or truncated.
+    """
+    for path in weight_files(directory):
+        try:
+            yield from mapped_tensors(path).items()
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmqat.mapped import is_mapped
+
 HUGE_PAGE, ALIGNMENT = 2 << 20, 64
 MOVED_BYTES = 16 << 20  # at a time, so that little is in memory twice
 
@@ -25,12 +27,13 @@ def use_huge_pages(layers: Sequence[Any]) -> None:
 
 
 def onto_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors side by side on pages of 2 MiB; the tensors themselves where Linux gives no such pages.
+    """Copies of tensors side by side on pages of 2 MiB; the tensors themselves where one lies in a file, or Linux gives
+    no such pages.
 
     `tensors` are not to be used afterwards: their pages are given back, so that a model is not in memory twice.
     """
     sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    fit = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    fit = all(tensor.device.type == "cpu" and tensor.is_contiguous() and not is_mapped(tensor) for tensor in tensors)
     if sum(sizes) < HUGE_PAGE or not fit or _overlap(tensors) or not _gives_huge_pages():
         return list(tensors)
     buffer = torch.empty(sum(sizes) + 2 * HUGE_PAGE, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
 from llmqat.errors import LlmqatError
+from llmqat.mapped import release
 from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_as_linears, split_experts
@@ -149,13 +150,16 @@ def put_on_grid(
     layers = list(layers)
     for layer in layers:  # all of them before the first one is replaced
         assert layer.scheme is not None
-        check_weight(model.get_submodule(layer.name).get_parameter("weight"), layer.scheme, dtype, layer.name)
+        weight = model.get_submodule(layer.name).get_parameter("weight")
+        check_weight(weight, layer.scheme, dtype, layer.name)
+        release(weight)
     for layer in layers:
         linear = model.get_submodule(layer.name)
         assert layer.scheme is not None
         compute = linear.get_parameter("weight").dtype
         on_grid = FakeQuantLinear.from_linear(linear, layer.scheme, dtype, clip_mask)
         on_grid.name = layer.name
+        release(on_grid.weight)
         model.set_submodule(layer.name, on_grid)
         if layer.role == TIED_HEAD:
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings
@@ -219,7 +223,19 @@ class OnGrid(NamedTuple):
 
     def codes(self) -> Tensor:
         """The codes of the forward, ``(out, in)``: int8 if symmetric, else uint8."""
-        return self.layer.codes(self.adapters)
+        codes = self.layer.codes(self.adapters)
+        self.release()
+        return codes
+
+    def clipped(self) -> Tensor:
+        """How many weights lie more than half a code beyond the ends of the grid, a scalar."""
+        clipped = self.layer.clipped(self.adapters)
+        self.release()
+        return clipped
+
+    def release(self) -> None:
+        """Let go of the memory of what lies in files."""
+        release(self.layer.weight, self.layer.compensation_multiples)
 
     def check_storable(self) -> None:
         """Refuse to ship a layer whose tensors training has driven out of range.

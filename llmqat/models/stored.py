@@ -36,7 +36,7 @@ def headers(path: Path) -> dict[str, Header]:
     Raises:
         SafetensorError: if the file is damaged.
     """
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         parts = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 - not a dict
         return {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in parts}
 

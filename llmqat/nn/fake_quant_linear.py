@@ -184,10 +184,10 @@ class FakeQuantLinear(KeepsDtypes):
         return row_shard(self.weight)
 
     def latent(self, adapters: Adapters | None = None) -> Latent:
-        """The weight that is quantized; with adapters if given."""
-        shard, change = self.shard, self.compensation
-        change = None if change is None else Compensation(*(own_rows(tensor, shard) for tensor in change))
-        return Latent(own_rows(self.weight, shard), change, adapters, shard)
+        """The weight that is quantized; with adapters if given. What lies elsewhere comes to where the scale is."""
+        shard, change, device = self.shard, self.compensation, self.scale.device
+        change = None if change is None else Compensation(*(own_rows(tensor, shard).to(device) for tensor in change))
+        return Latent(own_rows(self.weight, shard).to(device), change, adapters, shard)
 
     @property
     def grid(self) -> Grid:

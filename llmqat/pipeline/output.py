@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from peft import PeftModel
+
 from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, make_directory, replacing
@@ -118,6 +120,15 @@ def claimed(directory: Path, model: str, resume: bool, overwrite: bool) -> Itera
         for path in reversed(made):
             with suppress(OSError):  # something is in it
                 path.rmdir()
+
+
+def save_adapter(model: PeftModel, directory: Path, base: str) -> None:
+    """Write the adapters of a model, which was made of the model named `base`."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    with replacing(directory) as scratch:
+        model.save_pretrained(str(scratch), save_embedding_layers=False)
+        (scratch / "README.md").unlink(missing_ok=True)  # peft's empty card, which names the folder of the model
 
 
 def forget_earlier(directory: Path) -> None:

@@ -24,7 +24,6 @@ from llmqat.kernels.native import kernel_name
 from llmqat.metrics.float_pass import FloatPass
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.metrics.throughput import throughput
 from llmqat.models.architectures import architecture_of
 from llmqat.models.float_view import FloatView, copy_of_float, disable_quantizers
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
@@ -40,6 +39,7 @@ from llmqat.models.patcher import (
 from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.models.widening import compute_in_float32
 from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
+from llmqat.pipeline.low_memory import LowMemory
 from llmqat.pipeline.output import (
     ADAPTER,
     CHECKPOINT,
@@ -50,7 +50,9 @@ from llmqat.pipeline.output import (
     REPORT_FILES,
     claimed,
     forget_earlier,
+    save_adapter,
 )
+from llmqat.pipeline.refusals import check_device, check_low_memory
 from llmqat.pipeline.saved import (
     Record,
     check_measured,
@@ -58,6 +60,7 @@ from llmqat.pipeline.saved import (
     read_measurements,
     write_measurements,
 )
+from llmqat.pipeline.speed import speeds
 from llmqat.processes import is_first
 from llmqat.progress import log
 from llmqat.report import details
@@ -105,6 +108,7 @@ class Run:
 
     def execute(self) -> Measured:
         """All stages in order."""
+        check_low_memory(self.asked, self.train)
         torch.manual_seed(self.asked.seed)
         self.open_inputs()
         self.plan_layers()
@@ -112,7 +116,7 @@ class Run:
         self.claim_directory()
         self.restore_state()
         torch.manual_seed(self.recipe.seed)
-        self.model.to(self.device).requires_grad_(False)  # until it is marked what trains; a CPU leaves the file mapped
+        self.place_model().requires_grad_(False)  # until it is marked what trains
         self.smooth_model()
         self.prepare_model()
         self.initialize_codes()
@@ -134,14 +138,17 @@ class Run:
         """Read the dataset, load the model, and choose what the recipe left open."""
         asked = self.asked
         self.device = find_device(asked.device)
+        check_device(asked, self.device)
         use_share_of_cores()
         log(f"reading {asked.data.dataset}")
         self.corpus = read(asked.data, asked.data.dataset)
         if is_first():
             announce(asked, self.device, self.train)
         log(f"loading {asked.model}")
+        self.low_memory = LowMemory(asked.model, self.directory, self.device) if asked.low_memory else None
         smooths = asked.init.smooth is not None  # by factors that leave weights which may need more bits
-        self.model = load_float(asked.model, torch.float32) if smooths else load_as_stored(asked.model)
+        load = partial(load_float, dtype=torch.float32) if smooths else load_as_stored
+        self.model = self.low_memory.model if self.low_memory else load(asked.model)
         self.tokenizer = load_tokenizer(asked.model)
         self.recipe = resolve_for(self.model, asked)
         log_cut(asked, self.recipe)
@@ -149,11 +156,6 @@ class Run:
     def plan_layers(self) -> None:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
         recipe, quant = self.recipe, self.recipe.quant
-        if self.device.type == "mps" and quant.act_static:
-            raise LlmqatError(
-                "static activations are observed in float64, which mps does not have; leave --act-static out, or add "
-                "--device cpu"
-            )
         self.coverage = checked_plan(
             self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
         )
@@ -230,6 +232,10 @@ class Run:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
+    def place_model(self) -> Any:
+        """The model, put on the device; with low memory, all of it that is not streamed."""
+        return self.low_memory.stream.place(self.model) if self.low_memory else self.model.to(self.device)
+
     def smooth_model(self) -> None:
         """SmoothQuant on the float model, if asked for."""
         recipe = self.recipe
@@ -258,6 +264,7 @@ class Run:
             min_coverage=recipe.quant.min_coverage,
         )
         compute_in_float32(self.model, dtype)
+        self.place_model()
         self.float_copy = copy_of_float(self.model) if self.train and recipe.train.mode == "full" else None
         watched = [layer.name for layer in self.coverage.quantized]
         # Also in a resumed run that has the float row: the others are compared with what the first run had.
@@ -282,6 +289,7 @@ class Run:
         recipe = self.recipe
         if recipe.init.method == "gptq":
             settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
+            settings = self.low_memory.settings(settings) if self.low_memory else settings
             self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks, self.team))
             log(self.coverage.error_summary())
         if self.train:
@@ -296,6 +304,7 @@ class Run:
         torch.manual_seed(self.recipe.seed)  # whatever was measured or skipped before
         if config.mode == "lora":
             self.model = add_lora(self.model, config.lora_r, self.lora_alpha)
+            self.place_model()
         select_trainable(self.model, config.mode, config.lr_scale > 0)
 
     def train_model(self) -> None:
@@ -330,42 +339,32 @@ class Run:
 
     def round_and_measure_trained(self) -> None:
         """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
-        for model in (self.model, self.float_pass.reference.model):
-            model.to(self.device)  # sharded models were gathered on the CPU
+        self.place_model()  # sharded models were gathered on the CPU
+        if self.float_copy is not None:
+            self.float_copy.model.to(self.device)
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.float_pass.compare(self.model, "perplexity, trained")
         if self.recipe.train.mode == "lora":
-            for config in self.model.peft_config.values():
-                config.base_model_name_or_path = public_name(self.recipe.model)
-            with replacing(self.directory / ADAPTER) as scratch:
-                self.model.save_pretrained(str(scratch), save_embedding_layers=False)
-                (scratch / "README.md").unlink(missing_ok=True)  # an empty card, which names the model's folder
+            save_adapter(self.model, self.directory / ADAPTER, public_name(self.recipe.model))
 
     def pack_model(self) -> None:
         """Write the packed model, and count its bytes; reports of another model go before."""
         log(f"packing to {self.directory}")
         for name in REPORT_FILES:
             (self.directory / name).unlink(missing_ok=True)
-        self.contents = contents_of(self.model)
+        self.contents = contents_of(self.model, self.low_memory.disk if self.low_memory else None)
         write_contents(self.contents, self.directory, self.tokenizer)
         self.measured.size = layer_sizes(self.contents.layers.values())
 
     def measure_packed(self) -> None:
         """Perplexity through the kernel op, throughput, and the proof."""
         self.measured.kernel = kernel_name(self.device)
-        packed = load_packed(self.directory, torch.float32, self.device)
+        packed = load_packed(self.directory, torch.float32, self.device, mapped=self.recipe.low_memory)
         self.measured.perplexity["packed"] = self.float_pass.compare(packed, "perplexity, packed", watch=False)
         self.measured.verification = verify_loaded(self.directory, packed, expected_in(self.directory, self.contents))
         del packed
-        config = self.recipe.eval
-        if config.repeats:
-            for variant, load in (
-                ("float", partial(load_float, self.recipe.model)),
-                ("packed", partial(load_packed, self.directory)),
-            ):
-                model: Any = load()
-                model.to(self.device)
-                self.measured.throughput[variant] = throughput(model, config.prompt, config.new_tokens, config.repeats)
+        if self.recipe.eval.repeats and not self.recipe.low_memory:  # which would measure the disk
+            self.measured.throughput = speeds(self.recipe, self.directory, self.device)
 
     def write_report(self) -> None:
         """Report, model card, and the recipe to publish."""

@@ -22,8 +22,16 @@ from llmqat.train.checkpoint import REMEDY
 
 FORMAT = 2
 INPUTS, MEASURED = "inputs.json", "measured.json"
-# The directory may have moved; how a step is cut into batches may change with the machines (see `check_same_step`).
-MAY_DIFFER = ("output", "device", "train.batch_size", "train.accumulation")
+# The directory may have moved; how a step is cut into batches may change with the machines (see `check_same_step`), and
+# what is kept in memory with the memory there is.
+MAY_DIFFER = (
+    "output",
+    "device",
+    "low_memory",
+    "train.gradient_checkpointing",
+    "train.batch_size",
+    "train.accumulation",
+)
 # What a run without training does not read: it may be trained later.
 TRAINING_ONLY = ("training tokens", "validation tokens")
 

@@ -19,6 +19,7 @@ from llmqat.data.chat import places, positions, token_count, unstack
 from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.machine import return_freed_memory
+from llmqat.mapped import Disk, in_files
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
 from llmqat.processes import is_first
 from llmqat.progress import Meter
@@ -117,7 +118,8 @@ class Trainer:
         self.writing, self.team = Background(), whole_team()
         self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
-        self.first_codes = FirstCodes(model)  # while every process has all of the model
+        disk = Disk(checkpoints.directory) if checkpoints is not None and in_files(model) else None
+        self.first_codes = FirstCodes(model, disk)  # while every process has all of the model
         self.base = "" if checkpoints is None else hash_of_base(model, self.first_codes.packed)
         if checkpoints is not None and state is not None:
             check_base(state["base"], self.base, checkpoints.directory)

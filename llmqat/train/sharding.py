@@ -141,7 +141,8 @@ def prepare_model(
     if not sharding_requested():
         if copied is not None:
             copied.to(accelerator.device)
-        return accelerator.prepare_model(model), make_optimizer(optimizer, groups), []
+        # It is where it computes already, and weights that are streamed to the device are to stay where they are.
+        return accelerator.prepare_model(model, device_placement=False), make_optimizer(optimizer, groups), []
     if optimizer != "adamw":
         raise LlmqatError(
             f"--optimizer {optimizer} does not run under FSDP2: bitsandbytes updates whole tensors, and its blocks of "

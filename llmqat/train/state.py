@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
+from llmqat.mapped import release
 from llmqat.nn.dtensor import gathered, local_shard
 from llmqat.train.checkpoint import REMEDY
 
@@ -106,6 +107,7 @@ def hash_of_tensor(*tensors: Tensor) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        release(tensor)
     return digest.hexdigest()
 
 

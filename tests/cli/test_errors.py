@@ -161,12 +161,6 @@ def test_interrupted(argv, advice, monkeypatch, capsys, call):
     assert capsys.readouterr().err == f"llmqat: interrupted{advice}\n"
 
 
-def test_low_memory_does_not_resume(model_dir, text_file, tmp_path, call, capsys):
-    argv = ["quantize", "--model", model_dir, "--dataset", text_file, "--output", tmp_path / "out"]
-    assert call([*argv, "--low-memory", "--resume"]) == 1
-    assert "--low-memory keeps nothing to go on from" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("flags", [["--max-steps", "4"], ["--clip-mask"], ["--control"], ["--tracker", "wandb"]])
 def test_quantize_refuses_what_it_cannot_honour(flags, capsys, call):
     assert call(["quantize", *flags]) == 2

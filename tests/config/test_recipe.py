@@ -15,7 +15,7 @@ RECIPES = sorted(bundled_recipes().values())
         # unknown keys
         ({"modle": "x"}, "unknown key modle; did you mean model?"),
         ({"quant": {"bit": 4}}, "unknown key quant.bit; did you mean quant.bits?"),
-        ({"zzz": 1}, "unknown key zzz; known: model, output, device, seed, quant, init, train, data, eval"),
+        ({"zzz": 1}, "unknown key zzz; known: model, output, device, low_memory, seed, quant, init, train, data, eval"),
         # wrong types
         ({"quant": {"bits": "4"}}, "quant.bits must be a whole number, got '4'"),
         ({"quant": {"bits": 4.0}}, "quant.bits must be a whole number, got 4.0"),

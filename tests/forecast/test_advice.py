@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from llmqat.config import Recipe, resolve
-from llmqat.forecast import words
+from llmqat.forecast import stages, words
 from llmqat.forecast.advice import fitting, remedies
 from llmqat.forecast.stages import Forecast, Stage
+from llmqat.models.loading import load_empty
+from llmqat.models.planning import checked_plan, resolve_for
 
 CPU = torch.device("cpu")
 
@@ -46,7 +48,19 @@ def test_nothing_makes_it_fit():
 
 def test_a_flag_that_is_set_is_not_named():
     values = {"train.gradient_checkpointing": True, "train.batch_size": 1, "train.mode": "lora", "init.method": "rtn"}
-    assert remedies(recipe(**values)) == []
+    assert [remedy.flags for remedy in remedies(recipe(**values))] == ["--low-memory"]
+    assert remedies(recipe(**values, low_memory=True)) == []
+
+
+def test_low_memory_is_named_before_another_start():
+    """It changes no result, and is slow; full weights become adapters first."""
+
+    def predict_low(recipe):
+        return Forecast(tuple(s._replace(bytes=s.bytes - 15 * recipe.low_memory) for s in predict(recipe).stages))
+
+    fit = fitting(recipe(), predict(recipe()), predict_low, 10)
+    assert fit.flags[-1] == "--low-memory"
+    assert "--init rtn" not in fit.flags
 
 
 def test_seconds_of_a_stage():
@@ -83,7 +97,7 @@ def test_time_and_memory_are_said_first(announced, monkeypatch):
 def test_the_flag_is_named_where_memory_is_short(announced, monkeypatch):
     monkeypatch.setattr(words, "forecast", predicted)
     assert "there are 44.0 GB: add --gradient-checkpointing, which takes 44.0 GB" in announced(44)
-    assert "and no flag makes it fit: take a larger machine, or llmqat quantize --low-memory" in announced(10)
+    assert "and no flag makes it fit: take a larger machine, or a smaller model" in announced(10)
 
 
 def test_a_mixture_of_experts_is_not_predicted(tiny_moe, tmp_path, announced):
@@ -94,3 +108,20 @@ def test_a_mixture_of_experts_is_not_predicted(tiny_moe, tmp_path, announced):
 def test_a_small_model_begins_at_once(tiny_llama, announced, monkeypatch):
     monkeypatch.setattr(words, "LEAST_PARAMETERS", 10**9)
     assert announced(100) == ""
+
+
+def test_blocks_left_in_files_take_no_memory(tiny_llama, tmp_path):
+    """All but one of four, with a byte of each weight for what GPTQ changed; and nothing in an ordinary run."""
+    tiny_llama(num_hidden_layers=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    model, stored = load_empty(str(tmp_path))
+    values = {
+        "model": str(tmp_path),
+        "quant.group_size": 16,
+        "train.mode": "lora",
+        "train.gradient_checkpointing": True,
+    }
+    ordinary, low = (resolve_for(model, Recipe().with_values({**values, "low_memory": on})) for on in (False, True))
+    coverage = checked_plan(model, ordinary.scheme())
+    before, after = (stages.forecast(recipe, model, coverage, stored) for recipe in (ordinary, low))
+    saved = {round(a.bytes - b.bytes) for a, b in zip(before.stages[1:], after.stages, strict=True)}  # but for loading
+    assert saved == {3 * 3 * sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)}

@@ -10,7 +10,6 @@ from llmqat.errors import LlmqatError
 from llmqat.formats import decoding
 from llmqat.formats.reader import load_packed
 from llmqat.pipeline import run as run_module
-from llmqat.pipeline.low_memory import quantize_by_block
 from llmqat.pipeline.run import run
 from tests.conftest import TINY
 from tests.pretended_device import PRETENDED
@@ -74,11 +73,12 @@ def test_full_on_a_device(pretended, go, call, capsys):
     assert load_packed(directory, device=PRETENDED).device == PRETENDED
 
 
-def test_low_memory_on_a_device(pretended, small_recipe, small_model, tmp_path):
-    directory = tmp_path / "out"
-    report = quantize_by_block(small_recipe(directory, {**SHORT, "model": str(small_model)}))
-    assert len(report.errors) == len(report.quantized) == 7
-    assert load_packed(directory, device=PRETENDED).device == PRETENDED
+def test_low_memory_on_a_device(pretended, go):
+    """One block after the other comes to the device; the bytes are those of a model that is there as a whole."""
+    changes = {"train.mode": "lora", "quant.lm_head_bits": 4}
+    (plain, _), (streamed, report) = go("plain", changes), go("streamed", {**changes, "low_memory": True})
+    assert report["device"] == str(PRETENDED)
+    assert (plain / "model.safetensors").read_bytes() == (streamed / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("command", ["finetune", "quantize", "eval", "verify", "generate"])
