@@ -168,7 +168,7 @@ def test_a_model_of_three_times_the_memory(tmp_path, text_file, large, way):
     else:
         assert process.returncode == 0, process.stderr
         verified = json.loads((tmp_path / "out" / "report.json").read_text())["verify"]
-        assert (verified["layers"], verified["codes_equal"]) == (24 * 7, True)
+        assert verified["codes_equal"] is verified["scales_equal"] is True
 
 
 @pytest.mark.parametrize(
