@@ -7,7 +7,7 @@ DEMO := .venv
 DEV := .venv-dev
 DEV_BIN := $(DEV)/bin
 OLDEST := .venv-oldest
-OLDEST_TESTS := $(addprefix tests/,test_api.py cli/test_commands.py compat data forecast/test_advice.py formats metrics models nn pipeline/test_run.py \
+OLDEST_TESTS := $(addprefix tests/,test_api.py test_mapped.py cli/test_commands.py compat data forecast/test_advice.py formats metrics models nn pipeline/test_run.py \
   recipes/test_trainers.py serve train)
 # A process of one thread for each core: sooner than one process of many threads. The tests of a file share fixtures.
 PROCESSES := -n auto --maxprocesses 8

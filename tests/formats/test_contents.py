@@ -40,19 +40,6 @@ def test_codes_that_were_packed_wrong_are_found(trained, tmp_path, monkeypatch):
     assert len(check.mismatched) == check.layers
 
 
-def test_a_part_of_a_model(small_llama):
-    model = small_llama()
-    prepare(model, QuantScheme(4, 16))
-    model.model.layers[0].self_attn.to("meta")
-    part = contents_of(model, "model.layers.0.")
-    assert set(part.layers) == {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    assert part.hashes.keys() == part.layers.keys()
-    assert {name.removesuffix(".weight") for name in part.state if "_proj" not in name} == {
-        "model.layers.0.input_layernorm",
-        "model.layers.0.post_attention_layernorm",
-    }
-
-
 def test_ranges_are_asked_for_before_anything_is_derived(small_llama):
     model = small_llama()
     prepare(model, QuantScheme(8, 16, act_bits=8, act_static=True))

@@ -21,7 +21,7 @@ from tests.fuzz.conftest import time_limit
 
 SECTIONS = (Recipe, QuantConfig, InitConfig, TrainConfig, DataConfig, EvalConfig)
 COMMANDS = ("finetune", "quantize", "inspect")
-PARSER = build_parser(dict.fromkeys((*COMMANDS, "eval", "verify", "report", "generate", "recipes"), print))
+PARSER = build_parser(dict.fromkeys((*COMMANDS, "eval", "verify", "report", "generate", "export", "recipes"), print))
 FLAGS = [f.metadata["flag"] for section in SECTIONS for f in fields(section) if f.metadata.get("flag")]
 FLAGS += ["--override", "--asym", "--overwrite", "--resume"]
 WORDS = st.one_of(

@@ -37,7 +37,9 @@ SCHEMA = {
     "format": None,
     "llmqat": None,
     "model": None,
-    "recipe": dict.fromkeys(("model", "output", "device", "seed", "quant", "init", "train", "data", "eval")),
+    "recipe": dict.fromkeys(
+        ("model", "output", "device", "low_memory", "seed", "quant", "init", "train", "data", "eval")
+    ),
     "environment": dict.fromkeys((*PACKAGES, "python", "cpu", "cores", "threads", "gpu")),
     "device": None,
     "tokens": dict.fromkeys(("train", "calibration", "eval", "eval_sha256")),
