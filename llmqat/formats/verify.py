@@ -15,7 +15,7 @@ from llmqat.formats.contents import Contents, contents_of
 from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
-from llmqat.formats.weights import read_tensors
+from llmqat.formats.weights import read_mapped
 from llmqat.models.float_view import disable_quantizers
 from llmqat.models.patcher import transformers_model
 from llmqat.nn.embedding import PackedEmbedding
@@ -189,7 +189,7 @@ def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tupl
 def changed_tensors(directory: Path, expected: dict[str, str]) -> Iterator[str]:
     """Names of tensors that are missing, that were added, or whose dtype, shape or bytes are not as `expected`."""
     missing = set(expected)
-    for name, tensor in read_tensors(directory):
+    for name, tensor in read_mapped(directory):
         missing.discard(name)
         if fingerprint.tensor_hashes({name: tensor})[name] != expected.get(name):
             yield name

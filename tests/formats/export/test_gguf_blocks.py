@@ -7,7 +7,7 @@ from gguf.quants import dequantize as decoded
 
 from llmqat.formats.export.gguf_blocks import BLOCK_TYPES, block_type, to_blocks
 from llmqat.quant.affine import dequantize
-from llmqat.scheme import QuantScheme
+from llmqat.scheme import BITS, QuantScheme
 
 
 def grid(scheme, rows=6, length=192):
@@ -22,9 +22,11 @@ def grid(scheme, rows=6, length=192):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"),
+    [(bits, symmetric) for bits in BITS for symmetric in (True, False) if symmetric or bits < 8],  # else no type does
+)
 def test_a_decoder_of_llama_cpp_gives_the_weights_back(bits, symmetric, group_size):
-    if (bits, symmetric) == (8, False):
-        pytest.skip("no type holds its integers from -255 to 255")
     scheme = QuantScheme(bits, group_size, symmetric)
     codes, scale, zero_point = grid(scheme)
     kind = block_type(scheme)
