@@ -1,8 +1,6 @@
 """A layer whose rows two processes divide computes, to the bit, what it computes whole."""
 
 import copy
-import multiprocessing
-from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from llmqat.quant.grid import Adapters, Latent
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 from tests.quant.helpers import random_change
+from tests.two_processes import run_in_two
 
 IN, OUT = 64, 25  # rows that two processes cannot divide evenly
 VARIANTS = [
@@ -81,25 +80,15 @@ def compare(rank, options, dtype):
         assert torch.equal(layer(x), whole(x))
 
 
-def member(rank, folder):
+def member(rank):
     grid.CHUNK_ELEMENTS = 4 * IN  # the shards end inside a chunk of rows
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
     for options in VARIANTS:
         for dtype in (torch.float32, torch.bfloat16):
             compare(rank, options, dtype)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    members = [context.Process(target=member, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in members] == [0, 0]
+    run_in_two(member, tmp_path)
 
 
 @pytest.mark.parametrize(("total", "count"), [(25, 2), (8, 4), (5, 4), (1, 3)])

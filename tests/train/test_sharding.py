@@ -1,6 +1,4 @@
-import multiprocessing
 import os
-from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmqat.errors import LlmqatError
 from llmqat.train import sharding
 from llmqat.train.sharding import ShardedModel, gathering_of
+from tests.two_processes import run_in_two
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 30}
 CPU = torch.device("cpu")
@@ -41,11 +40,9 @@ def test_a_teacher_is_gathered_in_the_dtype_of_autocast_if_no_bit_depends_on_it(
     assert gathering_of(teacher(torch.float32).model.layers[0], torch.bfloat16).param_dtype is None
 
 
-def member(rank, folder):
+def member(rank):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     model, ids = teacher(), torch.arange(12).view(2, 6)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(ids).logits
@@ -57,15 +54,7 @@ def member(rank, folder):
                 assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
             else:
                 assert all(parameter.is_meta for parameter in model.parameters())
-    torch.distributed.destroy_process_group()
 
 
 def test_a_sharded_model_gives_the_same_bits_and_comes_back_whole(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    members = [context.Process(target=member, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in members] == [0, 0]
+    run_in_two(member, tmp_path)
