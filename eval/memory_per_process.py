@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from training_cost import GROUP, RANK, SHAPE, float_model
+from training_cost import SHAPE, finetune_random_text
 
 import llmqat
-from llmqat import QuantScheme
 
 LAUNCHERS = {"ddp": {}, "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 COUNT, LENGTH, STEPS = 2, 64, 2
@@ -61,17 +60,6 @@ class SecondStep:
             self.found |= {"peak": self.entered.bytes - self.before, "after": resident_bytes() - self.before}
 
 
-def train(mode: str) -> None:
-    """Two steps, as `llmqat finetune` would take them."""
-    model: Any = float_model()
-    teacher = float_model() if mode == "full" else "self"
-    llmqat.prepare(model, QuantScheme(bits=4, group_size=GROUP), storage_dtype=torch.bfloat16)
-    if mode == "lora":
-        model = llmqat.add_lora(model, r=RANK)
-    tokens = torch.randint(SHAPE["vocab_size"], (COUNT * STEPS, LENGTH), generator=torch.Generator().manual_seed(1))
-    llmqat.finetune(model, tokens, tokens[:COUNT], mode=mode, teacher=teacher, max_steps=STEPS, batch_size=1)
-
-
 def member(launcher: str, mode: str, rank: int, port: int, queue: Any) -> None:
     """One of the processes."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_WORLD_SIZE": COUNT, "MASTER_PORT": port}
@@ -80,7 +68,7 @@ def member(launcher: str, mode: str, rank: int, port: int, queue: Any) -> None:
     torch.set_num_threads(1)
     second = SecondStep(resident_bytes())
     register_optimizer_step_post_hook(second.moved)
-    train(mode)
+    finetune_random_text(mode, (COUNT * STEPS, LENGTH), COUNT, max_steps=STEPS, batch_size=1)
     queue.put((rank, second.found))
 
 

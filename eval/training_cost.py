@@ -53,6 +53,17 @@ def llmqat_model() -> LlamaForCausalLM:
     return model
 
 
+def finetune_random_text(mode: str, shape: tuple[int, int], held_out: int, **options: Any) -> None:
+    """Train as `llmqat finetune` would, on random ids ``(sequences, length)``, of which the first are held out too."""
+    model: Any = float_model()
+    teacher = float_model() if mode == "full" else "self"
+    llmqat.prepare(model, QuantScheme(bits=4, group_size=GROUP), storage_dtype=torch.bfloat16)
+    if mode == "lora":
+        model = llmqat.add_lora(model, r=RANK)
+    tokens = torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+    llmqat.finetune(model, tokens, tokens[:held_out], mode=mode, teacher=teacher, **options)
+
+
 def torchao_model() -> LlamaForCausalLM:
     """Prepared by torchao for int4 weight-only QAT with the same group size; the output head left float."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_

@@ -16,25 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_cost import BATCH, GROUP, LENGTH, RANK, SHAPE, float_model
+from training_cost import BATCH, LENGTH, SHAPE, finetune_random_text
 
 import llmqat
-from llmqat import QuantScheme
 
 VARIANTS = [(mode, checkpointing) for mode in ("full", "lora", "scales") for checkpointing in (False, True)]
 STEPS = 2
-
-
-def train(mode: str, checkpointing: bool) -> None:
-    """Two steps, as `llmqat finetune` would take them."""
-    model: Any = float_model()
-    teacher = float_model() if mode == "full" else "self"
-    llmqat.prepare(model, QuantScheme(bits=4, group_size=GROUP), storage_dtype=torch.bfloat16)
-    if mode == "lora":
-        model = llmqat.add_lora(model, r=RANK)
-    tokens = torch.randint(SHAPE["vocab_size"], (STEPS * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    options = {"max_steps": STEPS, "batch_size": BATCH, "gradient_checkpointing": checkpointing}
-    llmqat.finetune(model, tokens, tokens[:1], mode=mode, teacher=teacher, **options)
 
 
 def peak_bytes(mode: str, checkpointing: bool, threads: int, queue: Any) -> None:
@@ -44,7 +31,8 @@ def peak_bytes(mode: str, checkpointing: bool, threads: int, queue: Any) -> None
         pass
     started = time.monotonic()
     with llmqat.peak_memory() as peak:
-        train(mode, checkpointing)
+        options = {"max_steps": STEPS, "batch_size": BATCH, "gradient_checkpointing": checkpointing}
+        finetune_random_text(mode, (STEPS * BATCH, LENGTH), 1, **options)
     queue.put((peak.bytes - before.bytes, time.monotonic() - started))
 
 

@@ -75,8 +75,7 @@ def write_contents(contents: Contents, directory: Path, tokenizer: Any = None) -
             save_shard({name: state[name] for name in names}, scratch / filename)
         if shards.is_sharded:
             write_index(scratch, shards.metadata, shards.tensor_to_filename)
-        hashes = contents.hashes, contents.tensor_hashes
-        stale += finish_model(contents.model, scratch, directory, tokenizer, hashes)
+        stale += finish_model(contents, scratch, directory, tokenizer)
     return directory
 
 
@@ -90,21 +89,14 @@ def write_index(directory: Path, metadata: dict[str, Any], weight_map: dict[str,
     (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
 
 
-def finish_model(
-    model: torch.nn.Module,
-    scratch: Path,
-    directory: Path,
-    tokenizer: Any,
-    hashes: tuple[fingerprint.Layers, dict[str, str]],
-) -> list[str]:
+def finish_model(contents: Contents, scratch: Path, directory: Path, tokenizer: Any) -> list[str]:
     """Write what stands beside the weights in `scratch` (configs, tokenizer, fingerprint), and read all of it back.
 
     Args:
-        model: whose weights they are.
+        contents: of the weights.
         scratch: the new files.
         directory: where they will go.
         tokenizer: saved beside the weights, unless it is None.
-        hashes: of layers and of tensors, for the fingerprint.
 
     Returns:
         names of the files in `directory` that are of an earlier model and have to go.
@@ -112,12 +104,12 @@ def finish_model(
     Raises:
         LlmqatError: if the model could not be loaded again, or `directory` holds files of a model that is not llmqat's.
     """
-    packed_config(model).save_pretrained(scratch)
-    generation_config = getattr(transformers_model(model), "generation_config", None)
+    packed_config(contents.model).save_pretrained(scratch)
+    generation_config = getattr(transformers_model(contents.model), "generation_config", None)
     if generation_config is not None:
         generation_config.save_pretrained(scratch)
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch)
-    fingerprint.write(scratch, *hashes)
+    fingerprint.write(scratch, contents.hashes, contents.tensor_hashes)
     read_back(scratch)
     return stale_files(directory, model_files(scratch))

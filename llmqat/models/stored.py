@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmqat.errors import LlmqatError, error_text
+from llmqat.mapped import DTYPES
 
 PICKLES = ("pytorch_model*.bin", "model*.bin")
 # Names in safetensors headers of the dtypes that a float model can be trained from, and be stored in again.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 OTHER_FLOATS = ("F8", "F6", "F4")
 
 

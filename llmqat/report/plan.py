@@ -7,7 +7,7 @@ import torch
 
 from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device
-from llmqat.forecast.stages import Forecast, forecast, is_predictable
+from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
 from llmqat.models.architectures import ARCHITECTURES
@@ -15,7 +15,7 @@ from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_empty
 from llmqat.models.planning import checked_plan, resolve_for
 
-MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes per parameter: float32 master, two float32 moments, float32 gradient
+ADAM, GRADIENT = 8, 4  # bytes per parameter: two float32 moments, float32 gradient
 
 
 @dataclass(frozen=True)
