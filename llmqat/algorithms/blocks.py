@@ -6,15 +6,15 @@ come last, all of them together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.stand_ins import StandIns, replaced_forward
+from llmqat.algorithms.block_calls import Arguments, CallRecorder, Returned, Stop, is_constant, sharing
+from llmqat.algorithms.stand_ins import StandIns
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -43,10 +43,6 @@ def check_batches(batches: list[Tensor]) -> None:
         raise LlmqatError("calibration needs at least one batch, and all batches of one shape (batch, length)")
 
 
-class _Stop(Exception):
-    """Raised by a hook to end a forward whose remaining outputs nobody needs."""
-
-
 @dataclass
 class BlockInputs:
     """The inputs of a block: its hidden states for every calibration batch, and its other arguments.
@@ -54,64 +50,79 @@ class BlockInputs:
     Attributes:
         hidden: a tensor per batch; of several processes, for the batches in the share of this one. One that has none
             holds the first, to see how a block runs.
-        arguments: positional (after the hidden states) and keyword arguments of this block and of those after it.
-            Blocks of one model may differ in them, by sliding and full attention for example; batches share them.
+        arguments: of this block and of those after it, which may differ in them, by sliding and full attention for
+            example: a list for each batch, or one for all where batches share them.
         count: batches of all processes.
         team: the processes.
+        done: blocks before this one.
     """
 
     hidden: list[Tensor]
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: list[list[Arguments]]
     count: int
     team: Team = ALONE
+    done: int = 0
 
     @classmethod
     @torch.no_grad()
     def capture(
         cls, model: nn.Module, blocks: Sequence[nn.Module], batches: list[Tensor], team: Team = ALONE
     ) -> "BlockInputs":
-        """Run the model up to its first block, and for the first batch past all of them, leaving the blocks themselves
-        out. `batches`: token ids ``(batch, length)``, all of one shape."""
+        """Run the model up to its first block, leaving the blocks themselves out; for the first two batches past all of
+        them, and for the others too if those differ. `batches`: token ids ``(batch, length)``, all of one shape.
+
+        Raises:
+            LlmqatError: see `CallRecorder.all`.
+        """
         check_batches(batches)
-        inputs = cls([], [], len(batches), team)
-
-        def record(index: int, *args: Any, **kwargs: Any) -> Tensor:
-            hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                inputs.hidden.append(hidden)
-            if len(inputs.hidden) == 1:
-                inputs.arguments.append((args[1:], kwargs))
-            if len(inputs.hidden) > 1 or index == len(blocks) - 1:
-                raise _Stop
-            return hidden
-
+        inputs, recorder, constant = cls([], [], len(batches), team), CallRecorder(model, blocks), True
         device = next(model.parameters()).device
-        with ExitStack() as stack:
-            for index, block in enumerate(blocks):
-                stack.enter_context(replaced_forward(block, partial(record, index)))
-            for batch in team.share(batches) or batches[:1]:
-                try:
-                    model(input_ids=batch.to(device), use_cache=False)
-                except _Stop:
-                    pass
+        for number, batch in enumerate(team.share(batches) or batches[:1]):
+            ids = batch.to(device)
+            if number < 2 or not constant:
+                hidden, calls = recorder.all(ids)
+                if number:
+                    constant = constant and all(map(is_constant, calls, inputs.arguments[0]))
+                    calls = list(map(sharing, calls, inputs.arguments[0]))
+                if not number or not constant:
+                    inputs.arguments.append(calls)
+            else:
+                hidden, _ = recorder.first(ids)
+            inputs.hidden.append(hidden)
         return inputs
 
     @torch.no_grad()
     def run(self, block: nn.Module, batch: int, stand_ins: StandIns | None = None) -> Tensor:
         """The block's output for one batch. Blocks return a tensor, or a tuple that opens with one."""
-        args, kwargs = self.arguments[0]
-        with nullcontext() if stand_ins is None else stand_ins.standing_in(batch):
-            output = block(self.hidden[batch], *args, **kwargs)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        return first
+        return self._outputs(block, batch, stand_ins)[0]
 
+    def _outputs(self, block: nn.Module, batch: int, stand_ins: StandIns | None) -> tuple[Any, ...]:
+        calls = self.arguments[batch if len(self.arguments) > 1 else 0]
+        with nullcontext() if stand_ins is None else stand_ins.standing_in(batch):
+            output = calls[0].call(block, self.hidden[batch])
+        return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+    @torch.no_grad()
     def advance(self, block: nn.Module, stand_ins: StandIns | None = None) -> None:
         """Make the block's outputs the inputs of the next."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(block, batch, stand_ins)
+            self.hidden[batch], *others = self._outputs(block, batch, stand_ins)
+            self._hand_on(batch, others)
             if stand_ins is not None:
                 stand_ins.forget(batch)
-        del self.arguments[0]
+        for calls in self.arguments:
+            del calls[0]
+        self.done += 1
+
+    def _hand_on(self, batch: int, others: list[Any]) -> None:
+        """Put what a block returned beside the hidden states in its place among the arguments of later blocks."""
+        returned = {Returned(self.done, item): value for item, value in enumerate(others, start=1)}
+        if returned and len(self.arguments) > batch:
+            calls = self.arguments[batch]
+            calls[1:] = [
+                call.map(lambda value: returned.get(value, value) if isinstance(value, Returned) else value)
+                for call in calls[1:]
+            ]
 
 
 @contextmanager
@@ -247,12 +258,12 @@ def inputs_of(
         seen.append((name, x))
         waiting.discard(name)
         if not waiting:
-            raise _Stop
+            raise Stop
 
     with input_hooks(layers, record):
         try:
             inputs.run(block, batch, stand_ins)
-        except _Stop:
+        except Stop:
             pass
     return seen
 

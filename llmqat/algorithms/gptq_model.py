@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmqat.algorithms.block_calls import Arguments
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
 from llmqat.algorithms.compensation import compensation_of
 from llmqat.algorithms.gptq import check_hessian, gptq
@@ -124,6 +125,8 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
             if owner == inputs.team.index
         }
         errors += _share_layers(layers, owners, found, settings, inputs.team)
+    seen = {path for stages in passes for names in stages for path in names}
+    errors += [LayerError(f"{name} {path}", 0.0, None) for path in layers if path not in seen]  # no token reaches them
     inputs.advance(block, stand_ins)
     return errors
 
@@ -152,7 +155,7 @@ def gptq_head(
 ) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with eval_mode(model):
-        own, arguments = team.share(batches) or batches[:1], [((), {"use_cache": False})]
+        own, arguments = team.share(batches) or batches[:1], [[Arguments(kwargs={"use_cache": False})]]
         inputs = BlockInputs(own, arguments, len(batches), team)
         statistics = hessians_of(_Forward(model), inputs, {"": head})[""]
         return _quantize_layer(head, statistics, settings, HEAD)

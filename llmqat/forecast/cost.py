@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.torch import fake_tensors
 from llmqat.config import Resolved
-from llmqat.forecast.shapes import Shapes, block_count, fill_with_fakes, first_blocks, prepared
+from llmqat.forecast.shapes import Shapes, block_count, fill_with_fakes, first_blocks, has_like_blocks, prepared
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.coverage import CoverageReport
@@ -46,7 +46,7 @@ def cost_of(
     work: Work, model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype
 ) -> Cost:
     """The cost of `work` on a model, on the meta device, that the recipe prepares."""
-    count = block_count(model)
+    count = block_count(model) if has_like_blocks(model) else None
 
     def of_first(blocks: int | None) -> Cost:
         shapes = prepared(first_blocks(model, blocks), recipe, coverage, stored)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.torch import members_of
 from llmqat.config import Resolved
-from llmqat.models.architectures import ARCHITECTURES, blocks_of
+from llmqat.errors import LlmqatError
+from llmqat.models.architectures import blocks_of, known_architecture
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.patcher import put_on_grid, quantized_layers
@@ -41,16 +42,23 @@ class Shapes(NamedTuple):
 
 
 def block_count(model: PreTrainedModel) -> int | None:
-    """Blocks of a model; None for an unknown family, whose blocks nobody can find."""
-    row = ARCHITECTURES.get(model.config.model_type)
-    return None if row is None else len(blocks_of(model, row))
+    """Blocks of a model; None where they cannot be found."""
+    try:
+        return len(blocks_of(model))
+    except LlmqatError:
+        return None
+
+
+def has_like_blocks(model: PreTrainedModel) -> bool:
+    """Whether a model is known to be as good as a shorter one, each block but the first doing as much as any other."""
+    return known_architecture(model) is not None
 
 
 def first_blocks(model: PreTrainedModel, count: int | None) -> PreTrainedModel:
     """A copy of `model`, which has no weights, with its first `count` blocks; None for all."""
     shallow = copy.deepcopy(model)
     if count is not None:
-        del blocks_of(shallow, ARCHITECTURES[model.config.model_type])[count:]
+        del blocks_of(shallow)[count:]
     return shallow
 
 

@@ -1,16 +1,17 @@
-"""Everything that llmqat knows about model families, as data. A new family is a row.
+"""Everything that llmqat knows about model families, as data, and the blocks of those that it does not know.
 
-Every `PreTrainedModel` with `nn.Linear` layers can be prepared with round-to-nearest; a row is needed where order and
-neighbourhood matter: GPTQ (block by block) and SmoothQuant (which norm feeds which layers).
+Where blocks are, looking at a model finds. A row has what looking cannot tell: where SmoothQuant is exact, what picks
+experts, and what files call modules.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.errors import LlmqatError
 from llmqat.models import smooth_sites
+from llmqat.models.looking import confirm_blocks, find_blocks
 from llmqat.models.smooth_sites import Site
 
 
@@ -63,26 +64,52 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(model: PreTrainedModel, purpose: str, remedy: str) -> Architecture:
-    """The row of `model`.
+def known_architecture(model: PreTrainedModel) -> Architecture | None:
+    """The architecture of `model`; None if llmqat has no row for it."""
+    return ARCHITECTURES.get(model.config.model_type)
+
+
+def blocks_path(model: PreTrainedModel) -> str:
+    """Path of the blocks of `model`, which may also be a bare model without a head; found by looking if its family has
+    no row.
 
     Raises:
-        LlmqatError: if its family has none; the message says what `purpose` needs it for, and `remedy`.
+        LlmqatError: see `find_blocks`.
     """
-    model_type = model.config.model_type
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise LlmqatError(f"{purpose} does not know the model type {model_type!r} (known: {known}); {remedy}")
-    return ARCHITECTURES[model_type]
+    row = known_architecture(model)
+    if row is None:
+        return find_blocks(model)
+    return row.blocks if model.base_model is not model else row.blocks.split(".", 1)[1]
 
 
-def blocks_path(model: PreTrainedModel, architecture: Architecture) -> str:
-    """Path of the blocks of `model`, which may also be a bare model without a head."""
-    return architecture.blocks if model.base_model is not model else architecture.blocks.split(".", 1)[1]
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of `model`, in order.
 
-
-def blocks_of(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
-    """The blocks of `model`, in order."""
-    blocks = model.get_submodule(blocks_path(model, architecture))
+    Raises:
+        LlmqatError: see `find_blocks`.
+    """
+    blocks = model.get_submodule(blocks_path(model))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def check_blocks(model: PreTrainedModel) -> bool:
+    """Refuse a model that nothing can walk through block by block; whether that it can is certain.
+
+    Raises:
+        LlmqatError: see `find_blocks` and `confirm_blocks`.
+    """
+    return known_architecture(model) is not None or confirm_blocks(model, find_blocks(model))
+
+
+def blocks_in_words(model: PreTrainedModel) -> str:
+    """How the blocks of a model without a row were found, and how sure that is.
+
+    Raises:
+        LlmqatError: see `check_blocks`.
+    """
+    certain = check_blocks(model)
+    kinds = Counter(type(block).__name__ for block in blocks_of(model))
+    counted = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+    sure = "confirmed by a probe pass" if certain else "not confirmed: it cannot run without values"
+    return f"found by looking: {counted} in {blocks_path(model)}, {sure}"

@@ -44,8 +44,9 @@ class CoverageReport:
         total_parameters: parameters of the whole model, a tied one counted once.
         block_parameters: those of its blocks; of an unknown family, all but embeddings and the output head.
         uncovered: those of them that belong to no layer that can be quantized, by name: sizes.
-        errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran; None for GPTQ's where the layer, of an
-            expert that was hardly chosen, saw too few calibration tokens for it and kept round-to-nearest.
+        errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran; None for GPTQ's where the layer (of an
+            expert that was hardly chosen, or of a branch that text does not take) saw too few calibration tokens for it
+            and kept round-to-nearest.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -91,7 +92,7 @@ class CoverageReport:
             )
         if self.kept:
             lines.append(
-                f"GPTQ: {len(self.kept)} layers of experts saw fewer than {LEAST_TOKENS_PER_INPUT} calibration tokens "
+                f"GPTQ: {len(self.kept)} layers saw fewer than {LEAST_TOKENS_PER_INPUT} calibration tokens "
                 f"for each of their inputs and keep round-to-nearest: {shortened_list(self.kept)}; give more with "
                 "--calibration-samples"
             )

@@ -8,17 +8,12 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.transformers import save_as_it_is
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import ARCHITECTURES, Architecture
+from llmqat.models.architectures import known_architecture
 from llmqat.models.coverage import LayerCoverage
 from llmqat.nn.experts import PROJECTIONS, SplitExperts, is_fused
 from llmqat.scheme import QuantScheme
 
 Shape = tuple[int, int]
-
-
-def known_architecture(model: PreTrainedModel) -> Architecture | None:
-    """The architecture of `model`; None if llmqat has no row for it."""
-    return ARCHITECTURES.get(model.config.model_type)
 
 
 def can_split_experts(model: PreTrainedModel) -> bool:

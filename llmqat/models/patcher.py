@@ -16,7 +16,7 @@ from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
 from llmqat.errors import LlmqatError
 from llmqat.mapped import release
-from llmqat.models.architectures import Architecture, architecture_of, blocks_of, blocks_path
+from llmqat.models.architectures import Architecture, blocks_of, blocks_path, check_blocks, known_architecture
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.loading import storage_dtype_of
@@ -36,7 +36,6 @@ from llmqat.team import ALONE, Team
 
 # GPTQ leaves output heads of this many bits and more to round-to-nearest.
 HEAD_RTN_BITS = 8
-GPTQ_REMEDY = "use --init rtn, or add a row to models/architectures.py"
 
 
 def smoothable(model: PreTrainedModel) -> Architecture:
@@ -45,8 +44,8 @@ def smoothable(model: PreTrainedModel) -> Architecture:
     Raises:
         LlmqatError: if the family has no row, or no site in it.
     """
-    architecture = architecture_of(model, "SmoothQuant", "leave --smooth out, or add a row to models/architectures.py")
-    if not architecture.smooth_sites:
+    architecture = known_architecture(model)
+    if architecture is None or not architecture.smooth_sites:
         raise LlmqatError(
             f"SmoothQuant has no exact site in model type {model.config.model_type!r}; leave --smooth out, or add its "
             "sites to models/smooth_sites.py"
@@ -86,11 +85,11 @@ def smooth(
         )
     architecture = smoothable(model)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
-    path = blocks_path(model, architecture)
+    path = blocks_path(model)
     with experts_as_linears(model):
         folds = [
             fold
-            for index, block in enumerate(blocks_of(model, architecture))
+            for index, block in enumerate(blocks_of(model))
             for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
         ]
         return smooth_model(model, folds, batches, alpha, storage_dtype or storage_dtype_of(model))
@@ -112,7 +111,7 @@ def prepare(
         model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float. Weights
             become float32 masters; those of a model that is frozen (``model.requires_grad_(False)``) keep their dtype.
         scheme: the grid of every layer, unless overridden.
-        init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration` and a known model family.
+        init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration`, and blocks that run in a row.
         calibration: token ids ``(batch, length)``, all of one shape.
         options: fields of `PrepareOptions`, such as ``kv_bits=8, keep_float=True``.
 
@@ -130,7 +129,7 @@ def prepare(
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
     report = checked_plan(model, scheme, chosen.overrides, chosen.lm_head_bits, chosen.min_coverage)
     if init == "gptq":  # what it lacks is said before anything is replaced
-        architecture_of(model, "GPTQ", GPTQ_REMEDY)
+        check_blocks(model)
         check_batches(calibration or [])
     put_on_grid(model, report.quantized, chosen.storage_dtype or storage_dtype_of(model), chosen.clip_mask)
     if chosen.kv_bits is not None:
@@ -180,10 +179,9 @@ def run_gptq(
         layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.
 
     Raises:
-        LlmqatError: if there is no calibration data, the family is unknown, or a Hessian cannot be used.
+        LlmqatError: if there is no calibration data, its blocks cannot be found, or a Hessian cannot be used.
     """
-    architecture = architecture_of(model, "GPTQ", GPTQ_REMEDY)
-    errors = gptq_model(model, blocks_of(model, architecture), batches, settings, saved, gptq_head_of(model), team)
+    errors = gptq_model(model, blocks_of(model), batches, settings, saved, gptq_head_of(model), team)
     if not settings.keep_float:
         for on_grid in quantized_layers(model):
             on_grid.layer.holds_float = False
@@ -198,7 +196,7 @@ def gptq_head_of(model: PreTrainedModel) -> FakeQuantLinear | None:
 
 def gptq_part_count(model: PreTrainedModel) -> int:
     """How many parts of a prepared model GPTQ finds codes for, one after the other: its blocks, and a head."""
-    return len(blocks_of(model, architecture_of(model, "GPTQ", GPTQ_REMEDY))) + (gptq_head_of(model) is not None)
+    return len(blocks_of(model)) + (gptq_head_of(model) is not None)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmqat.config import Recipe, Resolved, fit_context, resolve
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import ARCHITECTURES, blocks_path
+from llmqat.models.architectures import blocks_path
 from llmqat.models.coverage import (
     HEAD,
     TIED_HEAD,
@@ -226,14 +226,15 @@ def float_reason(model: PreTrainedModel, name: str, module: nn.Module, outside: 
 
 
 def outside_blocks(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether a layer or parameter, by name, lies outside the blocks; in an unknown family, in an embedding or output
-    head."""
-    if model.config.model_type in ARCHITECTURES:
-        inside = blocks_path(model, ARCHITECTURES[model.config.model_type]) + "."
-        return lambda name: not name.startswith(inside)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    paths = {path for path, module in model.named_modules() if any(module is end for end in ends)}
-    return lambda name: name.rpartition(".")[0] in paths
+    """Whether a layer or parameter, by name, lies outside the blocks; where those cannot be found, in an embedding or
+    output head."""
+    try:
+        inside = blocks_path(model) + "."
+    except LlmqatError:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        paths = {path for path, module in model.named_modules() if any(module is end for end in ends)}
+        return lambda name: name.rpartition(".")[0] in paths
+    return lambda name: not name.startswith(inside)
 
 
 def check_divisible(report: CoverageReport) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.torch import in_backward
 from llmqat.mapped import is_mapped, release, will_need
-from llmqat.models.architectures import architecture_of, blocks_of
+from llmqat.models.architectures import blocks_of, check_blocks
 from llmqat.nn.linear_like import LINEAR_LAYERS
 
 
@@ -22,13 +22,13 @@ class BlockStream:
     from the last on. The backward of a block holds on to what is on the device.
 
     Args:
-        model: of a family that has a row, its weights in files; what trains is in memory, and stays on the device.
+        model: its weights in files; what trains is in memory, and stays on the device.
         device: that computes. Layers on a grid fetch their weights by themselves where no forward does.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        row = architecture_of(model, "--low-memory", "leave it out, or add a row to models/architectures.py")
-        self.model, self.device, self.blocks = model, device, list(blocks_of(model, row))
+        check_blocks(model)
+        self.model, self.device, self.blocks = model, device, list(blocks_of(model))
         self.here: int | None = None
         self.away: list[tuple[nn.Parameter, Tensor]] = []  # those of the block that is here, and their places in files
         for index, block in enumerate(self.blocks):

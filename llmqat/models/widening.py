@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.models.experts import known_architecture
+from llmqat.models.architectures import known_architecture
 from llmqat.models.patcher import float_parameters, quantized_layers
 from llmqat.nn.embedding import is_lookup
 from llmqat.nn.widened import WidenedEmbedding, WidenedLinear

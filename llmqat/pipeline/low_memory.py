@@ -26,7 +26,7 @@ class LowMemory:
         device: that computes.
 
     Raises:
-        LlmqatError: see `load_mapped`; or if the family has no row.
+        LlmqatError: see `load_mapped` and `check_blocks`.
     """
 
     def __init__(self, name: str, directory: Path, device: torch.device) -> None:

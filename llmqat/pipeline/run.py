@@ -24,11 +24,10 @@ from llmqat.kernels.native import kernel_name
 from llmqat.metrics.float_pass import FloatPass
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.models.architectures import architecture_of
+from llmqat.models.architectures import check_blocks
 from llmqat.models.float_view import FloatView, copy_of_float, disable_quantizers
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
-    GPTQ_REMEDY,
     gptq_part_count,
     prepare,
     round_float_parts,
@@ -160,7 +159,7 @@ class Run:
             self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
         )
         if recipe.init.method == "gptq":
-            architecture_of(self.model, "GPTQ", GPTQ_REMEDY)
+            check_blocks(self.model)
         if recipe.init.smooth is not None:
             smoothable(self.model)
         if self.train:

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
+from transformers import PreTrainedModel
 
 from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device
+from llmqat.errors import LlmqatError
 from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
-from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.architectures import blocks_in_words, known_architecture
 from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_empty
 from llmqat.models.planning import checked_plan, resolve_for
@@ -28,8 +30,7 @@ class Inspection:
         packed_bytes: predicted size of the packed file.
         float_bytes: size of the float model in its stored dtype.
         training_bytes: predicted memory for weights, gradients, optimizer and teacher, activations not counted.
-        calibrated: whether GPTQ knows the family.
-        smoothed: whether SmoothQuant does.
+        family: what is known of the model's family, or was found by looking at the model.
         tied: whether the output head is the embedding.
         forecast: time and memory of each stage; None where they depend on the data.
     """
@@ -39,8 +40,7 @@ class Inspection:
     packed_bytes: int
     float_bytes: int
     training_bytes: int
-    calibrated: bool
-    smoothed: bool
+    family: str
     tied: bool
     forecast: Forecast | None
 
@@ -50,7 +50,6 @@ class Inspection:
             f"  {name:<40} {layer.shape[0]:>7} x {layer.shape[1]:<7} {layer.scheme or f'float: {layer.reason}'}"
             for name, layer in by_expert(self.coverage.layers)
         ]
-        known = f"known: GPTQ {'and SmoothQuant apply' if self.smoothed else 'applies, and no --smooth'}"
         return "\n".join(
             [
                 f"{self.recipe.model}: {self.coverage.total_parameters / 1e6:.2f} M parameters",
@@ -59,7 +58,7 @@ class Inspection:
                 f"output head tied to the embedding: {'yes' if self.tied else 'no'}",
                 f"key-value cache: {'int8, a scale per token and head' if self.recipe.quant.kv_bits else 'float'}",
                 f"packed as compressed-tensors: {readers(self.coverage)}",
-                f"model family {known if self.calibrated else 'unknown: only --init rtn, and no --smooth'}",
+                f"model family {self.family}",
                 f"predicted file: {self.packed_bytes / 1e6:.2f} MB (float: {self.float_bytes / 1e6:.2f} MB)",
                 *self._prediction(),
             ]
@@ -106,11 +105,21 @@ def inspect(recipe: Recipe) -> Inspection:
         ceil(packed_bits / 8) + (parameters - quantized) * stored.itemsize,
         parameters * stored.itemsize,
         training_bytes(resolved, coverage, parameters, stored),
-        config.model_type in ARCHITECTURES,
-        config.model_type in ARCHITECTURES and bool(ARCHITECTURES[config.model_type].smooth_sites),
+        family_in_words(model),
         bool(getattr(config, "tie_word_embeddings", False)),
         forecast(resolved, model, coverage, stored) if is_predictable(model) else None,
     )
+
+
+def family_in_words(model: PreTrainedModel) -> str:
+    """Say whether GPTQ and SmoothQuant apply to a model, and how its blocks are known."""
+    row = known_architecture(model)
+    if row is not None:
+        return f"known: GPTQ {'and SmoothQuant apply' if row.smooth_sites else 'applies, and no --smooth'}"
+    try:
+        return f"without a row, blocks {blocks_in_words(model)}: GPTQ applies, and no --smooth"
+    except LlmqatError as error:
+        return f"without a row: {error}"
 
 
 def training_bytes(recipe: Resolved, coverage: CoverageReport, parameters: int, stored: torch.dtype) -> int:

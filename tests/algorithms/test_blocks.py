@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from llmqat.algorithms.block_calls import Arguments
 from llmqat.algorithms.blocks import (
     BlockInputs,
     _add_square,
@@ -50,7 +51,7 @@ def test_each_block_keeps_its_own_arguments():
             inputs.advance(block)
         expected = [model.model(input_ids=batch).last_hidden_state for batch in batches]
         assert all(torch.equal(model.model.norm(h), e) for h, e in zip(inputs.hidden, expected, strict=True))
-    assert not inputs.arguments
+    assert inputs.arguments == [[]]
     assert not any("forward" in vars(block) for block in blocks), "the blocks run themselves again"
 
 
@@ -60,7 +61,7 @@ def test_blocks_may_return_tuples():
             return (2 * hidden, "cache") if as_tuple else 2 * hidden
 
     for as_tuple in (False, True):
-        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [((), {"as_tuple": as_tuple})], 2)
+        inputs = BlockInputs([torch.ones(2, 3), torch.zeros(2, 3)], [[Arguments(kwargs={"as_tuple": as_tuple})]], 2)
         inputs.advance(Doubles())
         assert [h.shape for h in inputs.hidden] == [(2, 3), (2, 3)]
         assert torch.equal(inputs.hidden[0], torch.full((2, 3), 2.0))

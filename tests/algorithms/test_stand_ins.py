@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmqat.algorithms.block_calls import Arguments
 from llmqat.algorithms.blocks import BlockInputs, layers_of, passes_of
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_block
 from llmqat.algorithms.stand_ins import Part, StandIns, finding_parts, replaced_forward
@@ -100,10 +101,10 @@ def test_layers_that_run_twice_and_tensors_written_in_place_stay_right():
     found = []
     for kept_bytes in (0, 1 << 30):
         torch.manual_seed(1)
-        found.append(quantized(Odd(), BlockInputs(list(torch.randn(3, 2, 8, 16)), [((), {})], 3), kept_bytes))
+        found.append(quantized(Odd(), BlockInputs(list(torch.randn(3, 2, 8, 16)), [[Arguments()]], 3), kept_bytes))
     assert same(found[0][1], found[1][1])
     assert same(found[0][2], found[1][2])
-    inputs = BlockInputs([torch.randn(2, 8, 16)], [((), {})], 1)
+    inputs = BlockInputs([torch.randn(2, 8, 16)], [[Arguments()]], 1)
     assert [part.path for part in parts_of(Odd(), inputs)[0]] == ["first", "last"]
 
 

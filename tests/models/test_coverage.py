@@ -40,5 +40,5 @@ def test_layers_that_gptq_kept_are_named():
     measured, kept = report.error_summary().splitlines()
     assert measured.startswith("GPTQ: output error 50% of round-to-nearest's on average")
     assert measured.endswith("less in 1 of 1 layers")
-    assert "GPTQ: 7 layers of experts saw fewer than 2 calibration tokens for each of their inputs and keep " in kept
+    assert "GPTQ: 7 layers saw fewer than 2 calibration tokens for each of their inputs and keep " in kept
     assert kept.endswith("expert 3, expert 4 and 2 more; give more with --calibration-samples")

@@ -12,7 +12,11 @@ from llmqat.report.plan import inspect
     [
         ("llama", "model family known: GPTQ and SmoothQuant apply"),
         ("gpt2", "model family known: GPTQ and SmoothQuant apply"),
-        ("gpt_neox", "model family unknown: only --init rtn, and no --smooth"),
+        (
+            "gpt_neox",
+            "model family without a row, blocks found by looking: 2 GPTNeoXLayer in gpt_neox.layers, confirmed by a "
+            "probe pass: GPTQ applies, and no --smooth",
+        ),
     ],
 )
 def test_what_applies_to_a_family(tiny, tmp_path, model_type, line):

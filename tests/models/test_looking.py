@@ -1,0 +1,117 @@
+"""Blocks found by looking at models whose family has no row, and those that nobody can walk through."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from llmqat.errors import LlmqatError
+from llmqat.models.looking import confirm_blocks, find_blocks
+from llmqat.models.patcher import prepare
+from llmqat.scheme import QuantScheme
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 128,
+}
+
+
+class StrangerConfig(LlamaConfig):
+    model_type = "stranger"
+
+
+class Stranger(LlamaForCausalLM):
+    """A Llama by another name, which no row knows; `change` it into what no family is."""
+
+    config_class = StrangerConfig
+
+    @classmethod
+    def made(cls, kind: type[LlamaModel] = LlamaModel) -> "Stranger":
+        torch.manual_seed(0)
+        model = cls(StrangerConfig(**SIZES)).eval()
+        model.model.__class__ = kind
+        return model
+
+
+class Twice(LlamaModel):
+    def forward(self, input_ids, **options):
+        hidden = super().forward(input_ids, **options).last_hidden_state
+        return super().forward(**options | {"inputs_embeds": hidden})
+
+
+class Between(LlamaModel):
+    """Does something with the hidden states between the blocks."""
+
+    def forward(self, input_ids, **options):
+        self.layers[0].forward = lambda *args, **kwargs: type(self.layers[0]).forward(self.layers[0], *args, **kwargs)
+        self.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+        return super().forward(input_ids, **options)
+
+
+def test_a_list_is_found_and_confirmed():
+    model = Stranger.made()
+    assert find_blocks(model) == "model.layers"
+    assert find_blocks(model.base_model) == "layers"
+    assert confirm_blocks(model, "model.layers")
+
+
+def test_a_model_without_weights_is_confirmed_too():
+    model = Stranger.made().to("meta")
+    assert confirm_blocks(model, find_blocks(model))
+
+
+def test_towers_are_no_blocks():
+    """A vision tower has a list of blocks too; no token runs through it."""
+    vision = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = Gemma3Config(text_config=SIZES, vision_config=vision | {"num_attention_heads": 2, "image_size": 28})
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(config)
+    assert find_blocks(model) == "model.language_model.layers"
+
+
+def test_a_model_without_a_list():
+    model = Stranger.made()
+    model.model.layers = nn.Identity()
+    with pytest.raises(LlmqatError, match="Stranger has no list of blocks; use --init rtn"):
+        find_blocks(model)
+
+
+def test_blocks_that_run_twice():
+    calibration = [torch.arange(12)[None]]
+    model = Stranger.made(Twice)
+    with pytest.raises(
+        LlmqatError, match=r"2 blocks of Stranger at model\.layers run in the order \[0, 1, 0, 1\], and"
+    ):
+        prepare(model, QuantScheme(4, 16), init="gptq", calibration=calibration)
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear), "a refusal changes nothing"
+
+
+def test_something_between_blocks():
+    with pytest.raises(LlmqatError, match=r"at model\.layers do not each read what the one before returned"):
+        confirm_blocks(Stranger.made(Between), "model.layers")
+
+
+def test_two_lists_that_run():
+    model = Stranger.made()
+    model.model.embed_tokens.extra = nn.ModuleList([nn.Sequential(nn.Identity())])
+    model.model.embed_tokens.register_forward_hook(lambda module, _, output: module.extra[0](output))
+    with pytest.raises(
+        LlmqatError, match=r"several lists .*\(model\.embed_tokens\.extra, model\.layers\), and a probe"
+    ):
+        find_blocks(model)
+
+
+def test_a_model_that_cannot_run_without_values():
+    model = Stranger.made()
+    model.model.register_forward_pre_hook(lambda *_: [][0])
+    assert not confirm_blocks(model, "model.layers")
+    model.model.tower = nn.ModuleList([nn.Sequential(nn.Identity())])
+    with pytest.raises(
+        LlmqatError, match=r"\(model\.layers, model\.tower\), and cannot run without values; use --init"
+    ):
+        find_blocks(model)
