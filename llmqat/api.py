@@ -45,7 +45,7 @@ def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
     """The dry run, to print: every Linear, quantized or not and why, predicted size and memory.
 
     Args:
-        model: Hub id, local directory, or llama.
+        model: Hub id, local directory, GGUF file, llama or smollm2.
         sections: of a recipe, such as ``quant={"bits": 3}, train={"mode": "lora"}``.
 
     Returns:

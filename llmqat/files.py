@@ -39,25 +39,56 @@ def replacing(directory: Path, seal: str = "", owned: Sequence[str] = (), first:
         LlmqatError: if `directory` cannot be written, or the disk is full.
     """
     make_directory(directory)
+    with _scratch(directory, "choose another --output") as scratch:
+        yield scratch
+        _publish(scratch, directory, seal, owned, first)
+
+
+@contextmanager
+def appearing(directory: Path, remedy: str) -> Iterator[Path]:
+    """A scratch directory that becomes `directory` once the ``with`` ends well, unless another process was sooner.
+
+    Args:
+        directory: must not be there; what it lies in is made where it is missing.
+        remedy: what to do where it cannot be written.
+
+    Raises:
+        LlmqatError: if it cannot be written, or the disk is full.
+    """
+    make_directory(directory.parent, remedy)
+    with _scratch(directory.parent, remedy) as scratch:
+        yield scratch
+        for path in scratch.rglob("*"):
+            path.chmod(_mode(path))
+            sync(path)
+        scratch.chmod(_mode(scratch))
+        try:
+            scratch.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+        sync(directory.parent)
+
+
+@contextmanager
+def _scratch(directory: Path, remedy: str) -> Iterator[Path]:
+    """A new directory inside `directory`, which goes when the ``with`` ends; what the disk says becomes one line."""
     try:
         scratch = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory))
     except OSError as error:
-        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; {remedy}") from error
     try:
         yield scratch
-        _publish(scratch, directory, seal, owned, first)
     except Exception as error:
         problem = storage_problem(error)
         if problem is None:
             raise
-        raise LlmqatError(
-            f"cannot write to {directory}: {problem}; free some space, or choose another --output"
-        ) from error
+        raise LlmqatError(f"cannot write to {directory}: {problem}; free some space, or {remedy}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def make_directory(directory: Path) -> list[Path]:
+def make_directory(directory: Path, remedy: str = "choose another --output") -> list[Path]:
     """Make `directory`, and what it lies in; returns what was made, outermost first.
 
     Raises:
@@ -69,7 +100,7 @@ def make_directory(directory: Path) -> list[Path]:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; choose another --output") from error
+        raise LlmqatError(f"cannot write to {directory}: {error.strerror}; {remedy}") from error
     return missing[::-1]
 
 
@@ -77,7 +108,7 @@ def _publish(scratch: Path, directory: Path, seal: str, owned: Sequence[str], fi
     """Rename what is in `scratch` into `directory`; only once all of it is on the disk."""
     names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
     for name in names:
-        (scratch / name).chmod(_file_mode())  # safetensors makes its files private
+        (scratch / name).chmod(_mode(scratch / name))  # safetensors makes its files private
         sync(scratch / name)
     if seal:
         (directory / seal).unlink(missing_ok=True)
@@ -101,11 +132,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _file_mode() -> int:
-    """Permissions of a new file under this process's umask."""
+def _mode(path: Path) -> int:
+    """Permissions of a file, or directory, under this process's umask, as if it had been made anew."""
     umask = os.umask(0)
     os.umask(umask)
-    return 0o666 & ~umask
+    return (0o777 if path.is_dir() else 0o666) & ~umask
 
 
 def storage_problem(error: BaseException) -> str | None:

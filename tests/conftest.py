@@ -203,6 +203,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's way to cut text, a token per byte and two that are merged: 260 ids."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "de", "def"]
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("d", "e"), ("de", "f")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
+    )
+
+
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny random Llama in bfloat16 and its tokenizer, saved; not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny"

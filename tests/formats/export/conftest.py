@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare
@@ -30,16 +28,3 @@ def packed_dir(tiny_llama, tmp_path) -> Callable[..., Path]:
         return save_packed(model, tmp_path / f"packed-{len(list(tmp_path.iterdir()))}", tokenizer)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's way to cut text, a token per byte and two that are merged: 260 ids."""
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "de", "def"]
-    vocabulary = {token: index for index, token in enumerate(alphabet)}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("d", "e"), ("de", "f")]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template="{{ messages }}"
-    )

@@ -104,5 +104,5 @@ def test_other_dtypes_and_grids_are_refused(exported, tiny):
 
 def test_without_the_package(exported, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(LlmqatError, match="the package gguf, which writes GGUF files, is not installed: pip"):
+    with pytest.raises(LlmqatError, match="the package gguf, which reads and writes GGUF files, is not installed: pip"):
         exported(W4, tiny("llama", vocab_size=264))

@@ -6,16 +6,8 @@ import json
 import pytest
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.export.gguf_vocabulary import (
-    LLAMA3,
-    QWEN2,
-    WORDS,
-    add_vocabulary,
-    begins_with_space,
-    kinds,
-    scores,
-    words_of,
-)
+from llmqat.formats.export.gguf_vocabulary import add_vocabulary, kinds, scores, words_of
+from llmqat.models.gguf_words import LLAMA3, QWEN2, WORDS, begins_with_space
 
 
 class Writer:
