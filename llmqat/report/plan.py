@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device
@@ -111,7 +111,7 @@ def inspect(recipe: Recipe) -> Inspection:
     )
 
 
-def family_in_words(model: PreTrainedModel) -> str:
+def family_in_words(model: Any) -> str:
     """Say whether GPTQ and SmoothQuant apply to a model, and how its blocks are known."""
     row = known_architecture(model)
     if row is not None:

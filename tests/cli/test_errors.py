@@ -55,7 +55,7 @@ BAD = {
     "kind of dataset": (options("--dataset", __file__), r"cannot read .*\.py: llmqat knows \.txt"),
     "missing model": (
         options("--model", "./none"),
-        "model directory ./none does not exist; give a directory, a Hub id",
+        "model directory ./none does not exist; give a directory, a GGUF file, a Hub id",
     ),
     "unknown model type": (unknown_type, "cannot use model .*`foo`"),
     "truncated model": (truncated, "cannot load the weights of .*; copy or download the model again"),

@@ -187,9 +187,8 @@ def test_aliases(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all"])
 def test_missing_directory(name):
-    with pytest.raises(
-        LlmqatError, match=f"model directory {name} does not exist; give a directory, a Hub id, or llama"
-    ):
+    message = f"model directory {name} does not exist; give a directory, a GGUF file, a Hub id, or llama, smollm2"
+    with pytest.raises(LlmqatError, match=message):
         load_config(name)
 
 
