@@ -94,9 +94,10 @@ class BlockInputs:
     @torch.no_grad()
     def run(self, block: nn.Module, batch: int, stand_ins: StandIns | None = None) -> Tensor:
         """The block's output for one batch. Blocks return a tensor, or a tuple that opens with one."""
-        return self._outputs(block, batch, stand_ins)[0]
+        return self.outputs(block, batch, stand_ins)[0]
 
-    def _outputs(self, block: nn.Module, batch: int, stand_ins: StandIns | None) -> tuple[Any, ...]:
+    def outputs(self, block: nn.Module, batch: int, stand_ins: StandIns | None = None) -> tuple[Any, ...]:
+        """All that the block returns for one batch, the output first; differentiable."""
         calls = self.arguments[batch if len(self.arguments) > 1 else 0]
         with nullcontext() if stand_ins is None else stand_ins.standing_in(batch):
             output = calls[0].call(block, self.hidden[batch])
@@ -106,7 +107,7 @@ class BlockInputs:
     def advance(self, block: nn.Module, stand_ins: StandIns | None = None) -> None:
         """Make the block's outputs the inputs of the next."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch], *others = self._outputs(block, batch, stand_ins)
+            self.hidden[batch], *others = self.outputs(block, batch, stand_ins)
             self._hand_on(batch, others)
             if stand_ins is not None:
                 stand_ins.forget(batch)

@@ -10,7 +10,7 @@ from typing import Any
 from llmqat.config.options import meta, option
 from llmqat.scheme import BITS, SCALE_DTYPES, QuantScheme
 
-INITS = ("gptq", "rtn")
+INITS = ("gptq", "blockwise", "rtn")
 MODES = ("full", "lora", "scales")
 LOSSES = ("kd", "ce")
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
@@ -69,7 +69,14 @@ class QuantConfig:
 class InitConfig:
     """Where training starts: post-training quantization."""
 
-    method: str = option("gptq", "initial codes", "--init", choices=INITS)
+    method: str = option(
+        "gptq",
+        "initial codes: GPTQ; blockwise: GPTQ, then codes and scales of each block trained to its float output, which "
+        "takes longer and is nearer to the float model; rtn: round to nearest",
+        "--init",
+        choices=INITS,
+    )
+    block_steps: int = option(200, "blockwise: training steps for each block", "--block-steps", least=1)
     smooth: float | str | None = option(
         None,
         "SmoothQuant strength in [0, 1]: fold activation outliers into the weights first; auto: searched by site",
@@ -80,6 +87,11 @@ class InitConfig:
     )
     samples: int = option(128, "calibration sequences", "--calibration-samples", least=1)
     damp: float = option(0.01, "GPTQ damping, as a fraction of the mean diagonal of the Hessian", "--damp", least=0.0)
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether codes are found block by block on calibration data."""
+        return self.method != "rtn"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def remedies(recipe: Resolved) -> list[Remedy]:
         found.append(Remedy("--train lora", "train", {"mode": "lora"}))
     if not recipe.low_memory:
         found.append(Remedy("--low-memory", "", {"low_memory": True}))
-    if recipe.init.method == "gptq":
+    if recipe.init.by_blocks:
         found.append(Remedy("--init rtn", "init", {"method": "rtn"}))
     return found
 

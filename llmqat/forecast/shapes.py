@@ -72,7 +72,7 @@ def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport,
         quantize_kv(model, quant.kv_bits)
     compute_in_float32(model, stored)
     float_copy = copy_of_float(model) if train.mode == "full" else None
-    if recipe.init.method == "gptq" and float_copy is None:
+    if recipe.init.by_blocks and float_copy is None:
         for on_grid in quantized_layers(model):
             on_grid.layer.compensation = Compensation(
                 torch.empty_like(on_grid.layer.weight, dtype=torch.int8),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from llmqat.algorithms.blockwise import CHECKS, HELD_OUT_EVERY, Blockwise
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import Resolved
 from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
@@ -85,8 +86,12 @@ def forecast(
     score = partial(evaluation, recipe, model, batch)
     stages = [] if recipe.low_memory else [loading(recipe, model, stored, batch)]
     stages += [score("float model"), score("round to nearest")]
-    if recipe.init.method == "gptq":
-        stages += [gptq(recipe, model, coverage, batch), score("GPTQ's codes")]
+    if recipe.init.by_blocks:
+        stages += [
+            gptq(recipe, model, coverage, batch),
+            *reconstruction(recipe, model, coverage, batch),
+            score("first codes"),
+        ]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
     always = PROCESS_BYTES + kept_of_float(recipe, model, coverage) - left_in_files(recipe, model, coverage, stored)
@@ -111,7 +116,7 @@ def left_in_files(recipe: Resolved, model: PreTrainedModel, coverage: CoverageRe
     if not recipe.low_memory or blocks is None:
         return 0
     weights = sum(layer.parameters for layer in coverage.quantized if not layer.role)
-    of_weight = stored.itemsize + (recipe.init.method == "gptq")
+    of_weight = stored.itemsize + recipe.init.by_blocks
     return of_weight * weights * (blocks - 1) / blocks
 
 
@@ -141,6 +146,23 @@ def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, bat
     kept = min(GptqSettings().kept_bytes, 4 * tokens * (widest + hidden))
     peak = batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
     return Stage("GPTQ", batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
+
+
+def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> list[Stage]:
+    """Training of the blocks one after the other, if that is asked for, with the float chain beside it."""
+    layers, blocks = [layer for layer in coverage.quantized if not layer.role], block_count(model)
+    if recipe.init.method != "blockwise" or blocks is None:
+        return []
+    settings, length = Blockwise(recipe.init.block_steps), recipe.data.length
+    weights = sum(layer.parameters for layer in layers)
+    tokens, in_step = recipe.init.samples * length, settings.sequences * length
+    # Forward and backward of each step; forward of the float chain, of the quantized one, and of those held out.
+    passes = 3 * settings.steps * in_step + 2 * tokens + (CHECKS + 1) * tokens // HELD_OUT_EVERY
+    chains = 2 * MASTER * tokens * model.config.get_text_config().hidden_size
+    activations = MASTER * in_step * sum(sum(layer.shape) for layer in layers) // blocks
+    # Of a block: latents, their gradients, both moments of the optimizer, and the best state.
+    peak = batch.held + chains + activations + 5 * MASTER * weights // blocks
+    return [Stage("block-wise reconstruction", 2 * weights * passes, settings.dtype, peak)]
 
 
 def training(recipe: Resolved, step: Cost, batch: Cost) -> Stage:

@@ -16,12 +16,12 @@ from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed, local_directory
 from llmqat.formats.weights import read_mapped
-from llmqat.models.float_view import disable_quantizers
 from llmqat.models.patcher import transformers_model
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.nn.quantizers import disable_quantizers
 from llmqat.quant.affine import dequantize, fake_quantize_input
 
 # The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.

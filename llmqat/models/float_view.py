@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +10,7 @@ from torch import Tensor, nn
 from llmqat.models.patcher import float_parameters
 from llmqat.nn.dtensor import local_shard, sharded_like
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.nn.kv_cache import KVQuantizer
-from llmqat.nn.lora import LoraFakeQuantLinear
-
-QUANTIZERS = FakeQuantLinear, KVQuantizer
-
-
-@contextmanager
-def disable_quantizers(model: nn.Module, disable_adapters: bool = True) -> Iterator[None]:
-    """Layers on a grid run their plain float weight; without adapters too, unless `disable_adapters` is False.
-
-    That is the float model only if the model was prepared with ``keep_float`` (or with round-to-nearest) and its float
-    weights have not been trained.
-    """
-    kinds = (*QUANTIZERS, LoraFakeQuantLinear) if disable_adapters else QUANTIZERS
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, kinds):
-                stack.callback(setattr, module, "enabled", module.enabled)
-                module.enabled = False
-        yield
+from llmqat.nn.quantizers import QUANTIZERS, disable_quantizers
 
 
 def holds_float(model: nn.Module) -> bool:

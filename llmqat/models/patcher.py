@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.blocks import check_batches
+from llmqat.algorithms.blockwise import Blockwise
 from llmqat.algorithms.gptq_model import GptqSettings, Saved, gptq_model
 from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
@@ -111,7 +112,8 @@ def prepare(
         model: any model with `nn.Linear` or `Conv1D`. Other heads and poolers, outside its blocks, stay float. Weights
             become float32 masters; those of a model that is frozen (``model.requires_grad_(False)``) keep their dtype.
         scheme: the grid of every layer, unless overridden.
-        init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) also needs `calibration`, and blocks that run in a row.
+        init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) and "blockwise", which goes on from it by training each
+            block to its float output, also need `calibration`, and blocks that run in a row.
         calibration: token ids ``(batch, length)``, all of one shape.
         options: fields of `PrepareOptions`, such as ``kv_bits=8, keep_float=True``.
 
@@ -128,15 +130,16 @@ def prepare(
     if any(isinstance(module, FakeQuantLinear) for module in model.modules()):
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
     report = checked_plan(model, scheme, chosen.overrides, chosen.lm_head_bits, chosen.min_coverage)
-    if init == "gptq":  # what it lacks is said before anything is replaced
+    if init != "rtn":  # what it lacks is said before anything is replaced
         check_blocks(model)
         check_batches(calibration or [])
     put_on_grid(model, report.quantized, chosen.storage_dtype or storage_dtype_of(model), chosen.clip_mask)
     if chosen.kv_bits is not None:
         quantize_kv(model, chosen.kv_bits)
     observe_activations(model, calibration or [], chosen.observer)
-    if init == "gptq":
-        report.errors.update(run_gptq(model, calibration or [], GptqSettings(chosen.damp, chosen.keep_float)))
+    if init != "rtn":
+        settings = settings_of(init, chosen.damp, chosen.keep_float, chosen.block_steps)
+        report.errors.update(run_gptq(model, calibration or [], settings))
     return report
 
 
@@ -165,6 +168,11 @@ def put_on_grid(
             model.set_input_embeddings(FakeQuantEmbedding.from_embedding(embedding, head, compute))
 
 
+def settings_of(init: str, damp: float, keep_float: bool, block_steps: int) -> GptqSettings:
+    """How codes are found block by block: by GPTQ alone, or with a reconstruction of each block behind it."""
+    return GptqSettings(damp, keep_float, blockwise=Blockwise(block_steps) if init == "blockwise" else None)
+
+
 def run_gptq(
     model: PreTrainedModel,
     batches: list[Tensor],
@@ -172,8 +180,8 @@ def run_gptq(
     saved: Saved | None = None,
     team: Team = ALONE,
 ) -> dict[str, tuple[float, float | None]]:
-    """GPTQ on a model prepared with round-to-nearest, in place; parts in `saved` are taken from there. The processes of
-    `team` divide the work.
+    """GPTQ, and what the settings say beside it, on a model prepared with round-to-nearest, in place; parts in `saved`
+    are taken from there. The processes of `team` divide the work.
 
     Returns:
         layer -> relative output error of round-to-nearest, and of GPTQ; see `CoverageReport.errors`.

@@ -26,6 +26,7 @@ class PrepareOptions:
         storage_dtype: dtype of scales and float parts in the packed file; None for that of the files that
             `llmqat.load_float` read, else that of the model.
         damp: GPTQ's damping, as a fraction of the mean diagonal of the Hessian.
+        block_steps: training steps for each block, of ``init="blockwise"``.
         clip_mask: stop the gradient of weights beyond the ends of the grid.
         keep_float: GPTQ keeps its change apart, in the storage dtype, so that `llmqat.FloatView` can run the float
             model.
@@ -42,6 +43,7 @@ class PrepareOptions:
     overrides: Overrides | None = None
     storage_dtype: torch.dtype | None = None
     damp: float = 0.01
+    block_steps: int = 200
     clip_mask: bool = False
     keep_float: bool = False
     lm_head_bits: int | None = None
@@ -56,6 +58,7 @@ class PrepareOptions:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise LlmqatError(f"storage_dtype must be a float dtype such as torch.bfloat16, got {shown(dtype)}")
         check_value(float, self.damp, "damp", meta("", least=0.0))
+        check_value(int, self.block_steps, "block_steps", meta("", least=1))
         check_value(bool, self.clip_mask, "clip_mask", meta(""))
         check_value(bool, self.keep_float, "keep_float", meta(""))
         check_value(float, self.min_coverage, "min_coverage", SHARE)

@@ -57,9 +57,9 @@ class Inputs:
 
 
 def calibrates(recipe: Resolved, coverage: CoverageReport) -> bool:
-    """Whether a run needs calibration data: for GPTQ, SmoothQuant, or static activation ranges."""
+    """Whether a run needs calibration data: for GPTQ and what follows it, SmoothQuant, or static activation ranges."""
     static = any(layer.scheme is not None and layer.scheme.inputs == "static" for layer in coverage.quantized)
-    return recipe.init.method == "gptq" or recipe.init.smooth is not None or static
+    return recipe.init.by_blocks or recipe.init.smooth is not None or static
 
 
 def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: CoverageReport, train: bool) -> Inputs:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from llmqat.algorithms.activation_ranges import observe_activations
-from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.algorithms.smoothquant import smoothing_summary
 from llmqat.config import Recipe, Resolved, log_cut, to_yaml
 from llmqat.devices import find_device, use_share_of_cores
@@ -25,18 +24,20 @@ from llmqat.metrics.float_pass import FloatPass
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.models.architectures import check_blocks
-from llmqat.models.float_view import FloatView, copy_of_float, disable_quantizers
+from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
     gptq_part_count,
     prepare,
     round_float_parts,
     run_gptq,
+    settings_of,
     smooth,
     smoothable,
 )
 from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.models.widening import compute_in_float32
+from llmqat.nn.quantizers import disable_quantizers
 from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.low_memory import LowMemory
 from llmqat.pipeline.output import (
@@ -66,6 +67,7 @@ from llmqat.report import details
 from llmqat.report.measured import Measured, write_json
 from llmqat.report.names import public_name, public_recipe
 from llmqat.report.page.render import write_page
+from llmqat.report.scoreboard import LABELS
 from llmqat.report.text import model_card, print_scoreboard
 from llmqat.team import ALONE
 from llmqat.train import checkpoint
@@ -158,7 +160,7 @@ class Run:
         self.coverage = checked_plan(
             self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
         )
-        if recipe.init.method == "gptq":
+        if recipe.init.by_blocks:
             check_blocks(self.model)
         if recipe.init.smooth is not None:
             smoothable(self.model)
@@ -220,7 +222,7 @@ class Run:
                 "--output"
             )
         check_same_step(self.state["result"], self.recipe)
-        variants = ["float", "rtn"] + (["gptq"] if self.recipe.init.method == "gptq" else [])
+        variants = ["float", "rtn"] + ([self.recipe.init.method] if self.recipe.init.by_blocks else [])
         variants += ["float_finetuned"] if self.recipe.eval.control else []
         check_measured(self.scores, variants, self.checkpoint)
 
@@ -237,16 +239,10 @@ class Run:
 
     def smooth_model(self) -> None:
         """SmoothQuant on the float model, if asked for."""
-        recipe = self.recipe
-        if recipe.init.smooth is not None:
-            done = smooth(
-                self.model,
-                self.calibration,
-                recipe.init.smooth,
-                scheme=recipe.scheme(),
-                overrides=recipe.quant.overrides,
-                storage_dtype=storage_dtype_of(self.model),
-            )
+        recipe, alpha = self.recipe, self.recipe.init.smooth
+        if alpha is not None:
+            scheme, overrides, dtype = recipe.scheme(), recipe.quant.overrides, storage_dtype_of(self.model)
+            done = smooth(self.model, self.calibration, alpha, scheme=scheme, overrides=overrides, storage_dtype=dtype)
             log(smoothing_summary(done))
 
     def prepare_model(self) -> None:
@@ -279,23 +275,25 @@ class Run:
     @property
     def calibrated(self) -> bool:
         """Whether all that calibration finds in the prepared model is saved: ranges trained on, and blocks of GPTQ."""
-        if self.recipe.init.method == "gptq" and not self.saved_blocks.holds(gptq_part_count(self.model)):
+        if self.recipe.init.by_blocks and not self.saved_blocks.holds(gptq_part_count(self.model)):
             return False
         return self.state is not None
 
     def initialize_codes(self) -> None:
-        """GPTQ, if asked for, from the blocks that are saved; then mark what trains."""
-        recipe = self.recipe
-        if recipe.init.method == "gptq":
-            settings = GptqSettings(recipe.init.damp, keep_float=self.float_copy is None)
+        """Find codes block by block, if asked for, but for those blocks that are saved; then mark what trains."""
+        init = self.recipe.init
+        if init.by_blocks:
+            settings = settings_of(init.method, init.damp, self.float_copy is None, init.block_steps)
             settings = self.low_memory.settings(settings) if self.low_memory else settings
             self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks, self.team))
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
         self.float_pass.reference = self.float_copy or FloatView(self.model)
-        if recipe.init.method == "gptq":
-            self.measure("gptq", partial(self.float_pass.compare, self.model, "perplexity, GPTQ"))
+        if init.by_blocks:
+            self.measure(
+                init.method, partial(self.float_pass.compare, self.model, f"perplexity, {LABELS[init.method]}")
+            )
 
     def mark_trainable(self) -> None:
         """Mark what trains; LoRA wraps the model."""

@@ -51,8 +51,8 @@ class Measured:
         return self.perplexity[variant].perplexity if variant in self.perplexity else None
 
     def best_ptq(self) -> str | None:
-        """The better of round-to-nearest and GPTQ; None if neither was measured."""
-        variants = [variant for variant in ("rtn", "gptq") if variant in self.perplexity]
+        """The best of round-to-nearest, GPTQ and block-wise reconstruction; None if none was measured."""
+        variants = [variant for variant in ("rtn", "gptq", "blockwise") if variant in self.perplexity]
         return min(variants, key=lambda variant: self.perplexity[variant].perplexity) if variants else None
 
     def gap(self) -> float | None:

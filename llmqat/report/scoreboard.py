@@ -14,6 +14,7 @@ LABELS = {
     "float_finetuned": "float, fine-tuned",
     "rtn": "round to nearest",
     "gptq": "GPTQ",
+    "blockwise": "block-wise reconstruction",
     "qat": "trained (fake-quant)",
     "packed": "packed file, kernel op",
 }

@@ -101,7 +101,7 @@ def test_verify_finds_a_changed_head(head_trained, tmp_path):
 
 def test_loaded_again_with_adapters_off_the_embedding_is_float(head_trained):
     """The teacher of distillation runs the float head and the float embedding."""
-    from llmqat.models.float_view import disable_quantizers
+    from llmqat.nn.quantizers import disable_quantizers
 
     model = head_trained(QuantScheme(4, 16), 8, True, "lora")
     weight = model.get_base_model().lm_head.base_layer.weight

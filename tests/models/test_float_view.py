@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from llmqat.algorithms.gptq_model import GptqSettings
-from llmqat.models.float_view import FloatCopy, FloatView, disable_quantizers
+from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.patcher import prepare, quantized_layers, run_gptq
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.nn.quantizers import disable_quantizers
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
 

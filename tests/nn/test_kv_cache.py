@@ -9,9 +9,9 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
-from llmqat.models.float_view import disable_quantizers
 from llmqat.models.patcher import convert, prepare
 from llmqat.nn.kv_cache import KVQuantizer, kv_bits_of, quantize_kv
+from llmqat.nn.quantizers import disable_quantizers
 from llmqat.quant.affine import fake_quantize_activation
 from llmqat.scheme import QuantScheme
 from llmqat.serve.int8_cache import Int8Cache, Int8Layer, serve_int8_kv

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import llmqat
-from llmqat.models.float_view import disable_quantizers
+from llmqat.nn.quantizers import disable_quantizers
 from llmqat.quant.affine import quantize_activation
 from llmqat.scheme import QuantScheme
 from llmqat.serve.families import FAMILIES

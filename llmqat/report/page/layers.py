@@ -7,7 +7,7 @@ from llmqat.report.page.charts import HEIGHT, WIDTH, Series, legend, line_chart,
 from llmqat.report.page.markup import Html, Values, element, formatted, section, table, table_row
 
 # Variants of the model with an error per layer -> what they are called where room is short.
-COMPARED = {"rtn": "round to nearest", "gptq": "GPTQ", "qat": "trained"}
+COMPARED = {"rtn": "round to nearest", "gptq": "GPTQ", "blockwise": "block-wise", "qat": "trained"}
 
 
 def kind_and_depth(name: str) -> tuple[str, int]:

@@ -1,0 +1,177 @@
+"""Block-wise reconstruction: train the codes and scales of a block until its output is that of the float model.
+
+GPTQ makes the error of one layer small, on the inputs that this layer reads. What counts is the error behind the whole
+block, and there the layers can mend each other's. After GPTQ has found the codes of a block, its latent weights and
+scales ``theta`` are trained together through the straight-through estimator, for a few hundred steps on the calibration
+data:
+
+    min over theta of  mean over tokens t of  ||f_q(X_q; theta)_t - f(X)_t||^2 / ||f(X)_t||^2
+
+``f`` is the float block, and ``X`` what it reads in the float model; ``X_q`` is what the block reads behind the blocks
+that are quantized already, so that it learns to undo their error too (Block-AP of EfficientQAT, arXiv 2407.11062,
+section 3.2). Errors are relative to each token's output, because the next block normalizes it: else the few tokens whose
+outputs are many times as large as the others' have most of the say. Rates count in codes, as AutoRound's do (arXiv
+2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmqat.algorithms.blocks import BlockInputs, layers_of
+from llmqat.algorithms.compensation import compensation_of
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+
+HELD_OUT_EVERY = 8  # of the calibration batches one of so many chooses the best state, and does not train
+CHECKS = 4  # of the held-out error while a block trains, the last one at its end
+BETAS = (0.9, 0.95)
+
+
+class Blockwise(NamedTuple):
+    """How a block is reconstructed.
+
+    Attributes:
+        steps: of the optimizer, for each block.
+        lr: of the latent weights, in codes a step, decaying linearly to zero.
+        lr_scale: of the scales, as a fraction of the layer's median, likewise.
+        sequences: in a step.
+        dtype: in which a block computes while it trains; errors that are compared are computed likewise.
+    """
+
+    steps: int = 200
+    lr: float = 5e-3
+    lr_scale: float = 1e-3
+    sequences: int = 4
+    dtype: torch.dtype = torch.bfloat16
+
+
+class BlockError(NamedTuple):
+    """Relative output error of a block on held-out calibration data, after GPTQ and after the reconstruction."""
+
+    gptq: float
+    blockwise: float
+
+    @property
+    def ratio(self) -> float:
+        """How much of the error the reconstruction has left."""
+        return self.blockwise / self.gptq if self.gptq > 0 else 1.0
+
+
+def regrouped(batches: list[Tensor], sequences: int) -> list[Tensor]:
+    """The same token ids in batches of `sequences`; those that fill no batch are left out."""
+    rows = torch.cat(batches)
+    size = min(sequences, len(rows))
+    return list(rows[: len(rows) // size * size].split(size))
+
+
+class Pairs:
+    """What a block reads on the quantized prefix, and what it is to return, by batch.
+
+    Args:
+        block: that is reconstructed.
+        inputs: of the block.
+        targets: outputs of the float block, a tensor per batch.
+        dtype: in which the block computes.
+    """
+
+    def __init__(self, block: nn.Module, inputs: BlockInputs, targets: list[Tensor], dtype: torch.dtype) -> None:
+        self.block, self.inputs, self.targets, self.dtype = block, inputs, targets, dtype
+        count = len(targets)
+        self.held_out = list(range(0, count, HELD_OUT_EVERY)) if count >= HELD_OUT_EVERY else []
+        self.training = sorted(set(range(count)) - set(self.held_out))
+
+    def error(self, batch: int) -> Tensor:
+        """``||f_q(X_q)_t - f(X)_t||^2 / ||f(X)_t||^2``, the mean over the tokens of a batch."""
+        target = self.targets[batch].float()
+        with torch.autocast(target.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.inputs.outputs(self.block, batch)[0]
+        return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-20)).mean()
+
+    def draw(self, steps: int) -> Iterator[int]:
+        """A batch for each of `steps`: all that train in random order, again and again; the same in every run."""
+        generator, waiting = torch.Generator().manual_seed(0), list[int]()
+        for _ in range(steps):
+            if not waiting:
+                order = torch.randperm(len(self.training), generator=generator).tolist()
+                waiting = [self.training[index] for index in order]
+            yield waiting.pop()
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """The error over the held-out batches; over all, where there are too few to hold any out."""
+        return fmean(float(self.error(batch)) for batch in self.held_out or self.training)
+
+
+@contextmanager
+def own_latents(layers: list[FakeQuantLinear], keep_float: bool) -> Iterator[None]:
+    """Give `layers` float32 latents of their own inside the ``with``, which may be changed; then let their weights have
+    what was found.
+
+    Args:
+        layers: on their grids.
+        keep_float: leave the weight as it was and keep its change apart; see `GptqSettings`.
+    """
+    before = [(layer.weight, layer.scale.dtype) for layer in layers]
+    for layer, (weight, _) in zip(layers, before, strict=True):
+        layer.weight = nn.Parameter(weight.detach().to(layer.compute_dtype, copy=True), requires_grad=False)
+        layer.scale.data = layer.scale.data.to(layer.compute_dtype)
+    yield
+    for layer, (weight, dtype) in zip(layers, before, strict=True):
+        latent, layer.weight = layer.weight.detach(), weight
+        layer.scale.data = layer.stored_scale().to(dtype)
+        if keep_float:
+            layer.compensation = compensation_of(weight.detach().to(latent.dtype), latent, layer.grid)
+        else:
+            weight.data = latent
+
+
+@contextmanager
+def _training(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let gradients be taken of `parameters` inside the ``with``."""
+    marks = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        yield
+    for parameter, mark in zip(parameters, marks, strict=True):
+        parameter.grad = None
+        parameter.requires_grad_(mark)
+
+
+def reconstruct(block: nn.Module, inputs: BlockInputs, targets: list[Tensor], settings: Blockwise) -> BlockError:
+    """Train latents and scales of all layers of a block that are on a grid, in place; the best state is kept.
+
+    Args:
+        block: whose layers have `own_latents`; GPTQ's, or on the grid by rounding to nearest.
+        inputs: what it reads on the quantized prefix, all batches.
+        targets: outputs of the float block on the float prefix, a tensor per batch.
+        settings: see `Blockwise`.
+    """
+    layers, pairs = list(layers_of(block).values()), Pairs(block, inputs, targets, settings.dtype)
+    trained = [layer.weight for layer in layers] + [layer.scale for layer in layers]
+    steps = [float(layer.scale.detach().abs().median()) for layer in layers]
+    rates = [settings.lr * step for step in steps] + [settings.lr_scale * step for step in steps]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
+    first = least = pairs.held_out_error()
+    best = [parameter.detach().clone() for parameter in trained]
+    with _training(trained):
+        for step, batch in enumerate(pairs.draw(settings.steps), start=1):
+            # Of these alone: other parameters of the block may be marked to train later.
+            gradients = torch.autograd.grad(pairs.error(batch), trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient  # none for an expert that no token reached
+            optimizer.step()
+            decay.step()
+            if step * CHECKS % settings.steps < CHECKS:
+                error = pairs.held_out_error()
+                if error < least:
+                    least, best = error, [parameter.detach().clone() for parameter in trained]
+    for parameter, value in zip(trained, best, strict=True):
+        parameter.data.copy_(value)
+    return BlockError(first, least)
