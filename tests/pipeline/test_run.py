@@ -185,7 +185,7 @@ def test_finetune(go, model_dir, mode):
     "changes",
     [
         {"train.mode": "full"},
-        {"train.mode": "lora", "train.precision": "fp32", "quant.bits": 2},
+        {"train.mode": "lora", "train.precision": "fp32", "init.method": "blockwise", "init.block_steps": 2},
         {"train.mode": "scales", "init.smooth": "auto", "quant.symmetric": False},
         {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},
         {
@@ -196,7 +196,7 @@ def test_finetune(go, model_dir, mode):
             "train.freeze_observers": 4,
         },
     ],
-    ids=["full", "lora-fp32", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
+    ids=["full", "lora-fp32-blockwise", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
 )
 def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes):
     changes = {"train.max_steps": 5, **changes}
@@ -228,7 +228,7 @@ def test_a_state_is_not_put_on_what_another_machine_found(finished, tmp_path, mo
     """The blocks of GPTQ go with the end of the run: a resume finds them again, here with another damping."""
     directory = shutil.copytree(finished, tmp_path / "copy")
     before = listing(directory)
-    monkeypatch.setattr(run_module, "GptqSettings", lambda damp, keep_float: GptqSettings(1.0, keep_float))
+    monkeypatch.setattr(run_module, "settings_of", lambda method, damp, keep_float, steps: GptqSettings(1.0, keep_float))
     assert main(["finetune", "--output", str(directory), "--resume"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the prepared model is not the one that the training in" in error
@@ -294,13 +294,13 @@ def test_nothing_to_resume_starts_from_the_beginning(go, capsys):
     assert done.report["training"]["steps"] == 4
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "blockwise"])
 def test_quantize(go, method):
-    done = go({"init.method": method, "quant.bits": 3}, train=False)
+    done = go({"init.method": method, "init.block_steps": 2, "quant.bits": 3}, train=False)
     ppl = done.report["perplexity"]
     assert ppl["packed"] == pytest.approx(ppl[method], rel=1e-3)  # packing rounds embeddings and norms to bfloat16
     assert ppl["qat"] is ppl["float_finetuned"] is done.report["gap_recovered"] is None
-    assert (ppl["gptq"] is None) == (method == "rtn")
+    assert [row for row in ("gptq", "blockwise") if ppl[row] is not None] == ([] if method == "rtn" else [method])
     assert set(done.report["training"].values()) == {None}
     assert done.report["tokens"]["train"] is None
     assert done.report["tokens"]["calibration"] == (0 if method == "rtn" else 8 * 32)
