@@ -31,7 +31,8 @@ def test_gradients_stay_on_the_device(pretended):
     assert {p.grad.device for p in layer.parameters()} == {PRETENDED}
 
 
-def test_gptq_on_a_device(pretended, tiny_llama, tokens):
+@pytest.mark.parametrize("init", ["gptq", "blockwise"])
+def test_codes_are_found_on_a_device(pretended, tiny_llama, tokens, init):
     """Every tensor is made where the model is, whatever the scheme."""
     schemes = {
         "[qk]_proj": {"bits": 3, "symmetric": False},
@@ -40,7 +41,7 @@ def test_gptq_on_a_device(pretended, tiny_llama, tokens):
     }
     options = {"overrides": schemes, "keep_float": True, "kv_bits": 8, "lm_head_bits": 4}
     model = tiny_llama(**SMALL).to(PRETENDED)
-    llmqat.prepare(model, QuantScheme(4, 16), init="gptq", calibration=tokens, **options)
+    llmqat.prepare(model, QuantScheme(4, 16), init=init, calibration=tokens, block_steps=1, **options)
     assert {tensor.device for tensor in model.state_dict().values()} == {PRETENDED}
     llmqat.convert(model)
     assert {tensor.device for tensor in model.state_dict().values()} == {PRETENDED}

@@ -1,17 +1,20 @@
-"""Block-wise reconstruction: train the codes and scales of a block until its output is that of the float model.
+"""Block-wise reconstruction: train the codes and scales of a block towards the output that it has in the float model.
 
 GPTQ makes the error of one layer small, on the inputs that this layer reads. What counts is the error behind the whole
-block, and there the layers can mend each other's. After GPTQ has found the codes of a block, its latent weights and
-scales ``theta`` are trained together through the straight-through estimator, for a few hundred steps on the calibration
-data:
+block, and there the layers can mend each other's. After GPTQ has found a block's scales and codes, its latent weights
+and scales ``theta`` are trained together through the straight-through estimator, for a few hundred steps on the
+calibration data:
 
     min over theta of  mean over tokens t of  ||f_q(X_q; theta)_t - f(X)_t||^2 / ||f(X)_t||^2
 
 ``f`` is the float block, and ``X`` what it reads in the float model; ``X_q`` is what the block reads behind the blocks
 that are quantized already, so that it learns to undo their error too (Block-AP of EfficientQAT, arXiv 2407.11062,
-section 3.2). Errors are relative to each token's output, because the next block normalizes it: else the few tokens whose
-outputs are many times as large as the others' have most of the say. Rates count in codes, as AutoRound's do (arXiv
-2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
+section 3.2). Errors are relative to each token's output, because the next block normalizes it: else the few tokens
+whose outputs are many times as large as the others' have most of the say. Rates count in codes, as AutoRound's do
+(arXiv 2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
+
+The latents start halfway between the float weight and GPTQ's: its change is fitted to the calibration text, and
+training from there fits it further, while training from the float weight ends further from its goal.
 """
 
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from llmqat.algorithms.compensation import compensation_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 
 HELD_OUT_EVERY = 8  # of the calibration batches one of so many chooses the best state, and does not train
+GPTQ_SHARE = 0.5  # of GPTQ's change of a weight, from which the training starts
 CHECKS = 4  # of the held-out error while a block trains, the last one at its end
 BETAS = (0.9, 0.95)
 
@@ -43,7 +47,7 @@ class Blockwise(NamedTuple):
     """
 
     steps: int = 200
-    lr: float = 5e-3
+    lr: float = 1e-2
     lr_scale: float = 1e-3
     sequences: int = 4
     dtype: torch.dtype = torch.bfloat16
@@ -62,14 +66,14 @@ class BlockError(NamedTuple):
 
 
 def regrouped(batches: list[Tensor], sequences: int) -> list[Tensor]:
-    """The same token ids in batches of `sequences`; those that fill no batch are left out."""
+    """Token ids in batches of `sequences`; rows that fill no batch are left out."""
     rows = torch.cat(batches)
     size = min(sequences, len(rows))
     return list(rows[: len(rows) // size * size].split(size))
 
 
 class Pairs:
-    """What a block reads on the quantized prefix, and what it is to return, by batch.
+    """Inputs of a block on the quantized prefix, and the outputs that it is to have, by batch.
 
     Args:
         block: that is reconstructed.
@@ -107,19 +111,22 @@ class Pairs:
 
 
 @contextmanager
-def own_latents(layers: list[FakeQuantLinear], keep_float: bool) -> Iterator[None]:
+def own_latents(layers: list[FakeQuantLinear], keep_float: bool) -> Iterator[list[Tensor]]:
     """Give `layers` float32 latents of their own inside the ``with``, which may be changed; then let their weights have
     what was found.
 
     Args:
         layers: on their grids.
         keep_float: leave the weight as it was and keep its change apart; see `GptqSettings`.
+
+    Yields:
+        their float weights.
     """
     before = [(layer.weight, layer.scale.dtype) for layer in layers]
     for layer, (weight, _) in zip(layers, before, strict=True):
         layer.weight = nn.Parameter(weight.detach().to(layer.compute_dtype, copy=True), requires_grad=False)
         layer.scale.data = layer.scale.data.to(layer.compute_dtype)
-    yield
+    yield [weight.detach() for weight, _ in before]
     for layer, (weight, dtype) in zip(layers, before, strict=True):
         latent, layer.weight = layer.weight.detach(), weight
         layer.scale.data = layer.stored_scale().to(dtype)
@@ -142,13 +149,16 @@ def _training(parameters: list[nn.Parameter]) -> Iterator[None]:
         parameter.requires_grad_(mark)
 
 
-def reconstruct(block: nn.Module, inputs: BlockInputs, targets: list[Tensor], settings: Blockwise) -> BlockError:
+def reconstruct(
+    block: nn.Module, inputs: BlockInputs, targets: list[Tensor], weights: list[Tensor], settings: Blockwise
+) -> BlockError:
     """Train latents and scales of all layers of a block that are on a grid, in place; the best state is kept.
 
     Args:
         block: whose layers have `own_latents`; GPTQ's, or on the grid by rounding to nearest.
         inputs: what it reads on the quantized prefix, all batches.
         targets: outputs of the float block on the float prefix, a tensor per batch.
+        weights: those of its layers in the float model.
         settings: see `Blockwise`.
     """
     layers, pairs = list(layers_of(block).values()), Pairs(block, inputs, targets, settings.dtype)
@@ -160,6 +170,8 @@ def reconstruct(block: nn.Module, inputs: BlockInputs, targets: list[Tensor], se
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     first = least = pairs.held_out_error()
     best = [parameter.detach().clone() for parameter in trained]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight.data = torch.lerp(weight.to(layer.weight), layer.weight.data, GPTQ_SHARE)
     with _training(trained):
         for step, batch in enumerate(pairs.draw(settings.steps), start=1):
             # Of these alone: other parameters of the block may be marked to train later.

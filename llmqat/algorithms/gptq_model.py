@@ -129,8 +129,7 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
 def reconstructed_block(
     block: nn.Module, inputs: BlockInputs, targets: list[Tensor], settings: GptqSettings, name: str = "block"
 ) -> BlockErrors:
-    """GPTQ for every `FakeQuantLinear` of one block and then its reconstruction, in place; then make its outputs the
-    inputs of the next.
+    """GPTQ for every `FakeQuantLinear` of one block and then its reconstruction, in place; the `inputs` stay.
 
     Args:
         block: a prepared block.
@@ -144,11 +143,10 @@ def reconstructed_block(
     """
     layers, error = list(layers_of(block).values()), None
     assert settings.blockwise is not None
-    with own_latents(layers, settings.keep_float):
+    with own_latents(layers, settings.keep_float) as weights:
         errors, _ = _gptq_layers(block, inputs, settings._replace(keep_float=False), name)
         if layers:
-            error = reconstruct(block, inputs, targets, settings.blockwise)
-    inputs.advance(block)
+            error = reconstruct(block, inputs, targets, weights, settings.blockwise)
     return BlockErrors(errors, error)
 
 
@@ -284,12 +282,14 @@ def _gptq_blocks(
 def _quantized(
     block: nn.Module, inputs: BlockInputs, floats: BlockInputs | None, settings: GptqSettings, name: str, team: Team
 ) -> BlockErrors:
-    """Find the codes of one block, by GPTQ alone or with a reconstruction; all processes of `team` find the same."""
+    """Find the codes of a block, by GPTQ alone or with a reconstruction, the same in all processes of `team`; then make
+    its outputs the inputs of the next."""
     if floats is None:
         return gptq_block(block, inputs, settings, name)
     errors = reconstructed_block(block, inputs, floats.hidden, settings, name)
     own = list(written_state(block, layers_of(block), settings.keep_float).items())
     block.load_state_dict(dict(team.tensors_of(0, own, inputs.hidden[0].device)), strict=False)
+    inputs.advance(block)
     return team.all_of(errors)[0]
 
 

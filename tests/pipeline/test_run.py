@@ -228,7 +228,7 @@ def test_a_state_is_not_put_on_what_another_machine_found(finished, tmp_path, mo
     """The blocks of GPTQ go with the end of the run: a resume finds them again, here with another damping."""
     directory = shutil.copytree(finished, tmp_path / "copy")
     before = listing(directory)
-    monkeypatch.setattr(run_module, "settings_of", lambda method, damp, keep_float, steps: GptqSettings(1.0, keep_float))
+    monkeypatch.setattr(run_module, "settings_of", lambda *args: GptqSettings(1.0, keep_float=args[2]))
     assert main(["finetune", "--output", str(directory), "--resume"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the prepared model is not the one that the training in" in error
