@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "recipes" / "quickstart.ipynb"
-SMALL = "STEPS = 4\nEVAL_TOKENS = 2048\nCALIBRATION_SEQUENCES = 8"
+SMALL = "STEPS = 2\nEVAL_TOKENS = 1024\nCALIBRATION_SEQUENCES = 4"
 
 
 def code_cells(notebook):
@@ -55,11 +55,11 @@ def test_the_notebook_runs(executed):
 def test_bars_and_tables_render(executed):
     cells = {cell.source: outputs_of(cell) for cell in code_cells(executed)}
     (trained,) = [shown for source, shown in cells.items() if "llmqat.finetune(" in source]
-    assert '<progress value="4" max="4"' in trained
+    assert '<progress value="2" max="2"' in trained
     assert "of codes flipped" in trained
     (table,) = [shown for source, shown in cells.items() if "llmqat.scoreboard(" in source]
     assert table.count("<pre") == 1
-    for part in ("perplexity", "packed file, kernel op", "llama, int4, 2,048 test tokens"):
+    for part in ("perplexity", "packed file, kernel op", "llama, int4, 1,024 test tokens"):
         assert part in table
 
 
