@@ -1,10 +1,16 @@
 import pytest
 import torch
 
+from llmqat.algorithms import gptq_model
+from llmqat.algorithms.blocks import BlockInputs
 from llmqat.config import Recipe, resolve
 from llmqat.forecast.cost import Cost
-from llmqat.forecast.stages import loading
+from llmqat.forecast.stages import loading, reconstruction
+from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.loading import empty_model
+from llmqat.models.patcher import prepare
+from llmqat.models.planning import checked_plan
+from llmqat.scheme import QuantScheme
 
 
 @pytest.mark.parametrize(
@@ -25,3 +31,23 @@ def test_a_model_is_loaded_as_it_is_stored_where_that_is_enough(
     found = loading(resolve(Recipe().with_values(values), parameters), model, stored, Cost(100.0, 5.0, 35.0))
     assert (found.name, found.bytes) == (name, held * parameters + beside)
     assert (found.flops > 0) == (name == "SmoothQuant")
+
+
+def test_reconstruction_takes_the_operations_that_were_predicted(tiny_llama, monkeypatch):
+    values = {"init.method": "blockwise", "init.block_steps": 6, "init.samples": 64, "data.length": 24}
+    scheme, model = QuantScheme(4, 32), tiny_llama()
+    coverage, counter = checked_plan(model, scheme, {}, None, 0.9), LiveBytes()
+    (stage,) = reconstruction(resolve(Recipe().with_values(values), 1, 32), model, coverage, Cost(1.0, 5.0, 35.0))
+
+    def counted(function):
+        def run(*args):
+            with counter.counting():
+                return function(*args)
+
+        return run
+
+    monkeypatch.setattr(gptq_model, "reconstruct", counted(gptq_model.reconstruct))
+    monkeypatch.setattr(BlockInputs, "advance", counted(BlockInputs.advance))
+    prepare(model, scheme, init="blockwise", calibration=list(torch.randint(0, 128, (16, 4, 24))), block_steps=6)
+    assert stage.flops == pytest.approx(counter.flops, rel=0.15)
+    assert reconstruction(resolve(Recipe(), 1, 32), model, coverage, Cost(1.0, 5.0, 35.0)) == []

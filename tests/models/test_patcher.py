@@ -149,7 +149,7 @@ def test_prepared_once(tiny_llama):
 
 
 def test_unknown_init(tiny_llama):
-    with pytest.raises(LlmqatError, match="init must be one of gptq, rtn; got 'awq'"):
+    with pytest.raises(LlmqatError, match="init must be one of gptq, blockwise, rtn; got 'awq'"):
         prepare(tiny_llama(), SCHEME, init="awq")
 
 
@@ -160,7 +160,7 @@ def test_unknown_init(tiny_llama):
         ({"storage_dtyp": torch.float16}, r"no option 'storage_dtyp'; did you mean storage_dtype\?"),
         (
             {"xyz": 1},
-            "no option 'xyz'; known: overrides, storage_dtype, damp, clip_mask, keep_float, lm_head_bits, kv_",
+            "no option 'xyz'; known: overrides, storage_dtype, damp, block_steps, clip_mask, keep_float, lm_head",
         ),
         ({"overrides": ["mlp"]}, r"^overrides must be a mapping, pattern -> change; got \['mlp'\]$"),
         ({"storage_dtype": "bfloat16"}, r"storage_dtype must be a float dtype such as torch\.bfloat16, got 'bfloat16'"),

@@ -43,10 +43,10 @@ SCHEMA = {
     "environment": dict.fromkeys((*PACKAGES, "python", "cpu", "cores", "threads", "gpu")),
     "device": None,
     "tokens": dict.fromkeys(("train", "calibration", "eval", "eval_sha256")),
-    "perplexity": dict.fromkeys(("float", "float_finetuned", "rtn", "gptq", "qat", "packed")),
+    "perplexity": dict.fromkeys(("float", "float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
     "gap_recovered": None,
-    "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "qat", "packed")),
-    "top1_agreement": dict.fromkeys(("float_finetuned", "rtn", "gptq", "qat", "packed")),
+    "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
+    "top1_agreement": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
     "coverage": dict.fromkeys(("parameters_quantized", "skipped", "kept_round_to_nearest")),
     "size": dict.fromkeys(("float_bytes", "packed_bytes", "bits_per_weight")),
     "throughput": {
@@ -121,7 +121,7 @@ def test_numbers(full):
     assert report["tokens"] == {"train": 1000, "calibration": 200, "eval": 64, "eval_sha256": full.data.sha256}
     assert report["perplexity"] == {row: pytest.approx(full.ppl(row)) for row in SCHEMA["perplexity"]}
     assert report["gap_recovered"] == pytest.approx((10.5 - 10.2) / (10.5 - 10.0))
-    unmeasured = dict.fromkeys(("float_finetuned", "rtn", "qat"))
+    unmeasured = dict.fromkeys(("float_finetuned", "rtn", "blockwise", "qat"))
     assert report["kl_to_float"] == {**unmeasured, "gptq": 0.02, "packed": 0.01}
     assert report["top1_agreement"] == {**unmeasured, "gptq": 0.9, "packed": 0.95}
     assert report["coverage"] == {
@@ -167,6 +167,7 @@ def test_what_was_not_measured_is_null():
     ("rows", "gap", "recovered"),
     [
         ({"float": 10, "rtn": 12, "gptq": 11, "qat": 1, "packed": 10.25}, 0.1, 0.75),
+        ({"float": 10, "rtn": 12, "blockwise": 11, "qat": 1, "packed": 10.25}, 0.1, 0.75),
         ({"float": 10, "rtn": 11, "gptq": 12, "qat": 1, "packed": 10.25}, 0.1, 0.75),  # the better one counts
         ({"float": 10, "rtn": 11, "qat": 1, "packed": 12}, 0.1, -1.0),  # training made it worse
         ({"float": 10, "rtn": 11, "qat": 1, "packed": 9}, 0.1, 2.0),
