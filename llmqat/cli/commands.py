@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def write_text(path: Path, text: str) -> None:
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run `llmqat verify`."""
+    if args.against:
+        return verify_against(args)
     from llmqat.devices import find_device
     from llmqat.formats.verify import verify
 
@@ -177,6 +180,24 @@ def run_verify(args: argparse.Namespace) -> None:
         differs = [*check.mismatched, *check.changed]
         where = f": {', '.join(differs[:5])}" if differs else " in its logits or what it decodes"
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
+
+
+def verify_against(args: argparse.Namespace) -> None:
+    """Run `llmqat verify --against`.
+
+    Raises:
+        LlmqatError: if the exported model is not the packed one.
+    """
+    from llmqat.pipeline.verify_export import verify_export
+
+    check = verify_export(args.model, args.against)
+    print(f"format           {check.format}\ntensors          {check.tensors}\nall equal        {check.ok}")
+    if args.json:
+        write_text(Path(args.json), json.dumps({**asdict(check), "ok": check.ok}, indent=2) + "\n")
+    if not check.ok:
+        raise LlmqatError(
+            f"{args.model} is not {args.against}: it {'; it '.join(check.differences)}; export that again"
+        )
 
 
 def run_export(args: argparse.Namespace) -> None:

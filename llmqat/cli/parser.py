@@ -52,6 +52,8 @@ VERIFY = """\
 Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
 
   llmqat verify runs/llmqat
+  llmqat verify out-gguf --against runs/llmqat
+      an exported model: every code, scale and float part, config and tokenizer, compared with the packed directory
 """
 EXPORT = """\
 Move a packed model to the format of another engine: the same codes and scales, bit for bit; nothing is quantized again.
@@ -153,8 +155,10 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
 def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     """Add the sub-commands that take no recipe, made by ``command(name, help)``."""
     sub = command("verify", VERIFY)
-    sub.add_argument("model", help="packed directory")
+    sub.add_argument("model", help="packed directory, or the output of llmqat export")
     sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
+    sub.add_argument("--against", metavar="DIR", help="packed directory that the model, an export, was made of")
+    sub.add_argument("--json", metavar="FILE", help="with --against: also write the outcome to a file")
     add_fields(sub, Recipe, ("device",))
 
     sub = command("export", EXPORT)

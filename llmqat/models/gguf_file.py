@@ -92,7 +92,7 @@ def cache() -> Path:
 
 def write_model(path: Path, scratch: Path) -> None:
     """Write the model of a GGUF file, its config and its tokenizer to `scratch` as transformers saves them."""
-    reader = _opened(path)
+    reader = opened(path)
     facts = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
     if facts.get("split.count", 1) > 1:
         raise LlmqatError(f"{path} is a part of a model in several files; merge them by llama-gguf-split --merge")
@@ -127,7 +127,7 @@ def _model(path: Path, facts: dict[str, Any], reader: Any) -> Any:
     return model
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
     """A reader of a GGUF file whose tensors stay in it."""
     gguf = gguf_package()
     try:

@@ -1,0 +1,119 @@
+"""Compare an exported model with what `export` makes of its packed directory: every tensor, fact and file of text."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.directory import TEXT_FILES, model_files
+from llmqat.formats.export.gguf import FILE
+from llmqat.formats.weights import read_tensors
+from llmqat.models.gguf_file import opened
+
+CONFIG = "config.json"
+OWN_FACTS = ("GGUF.", "general.name")  # how the file is laid out, and the name of a folder
+
+
+class Parts(NamedTuple):
+    """An exported model in parts that can be compared.
+
+    Attributes:
+        tensors: digest of dtype, shape and bytes by name: codes, scales, group indices and float parts.
+        texts: digest of what turns text into tokens, by name: files, or metadata of a GGUF file.
+        facts: what config.json, or the metadata of a GGUF file, says, by key.
+    """
+
+    tensors: dict[str, str]
+    texts: dict[str, str]
+    facts: dict[str, str]
+
+
+def format_of(directory: Path) -> str:
+    """The format of an exported model.
+
+    Raises:
+        LlmqatError: if the directory holds none.
+    """
+    if (directory / FILE).exists():
+        return "gguf"
+    config = _config(directory)
+    if "quantization" in config:
+        return "mlx"
+    found = config.get("quantization_config", {"quant_method": "dense"})
+    method = str(found.get("quant_method") if isinstance(found, dict) else found)
+    if method not in ("gptq", "awq", "dense"):
+        raise LlmqatError(f"{directory} is a {method} model, which is no format of llmqat export; leave --against out")
+    return method
+
+
+def parts_of(directory: Path) -> Parts:
+    """The parts of an exported model.
+
+    Raises:
+        LlmqatError: if a file is missing, truncated or damaged.
+    """
+    if (directory / FILE).exists():
+        return _parts_of_gguf(directory / FILE)
+    tensors = {name: _digest(tensor) for name, tensor in read_tensors(directory)}
+    names = sorted(model_files(directory, TEXT_FILES))
+    texts = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
+    return Parts(tensors, texts, {key: json.dumps(value) for key, value in _config(directory).items()})
+
+
+def _parts_of_gguf(path: Path) -> Parts:
+    reader = opened(path)
+    tensors = {}
+    for tensor in reader.tensors:
+        digest = _digest(torch.from_numpy(tensor.data.copy()))
+        tensors[tensor.name] = f"{tensor.tensor_type.name} {digest}"
+    said = {key: str(field.contents()) for key, field in reader.fields.items() if not key.startswith(OWN_FACTS)}
+    texts = {key: value for key, value in said.items() if key.startswith("tokenizer.")}
+    return Parts(tensors, texts, {key: value for key, value in said.items() if key not in texts})
+
+
+def differences(found: Parts, right: Parts) -> Iterator[str]:
+    """One line for each kind of difference, with the names of the first."""
+    lacking = sorted(right.tensors.keys() - found.tensors.keys())
+    beyond = sorted(found.tensors.keys() - right.tensors.keys())
+    if lacking:
+        yield f"lacks {_named(lacking)}"
+    if beyond:
+        yield f"holds {_named(beyond)}, which the packed model does not have"
+    for words, field in (
+        ("holds other numbers in", "tensors"),
+        ("has another tokenizer, by", "texts"),
+        ("is another model, by", "facts"),
+    ):
+        own, expected = getattr(found, field), getattr(right, field)
+        names = own.keys() & expected.keys() if field == "tensors" else own.keys() | expected.keys()
+        other = sorted(name for name in names if own.get(name) != expected.get(name))
+        if other:
+            yield f"{words} {_named(other)}"
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _digest(tensor: Tensor) -> str:
+    """Digest of dtype, shape and bytes."""
+    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return hashlib.sha256(head + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LlmqatError(
+            f"{directory} holds no exported model: neither {FILE} nor a {CONFIG} that can be read; give the output of "
+            "llmqat export"
+        ) from error
+    if not isinstance(config, dict):
+        raise LlmqatError(f"{directory / CONFIG} is damaged; export the model again")
+    return config
