@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmqat.compat.register import leans_on
@@ -63,3 +64,33 @@ def captures_outputs(hook: Any) -> bool:
     It does nothing until a call asks for them again, and such a call runs through transformers.
     """
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+@leans_on("transformers.integrations.moe._default_apply_gate", test="tests/models/test_experts.py")
+def has_default_gate(fused: nn.Module) -> bool:
+    """Whether fused experts compute ``act(gate) * up`` between their projections, and nothing else."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    return getattr(type(fused), "_apply_gate", _default_apply_gate) is _default_apply_gate
+
+
+@leans_on(
+    "transformers.conversion_mapping.get_model_conversion_mapping",
+    "transformers.core_model_loading.WeightConverter",
+    test="tests/models/test_experts.py",
+)
+def expert_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names of an expert's projections in files, by ``gate_proj``, ``up_proj`` and ``down_proj``; empty where files
+    hold the experts of a block in one tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    names: dict[str, str] = {}
+    for entry in get_model_conversion_mapping(model):
+        apart = isinstance(entry, WeightConverter) and all(".experts.*." in f".{s}" for s in entry.source_patterns)
+        for target in entry.target_patterns if apart else ():
+            own = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(target.rpartition(".")[2])
+            files = [source.removesuffix(".weight").rpartition(".")[2] for source in entry.source_patterns]
+            if own is not None and len(files) == len(own):
+                names |= dict(zip(own, files, strict=True))
+    return names if len(names) == 3 else {}

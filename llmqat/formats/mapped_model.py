@@ -11,7 +11,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import generation_config, local_directory
 from llmqat.formats.weights import read_mapped
 from llmqat.mapped import Disk
-from llmqat.models.experts import can_split_experts
+from llmqat.models.experts import fused_experts
 from llmqat.models.loading import REMEMBERED, load_config, load_empty, resolve_name
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed
 
@@ -37,7 +37,7 @@ def load_mapped(name: str, disk: Disk) -> PreTrainedModel:
             "again with save_pretrained"
         )
     model, stored = load_empty(name)
-    if can_split_experts(model):
+    if fused_experts(model):
         raise LlmqatError(f"--low-memory does not know how to split fused experts yet: {LOW_MEMORY}")
     for key, tensor in _tensors_for(model, directory).items():
         _put(model, key, tensor, disk)

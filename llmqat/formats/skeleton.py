@@ -93,17 +93,26 @@ def _check_sizes(config: Any, found: Mapping[str, Header], directory: Path) -> N
     widest = max((size for header in found.values() for size in header.shape), default=0)
     limits = {"num_hidden_layers": len(found), "num_local_experts": len(found), "num_experts": len(found)}
     for key, limit in {**limits, "hidden_size": widest, "head_dim": widest}.items():
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value > limit:
+        value = _size(text, key)
+        if value is not None and value > limit:
             lost = f"layers.{limit}" if key == "num_hidden_layers" else f"all but {limit} of them"
             raise LlmqatError(f"{directory / 'config.json'}: {key} is {value}, but the file lacks {lost}; {APART}")
     for key in ("max_position_embeddings", "max_seq_len"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value > MOST_POSITIONS:
+        value = _size(text, key)
+        if value is not None and value > MOST_POSITIONS:
             raise LlmqatError(
                 f"{directory / 'config.json'}: {key} is {value}, and no model sees more than {MOST_POSITIONS} "
                 "positions; write the model again"
             )
+
+
+def _size(config: Any, key: str) -> int | None:
+    """A number of `config`; None if it has none of that name, or one for each layer."""
+    try:
+        value = getattr(config, key, None)
+    except Exception:  # Gemma 4's heads differ by layer, and reading a size that they share is an error
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _check_buffers(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -> None:

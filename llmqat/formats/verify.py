@@ -268,8 +268,9 @@ def logit_error(model: PreTrainedModel, plain: PreTrainedModel, exact: PreTraine
     """
     generator = torch.Generator().manual_seed(0)
     count, length = PROBES_OF_INT8_INPUTS if quantizes_inputs(model) else PROBES
-    length = min(length, getattr(model.config, "max_position_embeddings", length))
-    probes = torch.randint(model.config.vocab_size, (count, 1, length), generator=generator).to(model.device)
+    text = model.config.get_text_config()
+    length = min(length, getattr(text, "max_position_embeddings", length))
+    probes = torch.randint(text.vocab_size, (count, 1, length), generator=generator).to(model.device)
 
     def logits(candidate: nn.Module) -> list[Tensor]:
         with disable_quantizers(candidate):

@@ -1,7 +1,7 @@
 """Everything that llmqat knows about model families, as data, and the blocks of those that it does not know.
 
-Where blocks are, looking at a model finds. A row has what looking cannot tell: where SmoothQuant is exact, what picks
-experts, and what files call modules.
+Where blocks are, looking at a model finds. A row has what looking cannot tell: where SmoothQuant is exact, and what
+files call modules where transformers does not say it.
 """
 
 from collections import Counter
@@ -23,19 +23,17 @@ class Architecture:
         blocks: path of the ModuleList of transformer blocks in a model with a head. Linear layers elsewhere (heads,
             poolers, projections of embeddings) stay float.
         smooth_sites: where SmoothQuant is exact, paths relative to a block.
-        router: path, in a block, of what picks the experts: it stays float. None for a family without experts.
         file_names: parts of module names and what they are in files, in this order. Nothing else may hold them.
     """
 
     blocks: str
     smooth_sites: tuple[Site, ...] = ()
-    router: str | None = None
     file_names: tuple[tuple[str, str], ...] = ()
 
 
 LLAMA = Architecture("model.layers", smooth_sites.LLAMA)
 
-MOE = Architecture("model.layers", smooth_sites.MOE, router="mlp.gate")
+MOE = Architecture("model.layers", smooth_sites.MOE)
 MIXTRAL_FILES = (
     (".mlp.", ".block_sparse_moe."),
     (".gate_proj.", ".w1."),

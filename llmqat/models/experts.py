@@ -1,25 +1,22 @@
 """Where a model's fused experts are, what they are called in files, and how they become Linears."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmqat.compat.transformers import save_as_it_is
+from llmqat.compat.transformers import expert_names, save_as_it_is
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import known_architecture
 from llmqat.models.coverage import LayerCoverage
-from llmqat.nn.experts import PROJECTIONS, SplitExperts, is_fused
+from llmqat.nn.experts import PROJECTIONS, SplitExperts, can_split, is_fused
 from llmqat.scheme import QuantScheme
 
 Shape = tuple[int, int]
-
-
-def can_split_experts(model: PreTrainedModel) -> bool:
-    """Whether the family's experts can be split: its row knows the layout, and the router."""
-    row = known_architecture(model)
-    return row is not None and row.router is not None
+EXPERT = re.compile(r"\.experts\.\d+\.")
+_NAMES: dict[type, dict[str, str]] = {}  # of kinds of models, as transformers converts them
 
 
 def expert_layers(name: str, fused: nn.Module) -> Iterator[tuple[str, Shape]]:
@@ -62,14 +59,25 @@ def check_experts(layers: Iterable[LayerCoverage]) -> None:
 
 
 def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The fused modules by name that can be split: none if the family has no row that says how."""
-    if not can_split_experts(model):
-        return {}
-    return {name: module for name, module in model.named_modules() if is_fused(module)}
+    """The fused modules by name that can be split: those whose experts have names of their own in files."""
+    fused = {name: module for name, module in model.named_modules() if can_split(module)}
+    return fused if fused and names_in_files(model) else {}
+
+
+def names_in_files(model: PreTrainedModel) -> tuple[tuple[str, str], ...]:
+    """Parts of the names of modules and what they are in files, patterns of an expert's; empty where files hold the
+    experts of a block in one tensor."""
+    row = known_architecture(model)
+    if row is not None:
+        return row.file_names or tuple((f".{name}.", f".{name}.") for name in PROJECTIONS)
+    kind = type(model)
+    if kind not in _NAMES:
+        _NAMES[kind] = expert_names(model)
+    return tuple((f".{own}.", f".{file}.") for own, file in _NAMES[kind].items())
 
 
 def split_experts(model: PreTrainedModel) -> None:
-    """Replace fused experts by `SplitExperts`, in place, if the family has a row that says how."""
+    """Replace the fused experts that can be split by `SplitExperts`, in place."""
     for name, module in fused_experts(model).items():
         model.set_submodule(name, SplitExperts.from_fused(module))
         save_as_it_is(model)  # a Trainer's checkpoints would have other names than load_state_dict knows
@@ -90,30 +98,31 @@ def experts_as_linears(model: PreTrainedModel) -> Iterator[None]:
 
 
 def routers(model: PreTrainedModel) -> list[str]:
-    """Names of the model's routers."""
-    row = known_architecture(model)
-    if row is None or row.router is None:
-        return []
-    modules = dict(model.named_modules())
-    paths = (f"{row.blocks}.{index}.{row.router}" for index in range(len(modules[row.blocks])))  # type: ignore[arg-type]
-    return [path for path in paths if path in modules]
+    """Names of the model's routers: what lies beside experts, and writes a number for each of them."""
+    modules, found = dict(model.named_modules()), []
+    for name, module in modules.items():
+        if isinstance(module, SplitExperts) or is_fused(module):
+            count = len(module) if isinstance(module, SplitExperts) else len(module.get_parameter("down_proj"))
+            block = name.rpartition(".")[0]
+            for path, other in modules[block].named_modules(prefix=block):
+                weight = getattr(other, "weight", None)
+                if not path.startswith(name) and isinstance(weight, Tensor) and weight.shape[:-1] == (count,):
+                    found.append(path)
+    return found
 
 
 def file_name(model: PreTrainedModel, name: str) -> str:
     """The name of a tensor or module of `model` in files: as transformers saves it, and vLLM reads it."""
-    row = known_architecture(model)
-    for module, file in row.file_names if row else ():
-        name = _renamed(name, module, file)
-    return name
+    return _renamed(name, names_in_files(model) if EXPERT.search(name) or known_architecture(model) else ())
 
 
 def module_name(model: PreTrainedModel, name: str) -> str:
     """Inverse of `file_name`."""
-    row = known_architecture(model)
-    for module, file in row.file_names if row else ():
-        name = _renamed(name, file, module)
+    names = names_in_files(model) if EXPERT.search(name) or known_architecture(model) else ()
+    return _renamed(name, [(file, module) for module, file in names])
+
+
+def _renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    for old, new in parts:
+        name = f"{name}.".replace(old, new).removesuffix(".")
     return name
-
-
-def _renamed(name: str, old: str, new: str) -> str:
-    return f"{name}.".replace(old, new).removesuffix(".")

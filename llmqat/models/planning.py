@@ -21,7 +21,7 @@ from llmqat.models.coverage import (
     check_coverage,
     total_parameters,
 )
-from llmqat.models.experts import can_split_experts, check_experts, expert_layers, fused_shapes
+from llmqat.models.experts import check_experts, expert_layers, fused_experts, fused_shapes, routers
 from llmqat.models.replaceable import check_merged, obstacles
 from llmqat.nn.embedding import embed_scale_of
 from llmqat.nn.experts import is_fused
@@ -31,6 +31,8 @@ from llmqat.scheme import QuantScheme
 # Weights per scale where a recipe names none, the first that divides. 128 is what vLLM, GPTQ and AWQ models have and
 # most published tables measure; hidden sizes such as SmolLM2's 576 and 960 need 64.
 GROUP_SIZES = (128, 64, 32)
+
+ROUTER, FUSED = "it picks the experts", "fused experts of a layout that llmqat cannot split"
 
 # Pattern -> changes to the scheme, or "float". Later patterns win.
 Overrides = Mapping[str, Mapping[str, Any] | str]
@@ -78,7 +80,9 @@ def plan(
     check_overrides(overrides, [name for name, _, _ in found])
     check_head(model, lm_head_bits)
     head, layers, outside = model.get_output_embeddings(), [], outside_blocks(model)
-    blocked = obstacles(model)
+    blocked = obstacles(model) | dict.fromkeys(routers(model), ROUTER)
+    split = {id(module) for module in fused_experts(model).values()}
+    blocked |= {name: FUSED for name, _, module in found if is_fused(module) and id(module) not in split}
     for name, shape, module in found:
         role = "" if module is not head else TIED_HEAD if is_tied(model) else HEAD
         reason, grid = float_reason(model, name, module, outside), scheme
@@ -141,11 +145,11 @@ def block_parameters(model: PreTrainedModel, blocked: Collection[str] = ()) -> t
     those of `blocked` layers cannot."""
     outside = outside_blocks(model)
     in_blocks = {name: p.numel() for name, p in model.named_parameters() if not outside(name)}
-    covered = set()
+    covered, split = set(), fused_experts(model)
     for path, module in model.named_modules():
         if isinstance(module, LINEAR_LAYERS) and path not in blocked:
             covered.add(f"{path}.weight")
-        elif is_fused(module) and can_split_experts(model):
+        elif path in split:
             covered.update(name for name, parameter in module.named_parameters(path) if parameter.ndim == 3)
     return sum(in_blocks.values()), {name: size for name, size in in_blocks.items() if name not in covered}
 
@@ -153,11 +157,12 @@ def block_parameters(model: PreTrainedModel, blocked: Collection[str] = ()) -> t
 def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], nn.Module]]:
     """Name, shape ``(out, in)`` and module of every linear layer in model order; the Linears of an expert have the
     fused module that holds them."""
+    split = fused_experts(model)
     for name, module in model.named_modules():
         if isinstance(module, LINEAR_LAYERS):
             yield name, linear_shape(module), module
         elif is_fused(module):
-            layers = expert_layers(name, module) if can_split_experts(model) else fused_shapes(name, module)
+            layers = expert_layers(name, module) if name in split else fused_shapes(name, module)
             yield from ((layer, shape, module) for layer, shape in layers)
 
 
@@ -220,8 +225,6 @@ def float_reason(model: PreTrainedModel, name: str, module: nn.Module, outside: 
         return HEAD
     if outside(name):
         return "outside the blocks"
-    if is_fused(module) and not can_split_experts(model):
-        return f"fused experts, and {model.config.model_type!r} has no router in architectures.py"
     return ""
 
 

@@ -67,11 +67,24 @@ def _own_reason(module: nn.Module) -> str:
     kind = type(module)
     if is_parametrized(module) or "weight" not in dict(module.named_parameters(recurse=False)):
         return "its weight is computed from other parameters"
-    if kind.forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in module.__dict__:
+    plain = kind.forward in (nn.Linear.forward, Conv1D.forward) or _computes_linear(kind)  # type: ignore[arg-type]
+    if not plain or "forward" in module.__dict__:
         return f"a {kind.__name__} with a forward of its own"
     if any(hooks_of(module)):
         return "it has hooks, which would be lost"
     return ""
+
+
+@lru_cache(maxsize=64)
+def _computes_linear(kind: type) -> bool:
+    """Whether a forward that a subclass of Linear has of its own (Falcon's) gives what that of Linear does; tried."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            layer, x = kind(8, 4, bias=True).double(), torch.randn(3, 8, dtype=torch.float64)
+            equal = torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+            return equal and layer.__dict__.keys() == nn.Linear(8, 4).__dict__.keys()
+    except Exception:  # made otherwise than a Linear
+        return False
 
 
 def _read_in_a_forward(model: PreTrainedModel, linear: dict[str, nn.Module]) -> set[str] | None:
@@ -84,7 +97,9 @@ def _read_in_a_forward(model: PreTrainedModel, linear: dict[str, nn.Module]) -> 
     try:
         with watched(list(linear.values()), lambda module: seen.add(names[id(module)])), torch.no_grad():
             model.eval()
-            ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(1, model.config.vocab_size)
+            ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(
+                1, model.config.get_text_config().vocab_size
+            )
             model(input_ids=ids)
     except Exception:  # it wants other inputs than tokens; its source is looked at instead
         return None

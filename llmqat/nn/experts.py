@@ -12,13 +12,34 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llmqat.compat.transformers import has_default_gate
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# How transformers lays fused experts out unless it says otherwise: gate above up, weights as ``(out, in)``.
+LAYOUT = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds the weights of many experts in 3-D Parameters of its own."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def can_split(module: nn.Module) -> bool:
+    """Whether a module is fused, and `SplitExperts` computes the same: its layout and its gate are the usual ones."""
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not is_fused(module) or not isinstance(gate_up, nn.Parameter) or not hasattr(module, "act_fn"):
+        return False
+    assert isinstance(down, nn.Parameter)
+    experts, hidden, intermediate = down.shape
+    usual = all(getattr(module, name, value) == value for name, value in LAYOUT.items())
+    return usual and gate_up.shape == (experts, 2 * intermediate, hidden) and has_default_gate(module)
 
 
 class Expert(nn.Module):

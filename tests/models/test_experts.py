@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.fold import TOLERANCE
@@ -18,7 +18,7 @@ from llmqat.models.experts import file_name, module_name, routers
 from llmqat.models.float_view import FloatView
 from llmqat.models.patcher import prepare, quantized_layers, smooth
 from llmqat.models.planning import plan
-from llmqat.nn.experts import PROJECTIONS, SplitExperts, is_fused
+from llmqat.nn.experts import PROJECTIONS, is_fused
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
@@ -326,17 +326,3 @@ def test_smoothing_reaches_router_and_experts_before_they_are_split(family, tiny
     prepare(model, QuantScheme(4, 16))
     gate = block.mlp.experts[2].gate_proj
     assert torch.equal(gate.weight, (before[2] * s)[2, : gate.out_features])
-
-
-def test_experts_that_no_row_describes_stay_float_and_are_reported(family):
-    config = CONFIG_MAPPING["olmoe"](
-        hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_experts=4, vocab_size=64
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(LlmqatError, match=r"only 39.* are model\.layers\.0\.mlp\.experts.*--min-coverage 0\.39"):
-        prepare(model, QuantScheme(4, 16))
-    report = prepare(model, QuantScheme(4, 16), min_coverage=0.39)
-    skipped = {layer.name: layer.reason for layer in report.skipped}
-    assert "'olmoe' has no router in architectures.py" in skipped["model.layers.0.mlp.experts.gate_up_proj"]
-    assert report.parameters_quantized < 0.5
-    assert not any(isinstance(module, SplitExperts) for module in model.modules())

@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
-from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
+from tests.conftest import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 TABLE = re.compile(r"(?<=<!-- support: begin -->\n).*?(?=<!-- support: end -->)", re.DOTALL)
@@ -24,7 +24,7 @@ ENCODERS = ("bert", "roberta", "distilbert")
 
 
 @pytest.mark.parametrize(("init", "mode"), [("rtn", "full"), ("gptq", "full"), ("gptq", "lora"), ("gptq", "scales")])
-@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.router is None])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_family(outcome, model_type, init, mode):
     """Prepare, one step, pack: transformers and llmqat load equal weights, with logits within the bound. Families with
     experts: test_experts.py."""

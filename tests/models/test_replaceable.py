@@ -62,6 +62,19 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Spelled(nn.Linear):
+    """Falcon's way to write it."""
+
+    def forward(self, x):
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+def test_another_way_to_write_a_linear_layer(tiny_llama):
+    model = tiny_llama()
+    model.get_submodule(DOWN).__class__ = Spelled
+    assert not reasons(plan(model, INT4))
+
+
 def with_mlp(model):
     model.model.layers[0].mlp = ReadsWeight(model.model.layers[0].mlp)
 
