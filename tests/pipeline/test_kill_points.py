@@ -22,7 +22,7 @@ from llmqat.files import PARTIAL
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONFIGS = {
-    "full": {"train.mode": "full"},
+    "full": {"train.mode": "full", "init.method": "blockwise", "init.block_steps": 2},
     "lora": {"train.mode": "lora", "quant.bits": 3, "quant.lm_head_bits": 4, "low_memory": True},
     "scales": {"train.mode": "scales", "init.smooth": 0.5, "quant.symmetric": False},
     "control": {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},

@@ -54,7 +54,7 @@ def saved(tiny, tokenizer, tmp_path):
     [
         ("llama", {"train.mode": "lora", "init.method": "gptq", **ALL}, True),
         ("gemma3_text", {"train.mode": "scales", "init.method": "rtn"}, True),
-        ("gpt2", {"train.mode": "lora", "init.method": "gptq"}, True),
+        ("gpt2", {"train.mode": "lora", "init.method": "blockwise", "init.block_steps": 2}, True),
         ("opt", {"init.method": "gptq"}, False),
     ],
 )
