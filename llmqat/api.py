@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat import config as config_module
-from llmqat.algorithms.activation_ranges import follow_activations, observe_activations
+from llmqat.algorithms.activation_ranges import follow_activations, observe_activations, static_layers
 from llmqat.algorithms.smoothquant import Smoothed
 from llmqat.config.options import shown
 from llmqat.data.corpus import load_corpus
@@ -91,14 +91,16 @@ def finetune(
     """
     options = _options(options)
     values: dict[str, Any] = {"seed": options.pop("seed", 0), "device": options.pop("device", "auto")}
-    values["train"] = {**options, "mode": mode}
+    values["train"] = {**options, "mode": mode, "loss": _loss(options, teacher)}
+    if static_layers(model):
+        values["quant"] = {"act_bits": 8, "act_static": True}
     recipe = config_module.resolve(config_module.from_dict(values), sum(p.numel() for p in model.parameters()))
     if not quantized_layers(model):
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
     if recipe.device != "auto" or next(model.parameters()).device.type == "cpu":
         model.to(find_device(recipe.device))
     view = _teacher(model, teacher, mode)
-    select_trainable(model, mode, recipe.train.lr_scale > 0)
+    select_trainable(model, mode, recipe.train.lr_scale > 0, recipe.train.lr_float > 0)
     if isinstance(view, FloatView) and view.model is model:
         view = FloatView(model)  # made before, it would not know which norms train
     checkpoints = None if output is None else Checkpoints(Path(output))
@@ -118,6 +120,23 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
         stacklevel=3,
     )
     return {**(options["options"] or {}), **{name: value for name, value in options.items() if name != "options"}}
+
+
+def _loss(options: Mapping[str, Any], teacher: Any) -> str:
+    """The loss that a teacher, or none, trains by.
+
+    Raises:
+        LlmqatError: if another one is asked for, or an option of the recipe that is no option here.
+    """
+    loss = "ce" if teacher is None else "kd"
+    if options.get("loss", loss) != loss:
+        raise LlmqatError(
+            f"loss={shown(options['loss'])} changes nothing: finetune distils where it is given a teacher, and trains "
+            "by cross-entropy where it is not; leave loss out"
+        )
+    if "lora_r" in options:
+        raise LlmqatError("lora_r changes nothing: the rank of adapters is that of add_lora(model, r=...)")
+    return loss
 
 
 def _teacher(model: nn.Module, teacher: Any, mode: str) -> FloatCopy | FloatView | None:

@@ -218,6 +218,11 @@ def test_silent_modes_are_refused(tiny_llama, tokens):
 
     with pytest.raises(LlmqatError, match=r"this model has none that train; call model = llmqat\.add_lora\(model\)"):
         train(prepared(), mode="lora")
+    with pytest.raises(LlmqatError, match=r"lora_r changes nothing: the rank of adapters is that of add_lora"):
+        train(prepared(), mode="lora", lora_r=2)
+    for loss, teacher in (("kd", None), ("ce", tiny_llama())):
+        with pytest.raises(LlmqatError, match=f"loss='{loss}' changes nothing: finetune distils where it is given"):
+            train(prepared(), loss=loss, teacher=teacher)
     calibrated = {"init": "gptq", "calibration": tokens}
     lost = r"is no longer inside this one, .*; prepare it with keep_float=True, or give the float model as teacher"
     for teacher in ("self", llmqat.FloatView):

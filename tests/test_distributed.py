@@ -141,7 +141,8 @@ def talks(tmp_path_factory):
 
 
 def changes_of(mode):
-    return {"train.mode": mode, "train.precision": "fp32", "train.max_steps": 6}
+    beside = {"train.lr_scale": 1e-3} if mode == "lora" else {}
+    return {"train.mode": mode, "train.precision": "fp32", "train.max_steps": 6, **beside}
 
 
 def result_of(directory):

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from llmqat.config.options import NO_LIMITS, check_value, option, shown
 from llmqat.config.sections import DataConfig, EvalConfig, InitConfig, QuantConfig, TrainConfig
+from llmqat.config.unused import check_used
 from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.scheme import QuantScheme
 
@@ -96,10 +97,14 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
         recipe: as it was asked for.
         parameters: of the model, which choose what trains.
         default_group_size: where the recipe names none; `llmqat.models.planning.resolve_for` finds it.
+
+    Raises:
+        LlmqatError: if an option is given that what trains leaves without effect.
     """
     quant, train = recipe.quant, recipe.train
     group_size = quant.group_size if quant.group_size is not None else default_group_size
     mode = train.mode or ("full" if parameters < 1e9 and not recipe.low_memory else "lora")
+    check_used(quant, train, mode)
     lr = train.lr if train.lr is not None else DEFAULT_LR[mode]
     checkpointing = train.gradient_checkpointing or recipe.low_memory  # else all blocks would stay for the backward
     chosen = {

@@ -100,8 +100,8 @@ class TrainConfig:
 
     mode: str | None = option(
         None,
-        "what trains: all weights, LoRA inside the quantizer, or scales and norms; default: full below 1 B parameters "
-        "and without --low-memory, else lora",
+        "what trains: all weights, LoRA inside the quantizer with norms, or scales and norms; default: full below 1 B "
+        "parameters and without --low-memory, else lora",
         "--train",
         choices=MODES,
     )
@@ -123,14 +123,17 @@ class TrainConfig:
     )
     lr_scale: float = option(
         0.0,
-        "full: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized",
+        "full, lora: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized",
         "--lr-scale",
         least=0.0,
     )
     lr_float: float = option(
-        1e-3, "learning rate of norms and embeddings, as a fraction of their RMS", "--lr-float", least=0.0
+        1e-3,
+        "learning rate of norms and, where all weights train, embeddings, as a fraction of their RMS",
+        "--lr-float",
+        least=0.0,
     )
-    lora_r: int = option(32, "LoRA rank", "--lora-r", least=1)
+    lora_r: int = option(32, "lora: rank of the adapters", "--lora-r", least=1)
     warmup: float = option(
         0.05, "share of the steps with rising learning rate; then cosine to zero", "--warmup", least=0.0, most=1.0
     )

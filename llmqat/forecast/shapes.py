@@ -79,7 +79,7 @@ def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport,
                 torch.empty_like(on_grid.layer.scale, dtype=torch.bfloat16),
             )
     marked = add_lora(model, train.lora_r, alpha=1.0) if train.mode == "lora" else model
-    select_trainable(marked, train.mode, train.lr_scale > 0)
+    select_trainable(marked, train.mode, train.lr_scale > 0, train.lr_float > 0)
     return Shapes(marked, float_copy or FloatView(marked))
 
 

@@ -15,13 +15,14 @@ from llmqat.processes import is_first
 from llmqat.report.details import NAME as DETAILS
 from llmqat.report.page.render import PAGE, REPORT
 from llmqat.train import checkpoint
+from llmqat.train.adapter_files import BESIDE
 from llmqat.train.checkpoint import REMEDY
 
 RECIPE, CHECKPOINT, ADAPTER = "recipe.yaml", "checkpoint", "adapter"
 GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
 # What a report of a run consists of: stale as soon as another model is in the directory.
 REPORT_FILES = (RECIPE, REPORT, PAGE, DETAILS, "README.md")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", BESIDE, "README.md")
 # Where a run writes, and so where a killed one may leave unfinished files.
 FOLDERS = ("", CHECKPOINT, f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", ADAPTER)
 
@@ -123,7 +124,7 @@ def claimed(directory: Path, model: str, resume: bool, overwrite: bool) -> Itera
 
 
 def save_adapter(model: PeftModel, directory: Path, base: str) -> None:
-    """Write the adapters of a model, which was made of the model named `base`."""
+    """Write the adapters of a model, which was made of the model named `base`, and what trained beside them."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     with replacing(directory) as scratch:

@@ -73,7 +73,7 @@ from llmqat.team import ALONE
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 from llmqat.train.loop import TrainingData, fit
-from llmqat.train.modes import add_lora, default_alpha, select_trainable
+from llmqat.train.modes import add_lora, default_alpha, freeze_scales, select_trainable
 from llmqat.train.together import check_agreement, close_process_group, connect
 from llmqat.train.tracking import check_tracker
 
@@ -302,7 +302,7 @@ class Run:
         if config.mode == "lora":
             self.model = add_lora(self.model, config.lora_r, self.lora_alpha)
             self.place_model()
-        select_trainable(self.model, config.mode, config.lr_scale > 0)
+        select_trainable(self.model, config.mode, config.lr_scale > 0, config.lr_float > 0)
 
     def train_model(self) -> None:
         """Train through the grid, and the float control if it was asked for."""
@@ -329,6 +329,7 @@ class Run:
         """Train the float model on the same text: what training gives without a grid."""
         log("training the float control")
         control, saved = copy.deepcopy(self.model), self.checkpoints.subdirectory(CONTROL)
+        freeze_scales(control)
         with disable_quantizers(control, disable_adapters=False):
             # Everywhere: the same teacher is needed once more, and all processes score.
             train(control, checkpoints=Checkpoints(saved.directory, saved.run, saved.load()), everywhere=True)

@@ -5,6 +5,7 @@ median scale), any other tensor's as a fraction of its own root mean square.
 """
 
 import warnings
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
+from llmqat.train.adapter_files import is_norm, load_beside, saving_all
 
 
 def default_alpha(model: nn.Module, r: int) -> float:
@@ -41,10 +43,10 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
         model: prepared by `llmqat.prepare`.
         r: rank.
         alpha: scaling is ``alpha / r``; by default adapters count in codes, see `default_alpha`.
-        adapter: directory of a saved adapter to load instead of a fresh one.
+        adapter: directory of a saved adapter to load instead of a fresh one, with the scales and norms beside it.
 
     Returns:
-        an ordinary `PeftModel`; its ``save_pretrained`` writes an ordinary adapter directory.
+        a `PeftModel`; its ``save_pretrained`` writes an ordinary adapter directory, and a file of scales and norms.
 
     Raises:
         LlmqatError: if the model is not prepared, or peft leaves a layer out.
@@ -68,8 +70,10 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
                     f"peft gave no adapter to {len(without)} layers, the first is {without[0]}; train with --train "
                     "full or scales, or install another version of peft"
                 )
-            return adapted  # type: ignore[return-value]
-        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+            return saving_all(adapted)  # type: ignore[arg-type]
+        loaded = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+        load_beside(loaded, Path(adapter))
+        return saving_all(loaded)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -79,16 +83,12 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization layer, by the name of its class."""
-    return type(module).__name__.endswith(("Norm", "NormBase")) or isinstance(module, nn.LayerNorm)
+def select_trainable(model: nn.Module, mode: str, scales: bool = True, norms: bool = True) -> None:
+    """Set ``requires_grad`` for `mode`.
 
-
-def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
-    """Set ``requires_grad`` for `mode`; LoRA's is set by peft.
-
-    full: everything but zero points, and but the scales where `scales` is False. scales: the scales and the norms, with
-    codes frozen. A scale that trains is decoupled from the codes first.
+    full: everything but zero points, and but the scales where `scales` is False. lora: the adapters; the scales where
+    `scales`, and the norms where `norms`. scales: the scales, and the norms where `norms`. A scale that trains is
+    decoupled from the codes first, so that it moves none of them.
 
     Raises:
         LlmqatError: if the mode is LoRA, and the model has no adapters.
@@ -99,10 +99,10 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
                 "mode 'lora' trains adapters, and this model has none that train; call model = llmqat.add_lora(model) "
                 "first, or train with mode='full' or mode='scales'"
             )
-        return
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(mode == "full" and parameter.is_floating_point())
     scales = scales or mode == "scales"
-    for parameter in model.parameters():
-        parameter.requires_grad_(mode == "full" and parameter.is_floating_point())
     for layer in (on_grid.layer for on_grid in quantized_layers(model)):
         if scales:
             layer.decouple_scale()
@@ -112,24 +112,30 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True) -> None:
                 frozen.requires_grad_(False)
     for module in model.modules():
         if is_norm(module):
-            module.requires_grad_(True)
+            module.requires_grad_(norms or mode == "full")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
+def freeze_scales(model: nn.Module) -> None:
+    """Let no scale of a model train: where the grid is switched off, none gets a gradient."""
+    for on_grid in quantized_layers(model):
+        on_grid.layer.scale.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, mode: str, config: ResolvedTrain) -> list[dict[str, Any]]:
-    """Optimizer groups of what trains: one per tensor, each with its own learning rate."""
-    if mode == "lora":
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
+    """Optimizer groups of what trains: one of all adapters, and one per other tensor, each with its learning rate."""
+    adapters = [parameter for parameter in adapter_parameters(model) if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": adapters, "lr": config.lr}] if adapters else []
     rates: dict[int, float] = {}
     for layer in (on_grid.layer for on_grid in quantized_layers(model)):
         step = float(layer.scale.detach().abs().median())
         rates[id(layer.weight)] = config.lr * step
         rates[id(layer.scale)] = (config.lr if mode == "scales" else config.lr_scale) * step
-    groups = []
+    grouped = set(map(id, adapters))
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in grouped:
             rate = rates.get(id(parameter))
             if rate is None:
                 rate = config.lr_float * float(parameter.detach().square().mean().sqrt().clamp(min=1e-3))

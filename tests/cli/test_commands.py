@@ -39,8 +39,8 @@ def table(text):
 
 
 def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, small_flags):
-    flags = "--bits 3 --asym --group-size 32 --act-bits 8 --clip-mask --train scales --loss ce --init rtn --smooth 0.5"
-    flags += " --act-static --scale-dtype float16 --observer percentile --freeze-observers 1"
+    flags = "--bits 3 --asym --group-size 32 --act-bits 8 --clip-mask --train lora --loss ce --init rtn --smooth 0.5"
+    flags += " --act-static --scale-dtype float16 --observer percentile --freeze-observers 1 --lr-scale 0.01 --lora-r 2"
     extra = ["--override", "down_proj$:bits=8,group_size=-1", "--override", "layers.0.*o_proj$:float"]
     argv = [
         "finetune",
@@ -70,7 +70,7 @@ def test_finetune_with_every_kind_of_flag(model_dir, text_file, tmp_path, call, 
         "clip_mask": True,
     }
     assert {key: recipe["quant"][key] for key in chosen} == chosen
-    assert (recipe["train"]["mode"], recipe["train"]["loss"], recipe["init"]["smooth"]) == ("scales", "ce", 0.5)
+    assert (recipe["train"]["mode"], recipe["train"]["loss"], recipe["init"]["smooth"]) == ("lora", "ce", 0.5)
 
 
 def test_flags_win_over_the_recipe(model_dir, text_file, tmp_path, call, quantize_flags):

@@ -58,8 +58,8 @@ def trained(small_llama) -> Callable[..., torch.nn.Module]:
             model = add_lora(model, 4)
         select_trainable(model, mode)
         ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
-        lr = 1.0 if mode == "lora" else 0.005
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+        trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam({"params": [p], "lr": 1.0 if "lora_" in n else 0.005} for n, p in trains.items())
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()

@@ -22,8 +22,8 @@ from llmqat.train.modes import add_lora, select_trainable
 
 # Initial codes and train mode of a cell of the support table.
 CELLS = (("rtn", "full"), ("gptq", "full"), ("gptq", "lora"), ("gptq", "scales"))
-# Codes per step of LoRA, a fraction of the weights' size otherwise: a single step has to show.
-RATES = {"full": 0.02, "lora": 1.0, "scales": 0.02}
+# Codes per step of adapters, a fraction of the weights' size otherwise: a single step has to show.
+ADAPTER_RATE, RATE = 1.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def step(model: nn.Module, mode: str, ids: Tensor) -> bool:
     targets = ids[:, 1:].flatten() if causal else torch.arange(len(ids)) % logits.shape[-1]
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1) if causal else logits, targets)
     loss.backward()
-    torch.optim.SGD(trains.values(), RATES[mode]).step()
+    rates = {name: ADAPTER_RATE if "lora_" in name else RATE for name in trains}
+    torch.optim.SGD({"params": [p], "lr": rates[name]} for name, p in trains.items()).step()
     moved = [name for name, p in trains.items() if not torch.equal(p, before[name])]
     layers = [name for name, _, _ in quantized_layers(model)]
     return bool(loss.isfinite()) and all(any(f"{layer}." in name for name in moved) for layer in layers)

@@ -9,7 +9,7 @@ from llmqat.models.patcher import float_parameters, prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 from llmqat.train.codes import FirstCodes
 from llmqat.train.loop import fit
-from llmqat.train.modes import add_lora, parameter_groups, select_trainable
+from llmqat.train.modes import add_lora, freeze_scales, parameter_groups, select_trainable
 from tests.quant.helpers import random_change
 
 
@@ -65,14 +65,18 @@ def test_scales_trains_scales_and_norms(tiny_llama):
     assert len(names_like(model, "norm.weight")) == 5
 
 
-def test_lora_trains_adapters(tiny_llama):
-    model = tiny_llama()
+def test_lora_trains_adapters_and_what_is_asked_for(tiny_llama):
+    model = tiny_llama().bfloat16()
     prepare(model, QuantScheme(4, 32))
     model = add_lora(model, 3)
-    select_trainable(model, "lora")
     assert isinstance(model, PeftModel)
-    assert trained_names(model) == names_like(model, "lora_A.default.weight", "lora_B.default.weight")
-    assert len(trained_names(model)) == 2 * 7 * 2
+    adapters = names_like(model, "lora_A.default.weight", "lora_B.default.weight")
+    assert len(adapters) == 2 * 7 * 2
+    for scales, norms in ((True, True), (True, False), (False, True), (False, False)):
+        select_trainable(model, "lora", scales, norms)
+        beside = [name for name, chosen in (("scale", scales), ("norm.weight", norms)) if chosen]
+        assert trained_names(model) == adapters | names_like(model, *beside)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert all(p.shape[0] == 3 for name, p in model.named_parameters() if "lora_A" in name)
 
 
@@ -149,7 +153,18 @@ def test_rates_of_the_other_modes(tiny_llama, train_config):
     model = tiny_llama()
     prepare(model, QuantScheme(4, 32))
     model = add_lora(model, 2)
-    assert rate_of(model, "lora", train_config("lora", lr=0.3)) == dict.fromkeys(trained_names(model), 0.3)
+    adapters = trained_names(model)
+    select_trainable(model, "lora")
+    rates = rate_of(model, "lora", train_config("lora", lr=0.3, lr_scale=0.1, lr_float=0.2))
+    assert rates.keys() == trained_names(model)
+    assert {rates[name] for name in adapters} == {0.3}
+    layer = "base_model.model.model.layers.1.self_attn.o_proj.base_layer"
+    step = model.get_parameter(f"{layer}.scale").detach().abs().median()
+    assert rates[f"{layer}.scale"] == pytest.approx(0.1 * float(step))
+    assert {rates[name] for name in names_like(model, "norm.weight")} == {0.2}
+    assert len(parameter_groups(model, "lora", train_config("lora"))) == 1 + len(rates) - len(adapters)
+    freeze_scales(model)
+    assert rate_of(model, "lora", train_config("lora")).keys() == adapters | names_like(model, "norm.weight")
 
 
 @pytest.mark.parametrize(("mode", "moves"), [("full", True), ("lora", True), ("scales", False)])
