@@ -8,6 +8,7 @@ from llmqat.config.context import fit_context, log_cut, speed_lengths
 from llmqat.config.files import from_yaml, to_yaml
 from llmqat.config.recipe import (
     DEFAULT_LR,
+    DEFAULT_LR_SCALE,
     Recipe,
     Resolved,
     ResolvedQuant,
@@ -35,6 +36,7 @@ from llmqat.config.sections import (
 __all__ = [
     "BOS_RULES",
     "DEFAULT_LR",
+    "DEFAULT_LR_SCALE",
     "INITS",
     "LOSSES",
     "MODES",

@@ -14,6 +14,7 @@ from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.scheme import QuantScheme
 
 DEFAULT_LR = {"full": 5e-3, "lora": 3e-3, "scales": 3e-3}
+DEFAULT_LR_SCALE = {"full": 0.0, "lora": 3e-3, "scales": 0.0}  # where --lr is not that of the scales
 # Keys of the version before -> their names today.
 RENAMED = {"train.length": "data.length"}
 
@@ -71,10 +72,11 @@ class ResolvedQuant(QuantConfig):
 
 @dataclass(frozen=True)
 class ResolvedTrain(TrainConfig):
-    """Fine-tuning, its mode and learning rate chosen."""
+    """Fine-tuning, its mode and learning rates chosen."""
 
     mode: str = "full"
     lr: float = DEFAULT_LR["full"]
+    lr_scale: float = DEFAULT_LR_SCALE["full"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Resolved(Recipe):
 
 
 def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> Resolved:
-    """Choose what a recipe leaves to the model: group size, mode and learning rate.
+    """Choose what a recipe leaves to the model: group size, mode and learning rates.
 
     Args:
         recipe: as it was asked for.
@@ -105,11 +107,14 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
     group_size = quant.group_size if quant.group_size is not None else default_group_size
     mode = train.mode or ("full" if parameters < 1e9 and not recipe.low_memory else "lora")
     check_used(quant, train, mode)
-    lr = train.lr if train.lr is not None else DEFAULT_LR[mode]
+    rates = {
+        "lr": train.lr if train.lr is not None else DEFAULT_LR[mode],
+        "lr_scale": train.lr_scale if train.lr_scale is not None else DEFAULT_LR_SCALE[mode],
+    }
     checkpointing = train.gradient_checkpointing or recipe.low_memory  # else all blocks would stay for the backward
     chosen = {
         "quant": ResolvedQuant(**{**vars(quant), "group_size": group_size}),
-        "train": ResolvedTrain(**{**vars(train), "mode": mode, "lr": lr, "gradient_checkpointing": checkpointing}),
+        "train": ResolvedTrain(**{**vars(train), "mode": mode, **rates, "gradient_checkpointing": checkpointing}),
     }
     return Resolved(**{**vars(recipe), **chosen})
 

@@ -100,8 +100,8 @@ class TrainConfig:
 
     mode: str | None = option(
         None,
-        "what trains: all weights, LoRA inside the quantizer with norms, or scales and norms; default: full below 1 B "
-        "parameters and without --low-memory, else lora",
+        "what trains: all weights, LoRA inside the quantizer with scales and norms, or these alone; default: "
+        "full below 1 B parameters and without --low-memory, else lora",
         "--train",
         choices=MODES,
     )
@@ -121,9 +121,10 @@ class TrainConfig:
         "--lr",
         least=0.0,
     )
-    lr_scale: float = option(
-        0.0,
-        "full, lora: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized",
+    lr_scale: float | None = option(
+        None,
+        "full, lora: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized; "
+        "default: 0 for full, 3e-3 for lora",
         "--lr-scale",
         least=0.0,
     )

@@ -18,7 +18,12 @@ def check_used(quant: QuantConfig, train: TrainConfig, mode: str) -> None:
     this = f"--train {mode}"
     for section, name, used, why in (
         (train, "lora_r", mode == "lora", f"{this} has no adapters; leave it out, or add --train lora"),
-        (train, "lr_scale", mode != "scales", f"{this} trains the scales at --lr; give that instead"),
+        (
+            train,
+            "lr_scale",
+            mode != "scales" or not train.lr_scale,
+            f"{this} trains them at --lr; give that instead",
+        ),
         (quant, "clip_mask", mode != "scales", f"{this} moves no weight; leave it out, or train full or lora"),
         (train, "hidden_weight", train.loss == "kd", "--loss ce has no teacher; leave it out, or add --loss kd"),
         (train, "freeze_observers", static, "no activations are static; leave it out, or add --act-static"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from llmqat.config import Resolved
+from llmqat.config import DEFAULT_LR_SCALE, Resolved
 from llmqat.forecast.stages import Forecast
 
 
@@ -53,7 +53,7 @@ def remedies(recipe: Resolved) -> list[Remedy]:
     if train.mode == "full":
         if train.optimizer == "adamw":
             found.append(Remedy("--optimizer adamw8bit", "train", {"optimizer": "adamw8bit"}))
-        found.append(Remedy("--train lora", "train", {"mode": "lora"}))
+        found.append(Remedy("--train lora", "train", {"mode": "lora", "lr_scale": DEFAULT_LR_SCALE["lora"]}))
     if not recipe.low_memory:
         found.append(Remedy("--low-memory", "", {"low_memory": True}))
     if recipe.init.by_blocks:

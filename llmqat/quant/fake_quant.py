@@ -193,7 +193,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         if not (need.weight or on_grid or adapted):
             return own
         dw, ds, dz = _weight_gradients(gy.T @ x2, latent, grid, need, ctx.clip_mask)
-        own = own._replace(weight=dw if need.weight else None, scale=ds, zero_point=dz)
+        own = own._replace(weight=dw.to(latent.weight.dtype) if need.weight else None, scale=ds, zero_point=dz)
         if adapted:
             da, db = _adapter_gradients(dw, latent)
             own = own._replace(lora_a=da, lora_b=db)
@@ -247,12 +247,12 @@ def _adapter_gradients(dw: Tensor, latent: Latent) -> tuple[Tensor, Tensor]:
 def _weight_gradients(
     g: Tensor, latent: Latent, grid: Grid, need: _PerArgument, clip_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of latent weight, scale and zero point, from ``G (out, in)`` of all rows; those not needed are None."""
-    weight = latent.weight
-    dw = g.to(torch.promote_types(weight.dtype, torch.float32))
+    """Gradients of latent weight, in float32 or wider, scale and zero point, from ``G (out, in)`` of all rows; those of
+    the grid that are not needed are None."""
+    dw = g.to(torch.promote_types(latent.weight.dtype, torch.float32))
     dw = dw if latent.shard is None else latent.shard.mean_of(dw)
     if not (need.scale or need.zero_point or clip_mask or grid.code_scale is not None):
-        return dw.to(weight.dtype), None, None
+        return dw, None, None
     ds = torch.empty_like(grid.scale) if need.scale else None
     dz = torch.empty_like(grid.zero_point) if need.zero_point and grid.zero_point is not None else None
     grid = grid.widened(dw.dtype)
@@ -262,7 +262,7 @@ def _weight_gradients(
             ds[rows] = ds_rows
         if dz is not None:
             dz[rows] = dz_rows
-    return dw.to(weight.dtype), ds, dz
+    return dw, ds, dz
 
 
 def grid_gradients(g: Tensor, latent: Tensor, grid: Grid, clip_mask: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from llmqat.cli.recipes import bundled_recipes
-from llmqat.config import DEFAULT_LR, Recipe, from_dict, from_yaml, resolve, to_yaml
+from llmqat.config import DEFAULT_LR, DEFAULT_LR_SCALE, Recipe, from_dict, from_yaml, resolve, to_yaml
 from llmqat.errors import LlmqatError
 
 RECIPES = sorted(bundled_recipes().values())
@@ -113,7 +113,9 @@ def test_resolve_leaves_nothing_open(parameters, group_size, mode):
 
 def test_resolve_keeps_what_was_chosen():
     asked = from_dict({"quant": {"group_size": -1}, "train": {"mode": "scales", "lr": 0.5}})
-    assert resolve(asked, int(7e9)).to_dict() == asked.to_dict()
+    chosen = asked.with_values({"train.lr_scale": 0.0})
+    assert resolve(asked, int(7e9)).to_dict() == resolve(chosen, int(7e9)).to_dict() == chosen.to_dict()
+    assert resolve(Recipe(), int(7e9)).train.lr_scale == DEFAULT_LR_SCALE["lora"]
     defaulted = from_dict({"train": {"mode": "scales"}})
     assert resolve(defaulted, 10).train.lr == DEFAULT_LR["scales"]
 

@@ -23,7 +23,7 @@ def resolved(mode, **changes):
             "train.lr_scale",
             0.1,
             {"full", "lora"},
-            "--lr-scale changes nothing: --train scales trains the scales at",
+            "--lr-scale changes nothing: --train scales trains them at --lr",
         ),
         (
             "quant.clip_mask",
@@ -31,6 +31,7 @@ def resolved(mode, **changes):
             {"full", "lora"},
             "--clip-mask changes nothing: --train {mode} moves no weight",
         ),
+        ("train.lr_scale", 0.0, set(MODES), ""),
         ("train.lr", 0.1, set(MODES), ""),
         ("train.lr_float", 0.1, set(MODES), ""),
     ],

@@ -52,7 +52,7 @@ def saved(tiny, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "changes", "train"),
     [
-        ("llama", {"train.mode": "lora", "train.lr_scale": 0.01, "init.method": "gptq", **ALL}, True),
+        ("llama", {"train.mode": "lora", "init.method": "gptq", **ALL}, True),
         ("gemma3_text", {"train.mode": "scales", "init.method": "rtn"}, True),
         ("gpt2", {"train.mode": "lora", "init.method": "blockwise", "init.block_steps": 2}, True),
         ("opt", {"init.method": "gptq"}, False),

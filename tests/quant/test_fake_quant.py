@@ -241,3 +241,16 @@ def test_autocast_leaves_the_grid_alone():
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = latent.rows(slice(None))
     assert torch.equal(under_autocast, latent.rows(slice(None)))
+
+
+def test_adapters_of_a_stored_weight_have_the_gradients_of_a_float32_one():
+    """Where scales train too, they come from the gradient of the weight: the whole one, not rounded like the weight."""
+    weight, scheme = torch.randn(24, 32).bfloat16(), QuantScheme(4, 16)
+    a, b, x, found = torch.randn(3, 32), torch.randn(24, 3), torch.randn(5, 32), []
+    scale = choose_scale(weight.float(), scheme, torch.bfloat16)[0].float()
+    for master in (weight, weight.float()):
+        trains = [tensor.clone().requires_grad_() for tensor in (a, b, scale)]
+        own = Grid(trains[2], None, scale, scheme, torch.bfloat16)
+        y = fake_quant_linear(x, Latent(master, None, Adapters(trains[0], trains[1], 0.01)), own)
+        found.append(torch.autograd.grad(y.square().sum(), trains))
+    assert all(map(torch.equal, *found))

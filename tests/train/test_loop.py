@@ -93,7 +93,7 @@ def test_losses_are_those_of_their_step(prepared, train_config, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resume_is_bit_identical(prepared, train_config, mode, dtype, monkeypatch, tmp_path):
-    rates = {} if mode == "scales" else {"lr_scale": 1e-2}
+    rates = {"lr_scale": 1e-2} if mode == "full" else {}
     config = train_config(mode, max_steps=7, save_every=3, batch_size=2, accumulation=2, **rates)
     whole = prepared(mode, dtype=dtype)
     expected = train(whole, config, mode)

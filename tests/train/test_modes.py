@@ -179,7 +179,7 @@ def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, mov
     assert any(not torch.equal(before[name], after[name]) for name in before) == moves
     assert (result.codes_changed > 0) == moves
     frozen = [torch.equal(layer.scale, scales[name]) for name, layer, _ in quantized_layers(run.model)]
-    assert not any(frozen) if mode == "scales" else all(frozen)  # by default the grid stays as it was
+    assert all(frozen) if mode == "full" else not any(frozen)  # by default
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
