@@ -12,7 +12,7 @@ OLDEST_TESTS := $(addprefix tests/,test_api.py test_mapped.py cli/test_commands.
 # A process of one thread for each core: sooner than one process of many threads. The tests of a file share fixtures.
 PROCESSES := -n auto --maxprocesses 8
 FILES_APART := $(PROCESSES) --dist loadfile
-test test-oldest test-asan test-aarch64 fuzz: export OMP_NUM_THREADS := 1
+test test-families test-oldest test-asan test-aarch64 fuzz: export OMP_NUM_THREADS := 1
 AARCH64_CXX := aarch64-linux-gnu-g++
 QEMU := qemu-aarch64-static
 PACKAGE_FILES := $(shell find llmqat recipes -type f -not -name '*.py[co]')
@@ -37,6 +37,9 @@ test: $(DEV)/.package  ## run all tests
 
 test-oldest: $(OLDEST)/.package  ## run what touches other libraries on the lower bounds of pyproject.toml
 	$(OLDEST)/bin/python -m pytest $(FILES_APART) $(OLDEST_TESTS)
+
+test-families: $(DEV)/.package  ## a tiny model of every kind that transformers has, on its whole way; says what is refused, and why
+	$(DEV_BIN)/python -m pytest $(PROCESSES) -rs tests/families --every-family
 
 fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES a test, 5000 unless set
 	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest $(FILES_APART) tests/fuzz

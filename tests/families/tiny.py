@@ -1,0 +1,126 @@
+"""Tiny models of all kinds of causal language models that transformers has, made by the names of their sizes.
+
+Most configs call the same size by one of a few names; `SIZES` sets those that a config has. What is left is in
+`EXCEPTIONS`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY, HIDDEN, WIDE, LAYERS, HEADS, POSITIONS = 128, 64, 96, 2, 4, 160
+
+
+def named(value: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
+SIZES: dict[str, Any] = {
+    **named(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    **named(HIDDEN, "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim attention_hidden_size"),
+    **named(LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"),
+    **named(LAYERS, "num_decoder_layers num_encoder_layers"),
+    **named(HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
+    **named(HEADS, "num_decoder_attention_heads num_encoder_attention_heads index_n_heads linear_num_value_heads"),
+    **named(2, "num_key_value_heads linear_num_key_heads"),
+    **named(WIDE, "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff hidden_dim"),
+    **named(WIDE, "d_inner ffn_hidden_size shared_intermediate_size moe_shared_expert_intermediate_size"),
+    **named(POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len seq_length context_length"),
+    **named(0.15, "initializer_range init_std"),
+    # Experts.
+    **named(4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    **named(2, "num_experts_per_tok moe_topk moe_k top_k_experts"),
+    **named(48, "moe_intermediate_size shared_expert_intermediate_size"),
+    **named(1, "n_group topk_group num_expert_group first_k_dense_replace"),
+    # Latent attention and its index.
+    **named(32, "q_lora_rank kv_lora_rank o_lora_rank index_head_dim"),
+    **named(16, "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_topk sliding_window attention_window"),
+    # Linear attention and state-space layers.
+    **named(16, "linear_key_head_dim linear_value_head_dim state_size time_step_rank mamba_d_state mamba_dt_rank"),
+    **named(16, "mamba_d_head mamba_headdim mamba_head_dim ssm_state_size hidden_size_per_layer_input"),
+    **named(8, "mamba_n_heads n_mamba_heads mamba_num_heads"),
+    **named(1, "mamba_n_groups n_groups mamba_ngroups"),
+    **named(128, "mamba_d_ssm"),
+    **named(HIDDEN, "lru_width"),
+    **named(True, "is_decoder"),
+    **named(0, "num_nextn_predict_layers bos_token_id eos_token_id pad_token_id decoder_start_token_id"),
+}
+ROTARY, HEAD = {"rotary_dim": 16}, {"head_dim": 16}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "codegen": ROTARY,
+    "gptj": ROTARY,
+    "hunyuan_v1_dense": HEAD,
+    "hunyuan_v1_moe": HEAD,
+    "ministral": HEAD,
+    "nemotron": {"num_key_value_heads": HEADS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 8,
+        "attention_head_size": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX"},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+}
+PARTS = ("text_config", "vision_config", "audio_config")
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def settable(config: PreTrainedConfig, name: str) -> bool:
+    kind = getattr(type(config), name, None)
+    return not isinstance(kind, property) or kind.fset is not None
+
+
+def value_of(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # one that differs by layer
+        return 0
+
+
+def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Small values of all sizes that `config` has, and a layer of each kind."""
+    sizes = {
+        name: small
+        for name, small in SIZES.items()
+        if settable(config, name)
+        and hasattr(type(config), name) | (name in vars(config)) | (value_of(config, name) is not None)
+        and not isinstance(value_of(config, name), list | dict)
+        and (value_of(config, name) is not None or name.endswith("token_id"))
+    }
+    if {"q_lora_rank", "kv_lora_rank"} & sizes.keys() and "num_key_value_heads" in sizes:
+        sizes["num_key_value_heads"] = HEADS
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = list(dict.fromkeys(value_of(config, name) or ()))
+        if kinds and settable(config, name):
+            if name == "layer_types":
+                sizes["num_hidden_layers"] = max(LAYERS, len(kinds))
+            sizes[name] = (kinds * LAYERS * 4)[: sizes.get("num_hidden_layers", LAYERS)]
+    return sizes
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The config of a tiny model of a family."""
+    default = CONFIG_MAPPING[model_type]()
+    sizes = sizes_of(default)
+    for part in PARTS:
+        config = value_of(default, part)
+        if isinstance(config, PreTrainedConfig):
+            sizes[part] = type(config)(**sizes_of(config)).to_dict()
+    return CONFIG_MAPPING[model_type](**sizes | EXCEPTIONS.get(model_type, {}))
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A random model in evaluation mode, its norms and biases not trivial."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
