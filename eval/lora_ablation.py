@@ -1,6 +1,6 @@
 """What LoRA trains, and how fast: held-out KL divergence by learning rate, with and without scales and norms.
 
-    python eval/lora_ablation.py --model llama --bits 3 --output eval/results/lora_ablation.json
+    python eval/lora_ablation.py --model llama --bits 3 --full --output eval/results/lora_ablation_w3.json
 
 All cells begin with the same codes of GPTQ, read the same tokens in the same order, and keep the state with the least
 divergence from the float model on validation text, which also chooses between them; test text is scored once each. The
