@@ -24,7 +24,7 @@ from llmqat.models.architectures import ARCHITECTURES
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 MEASURE = ["--window", 64, "--eval-tokens", 512]
 RUN = [*MEASURE, "--calibration-samples", 8, "--length", 64, "--repeats", 0]
@@ -114,8 +114,9 @@ def test_every_example_runs(page, shell, desk):
 def test_which_blocks_run(tmp_path):
     (tmp_path / "a.md").write_text(
         "x\n\n```python\n1 / 0\n```\n<!-- not run: no GPU -->\n```bash\nx\n```\n\n```\ny\n```\n"
+        "```bash\nz\n```\n<!-- not run: no GPU -->\n```bash\nx\n```\n"
     )
-    assert list(blocks_of(tmp_path / "a.md")) == [("python", "1 / 0\n", 4)]
+    assert list(blocks_of(tmp_path / "a.md")) == [("python", "1 / 0\n", 4), ("bash", "z\n", 15)]
 
 
 def test_every_page_is_linked_from_the_readme():
