@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llmqat.errors import LlmqatError
 from llmqat.models.looking import confirm_blocks, find_blocks
@@ -115,3 +117,29 @@ def test_a_model_that_cannot_run_without_values():
         LlmqatError, match=r"\(model\.layers, model\.tower\), and cannot run without values; use --init"
     ):
         find_blocks(model)
+
+
+class NormsBehind(LlamaDecoderLayer):
+    """A block that no family has: attention and MLP side by side, a norm behind their sum, and a tuple returned."""
+
+    def forward(self, hidden_states, **options):
+        attended, _ = self.self_attn(hidden_states=hidden_states, **options)
+        return hidden_states + self.input_layernorm(attended + self.mlp(hidden_states)), attended
+
+
+class WithNormsBehind(LlamaModel):
+    def forward(self, input_ids, **options):
+        hidden = self.embed_tokens(input_ids)
+        turned = self.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+        for layer in self.layers:
+            hidden, _ = layer(hidden_states=hidden, position_embeddings=turned, attention_mask=None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+def test_an_invented_architecture_is_calibrated():
+    model = Stranger.made(WithNormsBehind)
+    for layer in model.model.layers:
+        layer.__class__ = NormsBehind
+    report = prepare(model, QuantScheme(4, 16), init="gptq", calibration=list(torch.randint(0, 128, (4, 2, 24))))
+    assert len(report.errors) == len(report.quantized) == 14
+    assert all(gptq is not None and gptq < rtn for rtn, gptq in report.errors.values())
