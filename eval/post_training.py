@@ -1,0 +1,150 @@
+"""Post-training quantization side by side: round to nearest, GPTQ, block-wise reconstruction, and AutoRound.
+
+    python eval/post_training.py --model smollm2 --dataset my.txt --also other.txt --group-size 64
+
+All start from the same float model, on the same grid, and see the same calibration ids, of the training text of
+--dataset. Scored in float32 on its test text and on that of --also: what a method learned of one text, and what of the
+model. --blocks N quantizes the first N blocks and leaves the rest float, in a fraction of the time. AutoRound (arXiv
+2309.05516) needs an environment of its own, made on first use from autoround_env.txt.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _peers.environments import from_requirements
+from _results import begun, write
+from safetensors.torch import load_file, save_file
+
+import llmqat
+from llmqat import QuantScheme
+
+HERE = Path(__file__).parent
+TOKENIZED = 8_000_000  # of the training text, as in `llmqat quantize`
+PEER = "auto-round"
+METHODS = ("rtn", "gptq", "blockwise", PEER)
+
+
+class Comparison:
+    """The float model and the data; quantizes by one method after the other, and scores what came of it."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.directory = scratch / "float"
+        self.float_model().save_pretrained(self.directory)
+        tokenizer = llmqat.load_tokenizer(args.model)
+        tokenizer.save_pretrained(self.directory)
+        self.calibration = self.calibration_rows(tokenizer)
+        save_file({"input_ids": self.calibration}, scratch / "calibration.safetensors")
+        self.texts = {
+            name: llmqat.scored_windows(name, tokenizer, args.window, args.eval_tokens)
+            for name in (args.dataset, *args.also)
+        }
+        self.reference = llmqat.FloatCopy(self.float_model())
+        self.scheme = QuantScheme(bits=args.bits, group_size=args.group_size, symmetric=not args.asym)
+
+    def float_model(self) -> Any:
+        """A fresh copy of the float model, in float32, that is not to train."""
+        return llmqat.load_float(self.args.model, torch.float32).requires_grad_(False)
+
+    def calibration_rows(self, tokenizer: Any) -> torch.Tensor:
+        """``(samples, length)`` ids of the training text, drawn by the seed."""
+        samples, length = self.args.samples, self.args.length
+        documents = llmqat.load_corpus(self.args.dataset).train
+        rows = llmqat.split_stream(llmqat.encode(tokenizer, documents, TOKENIZED), length, "calibration")
+        if len(rows) < samples:
+            raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples is {samples}")
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))[:samples]]
+
+    def run(self, method: str) -> dict[str, Any]:
+        """Quantize by a method and score."""
+        model, started = self.float_model(), time.perf_counter()
+        if method == PEER:
+            found = self.run_peer()
+            model.load_state_dict(load_file(self.scratch / "weights.safetensors"), strict=False)
+        else:
+            cpu = time.process_time()
+            batches = None if method == "rtn" else list(self.calibration.split(self.args.batch))
+            blocks = len(model.get_decoder().layers)
+            rest = "|".join(str(block) for block in range(self.args.blocks or blocks, blocks))
+            overrides = {rf"\.layers\.({rest})\.": "float"} if rest else {}
+            options = {"overrides": overrides, "block_steps": self.args.steps, "min_coverage": 0.0}
+            llmqat.prepare(model, self.scheme, init=method, calibration=batches, **options)
+            found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        return found | {name: self.score(model, windows) for name, windows in self.texts.items()}
+
+    def score(self, model: Any, windows: Any) -> dict[str, float]:
+        """Perplexity, KL to the float model and top-1 agreement."""
+        result = llmqat.evaluate(model, windows, self.reference)
+        return {"perplexity": result.perplexity, "kl": result.kl_to_float, "top1": result.top1_agreement}
+
+    def run_peer(self) -> dict[str, Any]:
+        """AutoRound in its own environment, which leaves the weights of the grid in the scratch folder."""
+        python = from_requirements(self.args.peer_env, HERE / "autoround_env.txt")
+        keys = ("bits", "group_size", "asym", "steps", "batch", "blocks", "seed")
+        job = {key: getattr(self.args, key) for key in keys}
+        job |= {"model": str(self.directory), "scratch": str(self.scratch), "threads": torch.get_num_threads()}
+        outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [python, HERE / "_autoround_worker.py", json.dumps(job)]
+        done = subprocess.run(command, env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f"AutoRound failed on {job}:\n{done.stdout[-4000:]}")
+        return dict(json.loads((self.scratch / "worker.json").read_text()))
+
+
+def show(method: str, row: dict[str, Any], texts: list[str]) -> None:
+    """Print a line of the table."""
+    scores = "".join(f" {row[text]['perplexity']:10.4f} {row[text]['kl']:9.5f}" for text in texts)
+    print(f"{method:<12}{scores} {row['seconds']:9.0f} {row['cpu_seconds']:9.0f}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llama", help="Hub id, directory, GGUF file or alias")
+    parser.add_argument("--dataset", default="stdlib", help="as in `llmqat quantize`: calibration, and test text")
+    parser.add_argument("--also", nargs="*", default=[], help="other datasets to score")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--asym", action="store_true", help="with zero points")
+    parser.add_argument("--steps", type=int, default=200, help="of block-wise reconstruction and of AutoRound")
+    parser.add_argument("--samples", type=int, default=128, help="calibration rows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration row")
+    parser.add_argument("--batch", type=int, default=8, help="calibration rows in a batch, and in a step of AutoRound")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration rows")
+    parser.add_argument("--blocks", type=int, help="quantize only so many")
+    parser.add_argument("--window", type=int, default=512, help="tokens of an evaluation window")
+    parser.add_argument("--eval-tokens", type=int, default=65536, help="upper limit of tokens scored, of each text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, of both tools")
+    parser.add_argument("--peer-env", type=Path, default=Path("runs/autoround-env"), help="made on first use")
+    parser.add_argument("--output", type=Path, default=Path("runs/post_training.json"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compare, print the table, write the JSON after every row; rows that it holds are not run again."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Comparison(args, Path(scratch))
+        told = {key: value for key, value in vars(args).items() if key not in ("methods", "output", "peer_env")}
+        tokens = {name: windows.sha256 for name, windows in run.texts.items()}
+        header = {"settings": told, "tokens": tokens, "environment": llmqat.environment()}
+        result = begun(args.output, header, "rows", {})
+        print(f"{run.scheme}: perplexity and KL on {', '.join(run.texts)}; seconds, CPU seconds", flush=True)
+        for method in args.methods:
+            if method not in result["rows"]:
+                result["rows"][method] = run.run(method)
+                write(args.output, result)
+            show(method, result["rows"][method], list(run.texts))
+
+
+if __name__ == "__main__":
+    main()

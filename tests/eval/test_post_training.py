@@ -1,0 +1,44 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmqat
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "post_training.py"
+
+
+@pytest.fixture
+def compare(model_dir, text_file, tmp_path, monkeypatch, capsys):
+    """``compare(*options)``: the JSON, and what was printed."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    output = tmp_path / "rows.json"
+    small = "--group-size 16 --bits 3 --samples 16 --length 32 --steps 2 --window 32 --eval-tokens 512"
+
+    def run(*options):
+        argv = [SCRIPT, "--model", model_dir, "--dataset", text_file, "--output", output, *small.split(), *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        capsys.readouterr()
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_rows_are_measured_once(compare, text_file, monkeypatch):
+    first, _ = compare("--methods", "rtn")
+    result, printed = compare("--methods", "rtn", "gptq", "blockwise")
+    assert result["rows"]["rtn"] == first["rows"]["rtn"]
+    kl = {method: row[str(text_file)]["kl"] for method, row in result["rows"].items()}
+    assert 0 < max(kl["gptq"], kl["blockwise"]) < kl["rtn"]
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["rtn", "gptq", "blockwise"]
+    monkeypatch.setattr(llmqat, "prepare", None)  # nothing is measured again
+    assert compare("--methods", "gptq", "blockwise")[0] == result
+
+
+def test_blocks_behind_the_first_stay_float(compare, text_file):
+    (whole, _), (part, _) = compare("--methods", "rtn"), compare("--methods", "rtn", "--blocks", "1")
+    kl = [rows["rows"]["rtn"][str(text_file)]["kl"] for rows in (whole, part)]
+    assert 0 < kl[1] < kl[0]
