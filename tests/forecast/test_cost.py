@@ -53,7 +53,7 @@ def prepared(run):
     compute_in_float32(run.model, run.stored)
     reference = copy_of_float(run.model) if run.recipe.train.mode == "full" else None
     model = add_lora(run.model, run.recipe.train.lora_r) if run.recipe.train.mode == "lora" else run.model
-    select_trainable(model, run.recipe.train.mode, False)
+    select_trainable(model, run.recipe.train.mode, run.recipe.train.lr_scale > 0)
     return model, reference or FloatView(model)
 
 
