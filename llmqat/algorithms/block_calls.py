@@ -164,6 +164,6 @@ def sharing(call: Arguments, like: Arguments) -> Arguments:
 
 
 def _shared(value: Any, like: Any) -> Any:
-    if isinstance(value, tuple):
-        return type(value)(map(_shared, value, like)) if type(value) is tuple and len(value) == len(like) else value
+    if type(value) is tuple and type(like) is tuple and len(value) == len(like):
+        return tuple(map(_shared, value, like))
     return like if isinstance(value, Tensor) and _equal(value, like) else value

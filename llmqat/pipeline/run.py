@@ -23,7 +23,7 @@ from llmqat.kernels.native import kernel_name
 from llmqat.metrics.float_pass import FloatPass
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.models.architectures import check_blocks
+from llmqat.models.architectures import blocks_in_words, check_blocks
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
@@ -160,8 +160,8 @@ class Run:
         self.coverage = checked_plan(
             self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
         )
-        if recipe.init.by_blocks:
-            check_blocks(self.model)
+        if recipe.init.by_blocks and not check_blocks(self.model):
+            log(f"blocks {blocks_in_words(self.model)}")
         if recipe.init.smooth is not None:
             smoothable(self.model)
         if self.train:

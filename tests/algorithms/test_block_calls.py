@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmqat.algorithms.block_calls import Arguments, sharing
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.errors import LlmqatError
 
@@ -108,6 +109,16 @@ def test_arguments_that_batches_share_are_kept_once():
     inputs = BlockInputs.capture(model, list(model.blocks), [BATCHES[0]] * 3)
     assert len(inputs.arguments) == 1
     assert len(BlockInputs.capture(model, list(model.blocks), BATCHES).arguments) == 3
+
+
+def test_a_tuple_that_one_batch_alone_has_is_its_own():
+    x = torch.ones(2)
+    calls = [Arguments(args=(value,)) for value in ((x, None), (x.clone(), x), None)]
+    assert sharing(calls[0], calls[2]).args == calls[0].args
+    assert sharing(calls[2], calls[0]).args == (None,)
+    first, second = sharing(calls[1], calls[0]).args[0]
+    assert first is x
+    assert second is x
 
 
 def test_blocks_that_are_not_given_what_the_one_before_returned():
