@@ -1,30 +1,11 @@
-import json
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 
 import llmqat
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "perplexity.py"
-
 
 @pytest.fixture
-def sweep(model_dir, text_file, tmp_path, monkeypatch, capsys):
-    """``sweep(*options)``: the JSON, and what was printed."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    output = tmp_path / "perplexity.json"
-    small = "--group-size 16 --samples 16 --max-steps 2 --window 32 --eval-tokens 512"
-
-    def run(*options):
-        argv = [SCRIPT, "--model", model_dir, "--dataset", text_file, "--output", output, *small.split(), *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        capsys.readouterr()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return json.loads(output.read_text()), capsys.readouterr().out
-
-    return run
+def sweep(script):
+    return script("perplexity.py", "--group-size 16 --samples 16 --max-steps 2 --window 32 --eval-tokens 512")
 
 
 def test_points_are_measured_once_and_packed(sweep, monkeypatch):

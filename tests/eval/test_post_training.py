@@ -1,30 +1,12 @@
-import json
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 
 import llmqat
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "post_training.py"
-
 
 @pytest.fixture
-def compare(model_dir, text_file, tmp_path, monkeypatch, capsys):
-    """``compare(*options)``: the JSON, and what was printed."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    output = tmp_path / "rows.json"
-    small = "--group-size 16 --bits 3 --samples 16 --length 32 --steps 2 --window 32 --eval-tokens 512"
-
-    def run(*options):
-        argv = [SCRIPT, "--model", model_dir, "--dataset", text_file, "--output", output, *small.split(), *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        capsys.readouterr()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return json.loads(output.read_text()), capsys.readouterr().out
-
-    return run
+def compare(script):
+    options = "--group-size 16 --bits 3 --samples 16 --length 32 --steps 2 --window 32 --eval-tokens 512"
+    return script("post_training.py", options)
 
 
 def test_rows_are_measured_once(compare, text_file, monkeypatch):
