@@ -106,7 +106,7 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
     quant, train = recipe.quant, recipe.train
     group_size = quant.group_size if quant.group_size is not None else default_group_size
     mode = train.mode or ("full" if parameters < 1e9 and not recipe.low_memory else "lora")
-    check_used(quant, train, mode)
+    check_used(quant, recipe.init, train, mode)
     rates = {
         "lr": train.lr if train.lr is not None else DEFAULT_LR[mode],
         "lr_scale": train.lr_scale if train.lr_scale is not None else DEFAULT_LR_SCALE[mode],

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import fields
 
-from llmqat.config.sections import QuantConfig, TrainConfig
+from llmqat.config.sections import InitConfig, QuantConfig, TrainConfig
 from llmqat.errors import LlmqatError
 
 
-def check_used(quant: QuantConfig, train: TrainConfig, mode: str) -> None:
+def check_used(quant: QuantConfig, init: InitConfig, train: TrainConfig, mode: str) -> None:
     """Every option that is not at its default must change something in a run that trains in `mode`.
 
     Raises:
@@ -24,6 +24,7 @@ def check_used(quant: QuantConfig, train: TrainConfig, mode: str) -> None:
             mode != "scales" or not train.lr_scale,
             f"{this} trains them at --lr; give that instead",
         ),
+        (init, "block_steps", init.method == "blockwise", "no block is trained; leave it out, or add --init blockwise"),
         (quant, "clip_mask", mode != "scales", f"{this} moves no weight; leave it out, or train full or lora"),
         (train, "hidden_weight", train.loss == "kd", "--loss ce has no teacher; leave it out, or add --loss kd"),
         (train, "freeze_observers", static, "no activations are static; leave it out, or add --act-static"),

@@ -52,7 +52,10 @@ def test_the_size_of_a_model_chooses_what_is_refused():
         resolve(asked, 10)
 
 
-def test_options_of_a_teacher_and_of_static_activations():
+def test_options_of_a_start_of_a_teacher_and_of_static_activations():
+    with pytest.raises(LlmqatError, match="--block-steps changes nothing: no block is trained; leave it out, or add"):
+        resolved("full", **{"init.block_steps": 5})
+    assert resolved("full", **{"init.block_steps": 5, "init.method": "blockwise"}).init.block_steps == 5
     with pytest.raises(LlmqatError, match="--hidden-weight changes nothing: --loss ce has no teacher; leave it"):
         resolved("full", **{"train.loss": "ce", "train.hidden_weight": 1.0})
     static = {"train.freeze_observers": 5}
