@@ -8,6 +8,7 @@ from llmqat.machine import environment
 from llmqat.metrics.perplexity import bootstrap_difference
 from llmqat.report.measured import Measured
 from llmqat.report.names import is_local, markdown, one_line, public_name
+from llmqat.report.remedies import remedies
 from llmqat.report.scoreboard import LABELS, score_rows, scoreboard
 from llmqat.version import __version__
 
@@ -121,7 +122,9 @@ def print_scoreboard(measured: Measured) -> None:
 
     console = Console(soft_wrap=True)
     console.print(scoreboard(measured.perplexity, f"{measured.recipe.model}: {measured.recipe.scheme()}"))
-    for line in facts(measured):
+    done = measured.training
+    advice = [] if done is None else remedies(done, measured.recipe.train.mode)
+    for line in [*facts(measured), *advice]:
         console.print(line, markup=False, highlight=False)
 
 
