@@ -20,6 +20,7 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
+from tests.formats.conftest import rate
 
 IDS = torch.arange(24).view(2, 12)
 EMBEDDING = "model.embed_tokens"
@@ -35,8 +36,8 @@ def head_trained(small_llama):
         if mode == "lora":
             model = add_lora(model, 4)
         select_trainable(model, mode)
-        lr = 1.0 if mode == "lora" else 0.01
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+        trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam({"params": [p], "lr": rate(name, p)} for name, p in trains.items())
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=IDS, labels=IDS).loss.backward()

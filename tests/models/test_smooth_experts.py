@@ -1,6 +1,7 @@
 """Smoothing up -> down inside experts: each on its own, by its own tokens, while the model stays a fused one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from llmqat.algorithms.fold import TOLERANCE
 from llmqat.algorithms.smoothquant import LEAST_EXPERT_TOKENS, smoothing_scale, smoothing_summary
 from llmqat.errors import LlmqatError
 from llmqat.models import smooth_sites
-from llmqat.models.architectures import ARCHITECTURES, Architecture
+from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.patcher import prepare, smooth
 from llmqat.models.smooth_sites import EXPERT_UP, EXPERTS, Site, folds_of
@@ -58,8 +59,7 @@ def only_experts(monkeypatch, family):
 
 
 def sites(family, *own):
-    row = ARCHITECTURES[family]
-    return Architecture(row.blocks, own, row.router, row.file_names)
+    return replace(ARCHITECTURES[family], smooth_sites=own)
 
 
 @pytest.mark.parametrize("alpha", [0.5, "auto"])

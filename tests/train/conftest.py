@@ -20,7 +20,8 @@ def train_config() -> Callable[..., ResolvedTrain]:
 
     def make(mode: str, **fields: object) -> ResolvedTrain:
         small = {"max_steps": 4, "batch_size": 4, "precision": "fp32", "eval_every": 2, "save_every": 2}
-        return resolve(from_dict({"train": {**small, "mode": mode, **fields}}), 1).train
+        static = {"act_bits": 8, "act_static": True} if "freeze_observers" in fields else {}
+        return resolve(from_dict({"quant": static, "train": {**small, "mode": mode, **fields}}), 1).train
 
     return make
 
