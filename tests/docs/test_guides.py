@@ -77,6 +77,7 @@ def shell(call, desk, monkeypatch):
             words = shlex.split(line, comments=True)
             if words[:1] == ["llmqat"]:
                 small = [*SMALL.get(words[1], []), *stand_in_data(words)]
+                small += ["--block-steps", 2] if "blockwise" in words else []
                 assert call([*words[1:], *small]) == 0, f"{where}: {line}"
             elif words[:1] == ["python"]:
                 monkeypatch.setattr(sys, "argv", words[1:])
