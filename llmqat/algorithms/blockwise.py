@@ -13,8 +13,9 @@ section 3.2). Errors are relative to each token's output, because the next block
 whose outputs are many times as large as the others' have most of the say. Rates count in codes, as AutoRound's do
 (arXiv 2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
 
-The latents start halfway between the float weight and GPTQ's: its change is fitted to the calibration text, and
-training from there fits it further, while training from the float weight ends further from its goal.
+The latents start near the float weight, with a part of GPTQ's change: that is fitted to the calibration text, and
+training from all of it fits it further, at the cost of other text. So a trained block is also kept where it is a little
+worse than GPTQ's on held-out text of the same kind.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ from llmqat.algorithms.compensation import compensation_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 
 HELD_OUT_EVERY = 8  # of the calibration batches one of so many chooses the best state, and does not train
-GPTQ_SHARE = 0.5  # of GPTQ's change of a weight, from which the training starts
+GPTQ_SHARE = 0.25  # of GPTQ's change of a weight, from which the training starts
+WORST = 1.1  # of GPTQ's held-out error: beyond it GPTQ's state is kept
 CHECKS = 4  # of the held-out error while a block trains, the last one at its end
 BETAS = (0.9, 0.95)
 
@@ -168,7 +170,8 @@ def reconstruct(
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
-    first = least = pairs.held_out_error()
+    first = found = pairs.held_out_error()
+    limit = WORST * first
     best = [parameter.detach().clone() for parameter in trained]
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight.data = torch.lerp(weight.to(layer.weight), layer.weight.data, GPTQ_SHARE)
@@ -182,8 +185,9 @@ def reconstruct(
             decay.step()
             if step * CHECKS % settings.steps < CHECKS:
                 error = pairs.held_out_error()
-                if error < least:
-                    least, best = error, [parameter.detach().clone() for parameter in trained]
+                if error < limit:
+                    found = limit = error
+                    best = [parameter.detach().clone() for parameter in trained]
     for parameter, value in zip(trained, best, strict=True):
         parameter.data.copy_(value)
-    return BlockError(first, least)
+    return BlockError(first, found)
