@@ -287,8 +287,9 @@ def _quantized(
     if floats is None:
         return gptq_block(block, inputs, settings, name)
     errors = reconstructed_block(block, inputs, floats.hidden, settings, name)
-    own = list(written_state(block, layers_of(block), settings.keep_float).items())
-    block.load_state_dict(dict(team.tensors_of(0, own, inputs.hidden[0].device)), strict=False)
+    if team.count > 1:
+        own = list(written_state(block, layers_of(block), settings.keep_float).items())
+        block.load_state_dict(dict(team.tensors_of(0, own, inputs.hidden[0].device)), strict=False)
     inputs.advance(block)
     return team.all_of(errors)[0]
 
