@@ -67,6 +67,10 @@ class Saved(Protocol):
         """The values that `put` kept for a part, or None."""
         ...
 
+    def holds(self, count: int) -> bool:
+        """Whether so many parts are there, from the first on; nothing is read."""
+        ...
+
     def put(self, index: int, state: dict[str, Any]) -> None:
         """Keep the state of a finished part."""
         ...
@@ -251,9 +255,11 @@ def _gptq_blocks(
     team: Team,
 ) -> list[BlockErrors]:
     """Quantize the blocks one after the other, but for those that are saved; arguments as of `gptq_model`."""
-    if all(kept_part(index, settings, saved) is not None for index in range(len(blocks))):
+    if saved is not None and saved.holds(len(blocks)):
         found = (restored(block, index, settings, saved) for index, block in enumerate(blocks))
-        return [errors for errors in found if errors is not None]
+        whole = [errors for errors in found if errors is not None]
+        if len(whole) == len(blocks):  # else another way of finding them left these
+            return whole
     done, floats, name = list[BlockErrors](), None, "GPTQ"
     with eval_mode(model):
         if settings.blockwise is not None:
@@ -294,16 +300,10 @@ def _quantized(
     return team.all_of(errors)[0]
 
 
-def kept_part(index: int, settings: GptqSettings, saved: Saved | None) -> dict[str, Any] | None:
-    """The state of a part of the model that an earlier run found in the same way, or None."""
-    kept = None if saved is None else saved.get(index)
-    return kept if kept is not None and kept.get("changed") == changed_tensors(settings.keep_float) else None
-
-
 def restored(part: nn.Module, index: int, settings: GptqSettings, saved: Saved | None) -> BlockErrors | None:
     """Put what an earlier run found for a part of the model in place; the errors of its layers, or None for no such."""
-    kept = kept_part(index, settings, saved)
-    if kept is None:
+    kept = None if saved is None else saved.get(index)
+    if kept is None or kept.get("changed") != changed_tensors(settings.keep_float):
         return None
     part.load_state_dict(kept["state"], strict=False)
     stow(part, settings)
