@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmqat.config.options import meta, option
+from llmqat.errors import LlmqatError
 from llmqat.scheme import BITS, SCALE_DTYPES, QuantScheme
 
 INITS = ("gptq", "blockwise", "rtn")
@@ -192,6 +193,11 @@ class EvalConfig:
 
     window: int = option(512, "tokens per perplexity window; windows do not overlap", "--window", least=2)
     tokens: int = option(65536, "test tokens at most", "--eval-tokens", least=2)
+    also: str | None = option(
+        None,
+        "score these datasets too, names separated by commas: what was learned of other text than that of --dataset",
+        "--also",
+    )
     validation_tokens: int = option(16384, "held-out tokens that choose the best state", "--validation-tokens", least=2)
     bos: str = option(
         "stream",
@@ -207,3 +213,14 @@ class EvalConfig:
         "--control",
     )
     repeats: int = option(5, "repetitions of it; 0 leaves throughput out", "--repeats", least=0)
+
+    @property
+    def other_texts(self) -> tuple[str, ...]:
+        """The datasets that are scored beside the one of the run."""
+        return () if self.also is None else tuple(name.strip() for name in self.also.split(","))
+
+    def __post_init__(self) -> None:
+        """Refuse names that are empty or given twice."""
+        names = self.other_texts
+        if not all(names) or len(set(names)) < len(names):
+            raise LlmqatError(f"--also takes datasets, each once, separated by commas; got {self.also!r}")

@@ -123,16 +123,20 @@ def left_in_files(recipe: Resolved, model: PreTrainedModel, coverage: CoverageRe
 def kept_of_float(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport) -> int:
     """Bytes that a run keeps of its float model, see `FloatPass`: hidden states, and samples of the layers' outputs."""
     outputs = sum(layer.shape[0] for layer in coverage.quantized)
-    return (
-        4 * recipe.eval.tokens * model.config.get_text_config().hidden_size + 4 * recipe.eval.tokens * outputs // STRIDE
-    )
+    hidden = scored_tokens(recipe) * model.config.get_text_config().hidden_size
+    return MASTER * (hidden + recipe.eval.tokens * outputs // STRIDE)
+
+
+def scored_tokens(recipe: Resolved) -> int:
+    """Tokens that each row of the scoreboard is scored on, at most: of all texts."""
+    return recipe.eval.tokens * (1 + len(recipe.eval.other_texts))
 
 
 def evaluation(recipe: Resolved, model: PreTrainedModel, batch: Cost, name: str) -> Stage:
     """Scoring of all test tokens."""
     text = model.config.get_text_config()
     scoring = 4 * SCORING_CHUNKS * min(CHUNK_LOGITS, recipe.eval.window * text.vocab_size)
-    flops = batch.flops * recipe.eval.tokens / BATCH_TOKENS
+    flops = batch.flops * scored_tokens(recipe) / BATCH_TOKENS
     return Stage(f"evaluation, {name}", flops, torch.float32, batch.peak + scoring)
 
 

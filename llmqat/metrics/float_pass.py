@@ -1,6 +1,7 @@
 """The float model's pass over the windows of a run: every row of the scoreboard is compared with this one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -82,3 +83,51 @@ class FloatPass:
     def _forwards(self) -> ReferenceForwards:
         # Made for each row: training may have given the model another head since, or taken it to another device.
         return ReferenceForwards(self.reference, self.layers, self.kept)
+
+
+class FloatPasses:
+    """Float passes over the test text of a run, and over other texts: a row of the scoreboard is scored on all of them.
+
+    Args:
+        reference: gives the float model.
+        data: the windows of the run.
+        also: those of other texts, by name.
+        layers: names of the layers that are compared, on the windows of the run.
+        team: as of `FloatPass`.
+    """
+
+    def __init__(
+        self,
+        reference: FloatCopy | FloatView,
+        data: Windows,
+        also: Mapping[str, Windows],
+        layers: Iterable[str] = (),
+        team: Team = ALONE,
+    ) -> None:
+        self.main = FloatPass(reference, data, layers, team)
+        self.others = {name: FloatPass(reference, windows, (), team) for name, windows in also.items()}
+
+    @property
+    def reference(self) -> FloatCopy | FloatView:
+        """The float model as it can be had now, see `FloatPass`."""
+        return self.main.reference
+
+    @reference.setter
+    def reference(self, reference: FloatCopy | FloatView) -> None:
+        for each in (self.main, *self.others.values()):
+            each.reference = reference
+
+    def score_alone(self) -> None:
+        """Score in this process from now on, without the others of the team."""
+        for each in (self.main, *self.others.values()):
+            each.team = ALONE
+
+    def score(self, description: str) -> Perplexity:
+        """Perplexity of the float model itself."""
+        also = {name: other.score(f"{description}, {name}") for name, other in self.others.items()}
+        return replace(self.main.score(description), also=also or None)
+
+    def compare(self, model: nn.Module, description: str, watch: bool = True) -> Perplexity:
+        """Perplexity of `model` and its distance from the float model, see `FloatPass.compare`."""
+        also = {name: other.compare(model, f"{description}, {name}") for name, other in self.others.items()}
+        return replace(self.main.compare(model, description, watch), also=also or None)

@@ -166,6 +166,7 @@ class Perplexity:
         top1_agreement: share of tokens whose most likely next token is the float model's; None without a reference.
         targets: tokens scored in each window; None where that is the same everywhere.
         layer_errors: relative output error of each watched layer, see `LayerErrors`; None where none was watched.
+        also: results on other texts, by their names; None where only one was scored.
     """
 
     losses: np.ndarray[Any, np.dtype[np.float64]]
@@ -173,6 +174,7 @@ class Perplexity:
     top1_agreement: float | None = None
     targets: tuple[int, ...] | None = None
     layer_errors: dict[str, float] | None = None
+    also: "dict[str, Perplexity] | None" = None
 
     @property
     def perplexity(self) -> float:

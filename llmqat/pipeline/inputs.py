@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmqat.data.corpus import Corpus, load_corpus
 from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
 from llmqat.data.tokens import encode, sequences, split_stream
+from llmqat.errors import LlmqatError
 from llmqat.metrics.perplexity import Windows, windows
 from llmqat.metrics.published import scored_windows
 from llmqat.models.coverage import CoverageReport
@@ -35,12 +36,14 @@ class Inputs:
 
     Attributes:
         test: windows that are scored.
+        also: those of other texts, by dataset.
         validation: sequences that choose the best state; None without training.
         training: sequences to train on, see `llmqat.sequences`; None without training.
         calibration: batches ``(batch, length)``; empty where nothing is calibrated.
     """
 
     test: Windows
+    also: Mapping[str, Windows] = field(default_factory=dict)
     validation: Windows | None = None
     training: Tensor | None = None
     calibration: tuple[Tensor, ...] = ()
@@ -48,6 +51,7 @@ class Inputs:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each kind of tokens, by its name in words."""
         found = {"test tokens": self.test.sha256}
+        found |= {f"test tokens of {name}": windows.sha256 for name, windows in self.also.items()}
         if self.calibration:
             found["calibration tokens"] = hash_of_tensor(*self.calibration)
         if self.validation is not None and self.training is not None:
@@ -76,7 +80,9 @@ def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: Covera
         LlmqatError: if a text is too short, or a calibration dataset cannot be had.
     """
     limits = recipe.eval.window, recipe.eval.tokens, recipe.eval.bos
-    inputs = Inputs(scored_windows(recipe.data.dataset, tokenizer, *limits, corpus.test))
+    inputs = Inputs(
+        scored_windows(recipe.data.dataset, tokenizer, *limits, corpus.test), other_texts(recipe, tokenizer)
+    )
     if calibrates(recipe, coverage):
         inputs = replace(inputs, calibration=tuple(calibration(recipe, tokenizer, corpus.train)))
     if not train:
@@ -88,6 +94,21 @@ def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: Covera
         validation=windows(tokenizer, corpus.validation, length, held_out, bos, f"{name} evaluation"),
         training=sequences(tokenizer, corpus.train, length, train_tokens(recipe), f"{name} training"),
     )
+
+
+def other_texts(recipe: Resolved, tokenizer: Any) -> dict[str, Windows]:
+    """Windows of the test text of each dataset of ``--also``, cut as those of the run are.
+
+    Raises:
+        LlmqatError: if one is the dataset of the run, cannot be had, or is too short.
+    """
+    limits, found = (recipe.eval.window, recipe.eval.tokens, recipe.eval.bos), {}
+    for name in recipe.eval.other_texts:
+        if name == recipe.data.dataset:
+            raise LlmqatError(f"--also {name} is the dataset of the run, which is scored already; name another")
+        documents = None if named_set(name) is not None else read(recipe.data, name).test
+        found[name] = scored_windows(name, tokenizer, *limits, documents)
+    return found
 
 
 def read(data: DataConfig, dataset: str) -> Corpus:

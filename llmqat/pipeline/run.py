@@ -20,7 +20,7 @@ from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import expected_in, verify_loaded
 from llmqat.formats.writer import write_contents
 from llmqat.kernels.native import kernel_name
-from llmqat.metrics.float_pass import FloatPass
+from llmqat.metrics.float_pass import FloatPasses
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.models.architectures import blocks_in_words, check_blocks
@@ -69,7 +69,6 @@ from llmqat.report.names import public_name, public_recipe
 from llmqat.report.page.render import write_page
 from llmqat.report.scoreboard import LABELS
 from llmqat.report.text import model_card, print_scoreboard
-from llmqat.team import ALONE
 from llmqat.train import checkpoint
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 from llmqat.train.loop import TrainingData, fit
@@ -124,7 +123,7 @@ class Run:
         if self.train:
             self.train_model()
         if is_first():
-            self.float_pass.team = ALONE  # the other processes end
+            self.float_pass.score_alone()  # the other processes end
             if self.train:
                 self.round_and_measure_trained()
             self.pack_model()
@@ -263,12 +262,15 @@ class Run:
         self.float_copy = copy_of_float(self.model) if self.train and recipe.train.mode == "full" else None
         watched = [layer.name for layer in self.coverage.quantized]
         # Also in a resumed run that has the float row: the others are compared with what the first run had.
-        self.float_pass = FloatPass(self.float_copy or FloatView(self.model), self.inputs.test, watched, self.team)
+        reference, inputs = self.float_copy or FloatView(self.model), self.inputs
+        self.float_pass = FloatPasses(reference, inputs.test, inputs.also, watched, self.team)
         self.measure("float", partial(self.float_pass.score, "perplexity, float"))
         observe_activations(self.model, [] if self.calibrated else self.calibration, recipe.quant.observer)
         log(self.coverage.summary())
         self.lora_alpha = default_alpha(self.model, recipe.train.lora_r)
-        self.measured = Measured(recipe, self.coverage, self.inputs.test, self.scores, device=str(self.device))
+        self.measured = Measured(
+            recipe, self.coverage, inputs.test, self.scores, also=inputs.also, device=str(self.device)
+        )
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         self.measure("rtn", partial(self.float_pass.compare, self.model, "perplexity, round to nearest"))
 

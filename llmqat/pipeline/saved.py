@@ -6,7 +6,6 @@ key of the run is the hash of that record; measurements and training states carr
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +153,35 @@ def read_measurements(checkpoint: Path, run: str) -> dict[str, Perplexity]:
         return {}
     if saved.get("run") != run:
         raise LlmqatError(f"{path} holds measurements of other inputs than those of this run; {REMEDY}")
+    return _scores_from(saved["perplexity"])
+
+
+def _scores_from(saved: dict[str, dict[str, Any]]) -> dict[str, Perplexity]:
+    """Scores by name, from plain values."""
     scores = {}
-    for variant, values in saved["perplexity"].items():
-        targets = values.pop("targets")
-        scores[variant] = Perplexity(np.array(values.pop("losses")), targets=targets and tuple(targets), **values)
+    for name, values in saved.items():
+        targets, also = values.pop("targets"), values.pop("also", None)
+        scores[name] = Perplexity(
+            np.array(values.pop("losses")),
+            targets=targets and tuple(targets),
+            also=also and _scores_from(also),
+            **values,
+        )
     return scores
+
+
+def _plain(scores: dict[str, Perplexity]) -> dict[str, Any]:
+    """Plain values of scores by name."""
+    return {
+        name: {**vars(score), "losses": score.losses.tolist(), "also": score.also and _plain(score.also)}
+        for name, score in scores.items()
+    }
 
 
 def write_measurements(checkpoint: Path, run: str, scores: dict[str, Perplexity]) -> None:
     """Remember what was measured, to the bit, for a resume of the run with key `run`."""
-    perplexity = {variant: {**asdict(p), "losses": p.losses.tolist()} for variant, p in scores.items()}
     with replacing(checkpoint) as scratch:
-        (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": perplexity}))
+        (scratch / MEASURED).write_text(sealed_json({"run": run, "perplexity": _plain(scores)}))
 
 
 def check_measured(scores: dict[str, Perplexity], variants: list[str], checkpoint: Path) -> None:

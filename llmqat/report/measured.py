@@ -1,7 +1,8 @@
 """The numbers that a run measured: those of `report.json`."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Measured:
 
     Attributes:
         perplexity: result by variant of the model, see `llmqat.report.scoreboard`.
+        also: windows of other texts that each variant was scored on, by dataset.
         tokens: training, calibration and evaluation tokens used.
         size: bytes of the quantized layers, float (in the storage dtype) and packed, and bits per weight of them.
         kernel: implementation that ran the packed layers.
@@ -36,6 +38,7 @@ class Measured:
     coverage: CoverageReport
     data: Windows
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    also: Mapping[str, Windows] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, Throughput] = field(default_factory=dict)
@@ -45,6 +48,12 @@ class Measured:
     peak_device_memory_bytes: int | None = None
     device: str = "cpu"
     verification: Verification | None = None
+
+    def on_other_texts(self) -> "Iterator[tuple[str, Measured]]":
+        """The same run as each of the other texts shows it, with the name of its dataset."""
+        for name, windows in self.also.items():
+            found = {variant: result.also[name] for variant, result in self.perplexity.items() if result.also}
+            yield name, replace(self, data=windows, perplexity=found, also={})
 
     def ppl(self, variant: str) -> float | None:
         """Perplexity of a variant of the model; None if it was not measured."""
@@ -85,10 +94,11 @@ class Measured:
                 "eval": self.data.tokens,
                 "eval_sha256": self.data.sha256,
             },
-            "perplexity": {variant: self.ppl(variant) for variant in VARIANTS},
-            "gap_recovered": self.gap_recovered(),
-            "kl_to_float": {variant: self._of(variant, "kl_to_float") for variant in VARIANTS[1:]},
-            "top1_agreement": {variant: self._of(variant, "top1_agreement") for variant in VARIANTS[1:]},
+            **self._scores(),
+            "also": {
+                public_name(name): {"tokens": other.data.tokens, "sha256": other.data.sha256, **other._scores()}
+                for name, other in self.on_other_texts()
+            },
             "coverage": {
                 "parameters_quantized": self.coverage.parameters_quantized,
                 "skipped": [{"layer": layer.name, "reason": layer.reason} for layer in self.coverage.skipped],
@@ -114,6 +124,14 @@ class Measured:
                 "decode_bound": check.decode_bound if check else None,
                 "greedy_equal": check.greedy_equal if check else None,
             },
+        }
+
+    def _scores(self) -> dict[str, Any]:
+        return {
+            "perplexity": {variant: self.ppl(variant) for variant in VARIANTS},
+            "gap_recovered": self.gap_recovered(),
+            "kl_to_float": {variant: self._of(variant, "kl_to_float") for variant in VARIANTS[1:]},
+            "top1_agreement": {variant: self._of(variant, "top1_agreement") for variant in VARIANTS[1:]},
         }
 
     def _of(self, variant: str, name: str) -> float | None:

@@ -30,7 +30,9 @@ def public_recipe(recipe: Recipe) -> Recipe:
     """A recipe without the folders of the machine that ran it."""
     calibration = None if recipe.data.calibration is None else public_name(recipe.data.calibration)
     data = replace(recipe.data, dataset=public_name(recipe.data.dataset), calibration=calibration)
-    return replace(recipe, model=public_name(recipe.model), output=public_name(recipe.output), data=data)
+    names = [public_name(name) for name in recipe.eval.other_texts]
+    texts = replace(recipe.eval, also=",".join(dict.fromkeys(names)) or None)
+    return replace(recipe, model=public_name(recipe.model), output=public_name(recipe.output), data=data, eval=texts)
 
 
 def one_line(text: str) -> str:

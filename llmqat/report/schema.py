@@ -164,6 +164,13 @@ def recipe(value: Any, place: str) -> None:
     RECIPE(value, place)
 
 
+SCORES: dict[str, Check] = {
+    "perplexity": record(dict.fromkeys(VARIANTS, optional(positive))),
+    "gap_recovered": optional(number),
+    "kl_to_float": shares(VARIANTS[1:]),
+    "top1_agreement": shares(VARIANTS[1:]),
+}
+
 REPORT = record(
     {
         "format": choice(FORMAT),
@@ -174,10 +181,7 @@ REPORT = record(
         "tokens": record(
             {"train": optional(count), "calibration": optional(count), "eval": count, "eval_sha256": text}
         ),
-        "perplexity": record(dict.fromkeys(VARIANTS, optional(positive))),
-        "gap_recovered": optional(number),
-        "kl_to_float": shares(VARIANTS[1:]),
-        "top1_agreement": shares(VARIANTS[1:]),
+        **SCORES,
         "coverage": record({"parameters_quantized": number, "skipped": many(record({"layer": text, "reason": text}))}),
         "size": record({key: optional(number) for key in ("float_bytes", "packed_bytes", "bits_per_weight")}),
         "throughput": record(
@@ -215,7 +219,7 @@ REPORT = record(
             },
         ),
     },
-    {"device": text},
+    {"device": text, "also": by_name(record({"tokens": count, "sha256": text, **SCORES}))},
 )
 
 LAYER = record(

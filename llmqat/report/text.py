@@ -22,6 +22,11 @@ def facts(measured: Measured) -> list[str]:
     return [*lines, *_verify_lines(measured.verification)]
 
 
+def facts_on(name: str, measured: Measured) -> list[str]:
+    """Lines below the scoreboard on another text: the verdict, and how it was measured."""
+    return [verdict(measured), *_interval_lines(measured), f"measured on {measured_on(measured, name)}"]
+
+
 def _interval_lines(measured: Measured) -> list[str]:
     best = measured.best_ptq()
     if best is None or "packed" not in measured.perplexity or measured.training is None:
@@ -69,9 +74,9 @@ def _training_lines(measured: Measured) -> list[str]:
     ]
 
 
-def measured_on(measured: Measured) -> str:
-    """The test tokens of the scoreboard, and how they were scored."""
-    data, dataset = measured.data, public_name(measured.recipe.data.dataset)
+def measured_on(measured: Measured, name: str | None = None) -> str:
+    """The test tokens of the scoreboard, of the run's dataset or of another `name`, and how they were scored."""
+    data, dataset = measured.data, public_name(name or measured.recipe.data.dataset)
     place = "" if measured.device == "cpu" else f" on {measured.device}"
     return f"{data.tokens:,} test tokens of {dataset}: {data.protocol}, float32 compute{place}, ids {data.sha256[:12]}"
 
@@ -126,13 +131,16 @@ def print_scoreboard(measured: Measured) -> None:
     advice = [] if done is None else remedies(done, measured.recipe.train.mode)
     for line in [*facts(measured), *advice]:
         console.print(line, markup=False, highlight=False)
+    for name, other in measured.on_other_texts():
+        console.print(scoreboard(other.perplexity, f"on {public_name(name)}"))
+        for line in facts_on(name, other):
+            console.print(line, markup=False, highlight=False)
 
 
 def model_card(measured: Measured) -> str:
     """README.md of the packed directory; a model or dataset of this machine goes by the last part of its path."""
     env = environment()
     name, scheme = markdown(public_name(measured.recipe.model)), measured.recipe.scheme()
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured.perplexity))
     lines = "\n".join(f"- {markdown(line)}" for line in facts(measured))
     machine = markdown(
         f"{env['cpu']}, {env['threads']} threads; torch {env['torch']}, transformers {env['transformers']}"
@@ -144,12 +152,10 @@ def model_card(measured: Measured) -> str:
 Quantized by llmqat {__version__} from {name}; codes and scales in this directory are those of training, bit for bit
 (`llmqat verify` checks it). The format is compressed-tensors `pack-quantized`: {readers(measured.coverage)}.
 
-| | perplexity | vs float | KL to float | top-1 |
-|---|---:|---:|---:|---:|
-{rows}
+{_table(measured)}
 
 {lines}
-
+{_other_texts(measured)}
 Machine: {machine}. All numbers are in `report.json`, the recipe is `recipe.yaml`.
 
 ```python
@@ -157,6 +163,21 @@ import llmqat
 model = llmqat.load("path/to/this/directory")  # runs on the packed weights
 {_loading(measured)}```
 """
+
+
+def _table(measured: Measured) -> str:
+    """The scoreboard in Markdown."""
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(measured.perplexity))
+    return f"| | perplexity | vs float | KL to float | top-1 |\n|---|---:|---:|---:|---:|\n{rows}"
+
+
+def _other_texts(measured: Measured) -> str:
+    """A section of the model card for each of the other texts."""
+    sections = []
+    for name, other in measured.on_other_texts():
+        lines = "\n".join(f"- {markdown(line)}" for line in facts_on(name, other))
+        sections.append(f"\n## On {markdown(public_name(name))}\n\n{_table(other)}\n\n{lines}\n")
+    return "".join(sections)
 
 
 def _front_matter(measured: Measured) -> str:

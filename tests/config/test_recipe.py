@@ -148,3 +148,10 @@ def test_bundled_recipe(path):
     comment = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
     assert re.search(rf"llmqat \w+ .*--recipe {re.escape(path.stem)}\b", comment), "open with the command that runs it"
     assert from_yaml(path) != Recipe(), "a recipe holds differences from the defaults"
+
+
+@pytest.mark.parametrize("also", ["", "a,,b", "a, b ,a"])
+def test_other_texts_are_named_once_each(also):
+    with pytest.raises(LlmqatError, match="also"):
+        from_dict({"eval": {"also": also}})
+    assert from_dict({"eval": {"also": "wikitext2, my.txt"}}).eval.other_texts == ("wikitext2", "my.txt")

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from llmqat.config import DataConfig
+from llmqat.config import DataConfig, resolve
+from llmqat.errors import LlmqatError
 from llmqat.metrics.published import scored_windows
-from llmqat.pipeline.inputs import eval_windows, read
+from llmqat.pipeline.inputs import eval_windows, other_texts, read
 
 
 def test_eval_scores_a_named_set_as_papers_do(papers_hub, model_dir, tokenizer, tmp_path, call, capsys):
@@ -52,3 +53,9 @@ def test_finetune_on_a_named_set(papers_hub, small_recipe, tmp_path, name):
     assert f"{name} as in GPTQ, 4 windows of 32, BOS tokenizer" in " ".join(
         (tmp_path / "README.md").read_text().split()
     )
+
+
+def test_another_text_is_not_that_of_the_run(small_recipe, text_file, tmp_path, tokenizer):
+    recipe = resolve(small_recipe(tmp_path, {"data.dataset": str(text_file), "eval.also": str(text_file)}), 1000)
+    with pytest.raises(LlmqatError, match="is the dataset of the run, which is scored already; name another"):
+        other_texts(recipe, tokenizer)

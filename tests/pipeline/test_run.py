@@ -366,9 +366,17 @@ def test_static_activations(go, mode):
     assert all(scale.shape == (1,) and scale.dtype == torch.bfloat16 and scale > 0 for scale in scales)
 
 
-def test_cross_entropy_with_control(go):
-    report = go({"train.loss": "ce", "eval.control": True, "train.lr_float": 0.02, "train.max_steps": 8}).report
-    ppl = report["perplexity"]
+def test_cross_entropy_with_control_and_another_text(go, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    changes = {"train.loss": "ce", "eval.control": True, "eval.also": str(other), "train.lr_float": 0.02}
+    done = go({**changes, "train.max_steps": 8})
+    ppl, there = done.report["perplexity"], done.report["also"]["other.txt"]
+    assert {variant for variant, value in there["perplexity"].items() if value} == set(ppl) - {"blockwise"}
+    assert there["perplexity"]["packed"] == done.measured.perplexity["packed"].also[str(other)].perplexity
+    assert there["sha256"] != done.report["tokens"]["eval_sha256"]
+    assert there["perplexity"]["packed"] != ppl["packed"]
+    assert "<h3>On other.txt, " in (done.directory / "report.html").read_text()
     assert ppl["float_finetuned"] < ppl["float"]  # random weights learn the text at once
     assert ppl["packed"] < ppl["gptq"]
 

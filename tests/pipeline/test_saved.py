@@ -22,15 +22,21 @@ def test_measurements_come_back_to_the_bit(tmp_path):
     rows = {
         "float": Perplexity(np.random.rand(5) / 3),
         "gptq": Perplexity(np.random.rand(2), 1 / 3, 2 / 3, (5, 7), {"q_proj": 1 / 7}),
+        "rtn": Perplexity(np.random.rand(2), also={"c4": Perplexity(np.random.rand(3) / 7, 1 / 3, targets=(2, 3, 4))}),
     }
     write_measurements(tmp_path / "new", "key", rows)
     read_rows = read_measurements(tmp_path / "new", "key")
     assert read_rows.keys() == rows.keys()
     for row, expected in rows.items():
-        read = read_rows[row]
-        assert read.losses.tolist() == expected.losses.tolist()
-        assert (read.kl_to_float, read.top1_agreement) == (expected.kl_to_float, expected.top1_agreement)
-        assert (read.targets, read.layer_errors) == (expected.targets, expected.layer_errors)
+        same(read_rows[row], expected)
+    same(read_rows["rtn"].also["c4"], rows["rtn"].also["c4"])
+
+
+def same(read, expected):
+    assert read.losses.tolist() == expected.losses.tolist()
+    assert (read.kl_to_float, read.top1_agreement) == (expected.kl_to_float, expected.top1_agreement)
+    assert (read.targets, read.layer_errors) == (expected.targets, expected.layer_errors)
+    assert (read.also is None) == (expected.also is None)
 
 
 def test_a_step_must_stay_as_large(monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llmqat.metrics.perplexity import Perplexity, Windows
 from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.report.measured import Measured, write_json
+from llmqat.report.schema import REPORT
 from llmqat.report.scoreboard import score_rows
 from llmqat.report.text import facts, model_card, print_scoreboard, verdict
 from llmqat.scheme import QuantScheme
@@ -47,6 +49,7 @@ SCHEMA = {
     "gap_recovered": None,
     "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
     "top1_agreement": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
+    "also": None,
     "coverage": dict.fromkeys(("parameters_quantized", "skipped", "kept_round_to_nearest")),
     "size": dict.fromkeys(("float_bytes", "packed_bytes", "bits_per_weight")),
     "throughput": {
@@ -148,6 +151,31 @@ def test_numbers(full):
     )
     assert report["environment"] == environment()
     assert report["recipe"]["quant"]["group_size"] == 32
+
+
+def test_each_other_text_has_a_scoreboard_of_its_own(full, capsys):
+    full.also = {"/home/ada/poems.txt": Windows(torch.arange(96).view(3, 32), "stream")}
+    there = {"float": ppl(20.0), "gptq": ppl(22.0, 0.3, 0.8), "qat": ppl(21.5, 0.2, 0.85), "packed": ppl(21.5, 0.2)}
+    full.perplexity = {
+        row: replace(result, also={"/home/ada/poems.txt": there[row]}) if row in there else result
+        for row, result in full.perplexity.items()
+    }
+    report = full.to_dict()
+    assert list(report["also"]) == ["poems.txt"]
+    found = report["also"]["poems.txt"]
+    assert (found["tokens"], found["gap_recovered"]) == (96, pytest.approx(0.25))
+    assert found["perplexity"]["packed"] == pytest.approx(21.5)
+    assert report["gap_recovered"] == pytest.approx((10.5 - 10.2) / (10.5 - 10.0))  # of the run's own text, as before
+    REPORT(report, "report")
+    card = model_card(full)
+    assert "## On poems.txt\n\n| | perplexity" in card
+    assert "- of the 10.00% that the best post-training quantization costs, training recovered 25.0%" in card
+    assert "- measured on 96 test tokens of poems.txt" in card
+    assert "ada" not in card
+    print_scoreboard(full)
+    shown = capsys.readouterr().out
+    assert "on poems.txt" in shown
+    assert shown.count("│ packed file, kernel op") == 2
 
 
 def leaves(values):

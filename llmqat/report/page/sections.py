@@ -57,7 +57,21 @@ def _tiles(report: Values) -> Iterator[tuple[str, str, str]]:
 
 def score_table(report: Values, details: Values) -> Html:
     """Float, the baselines, what was trained and what ships, on the same tokens."""
-    perplexity, kl, top1 = report["perplexity"], report["kl_to_float"], report["top1_agreement"]
+    measured_on = details.get("measured_on", f"{report['tokens']['eval']:,} test tokens")
+    note = (
+        f"Every row on the same {measured_on}. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the share "
+        "of tokens whose most likely successor is the float model's."
+    )
+    others = (
+        join([element("h3", f"On {name}, {scores['tokens']:,} test tokens"), _scores(scores)])
+        for name, scores in report.get("also", {}).items()
+    )
+    return section("Scoreboard", note, join([_scores(report), _interval(details), *others]))
+
+
+def _scores(scores: Values) -> Html:
+    """A row for each variant that was scored on one text."""
+    perplexity, kl, top1 = scores["perplexity"], scores["kl_to_float"], scores["top1_agreement"]
     base = perplexity["float"]
     scored = [variant for variant in VARIANTS if perplexity.get(variant) is not None]
     worst = max((kl[variant] for variant in scored if kl.get(variant) is not None), default=0.0)
@@ -76,13 +90,7 @@ def score_table(report: Values, details: Values) -> Html:
                 class_=variant,
             )
         )
-    measured_on = details.get("measured_on", f"{report['tokens']['eval']:,} test tokens")
-    note = (
-        f"Every row on the same {measured_on}. KL is the mean over tokens of KL(float ‖ row) in nats; top-1 the share "
-        "of tokens whose most likely successor is the float model's."
-    )
-    head = ("", "perplexity", "vs float", "KL to float", None, "top-1")
-    return section("Scoreboard", note, join([table(head, lines), _interval(details)]))
+    return table(("", "perplexity", "vs float", "KL to float", None, "top-1"), lines)
 
 
 def _interval(details: Values) -> Html | None:
