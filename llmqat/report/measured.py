@@ -50,7 +50,7 @@ class Measured:
     verification: Verification | None = None
 
     def on_other_texts(self) -> "Iterator[tuple[str, Measured]]":
-        """The same run as each of the other texts shows it, with the name of its dataset."""
+        """The run as each of the other texts shows it: name of the dataset, and a `Measured` of that text alone."""
         for name, windows in self.also.items():
             found = {variant: result.also[name] for variant, result in self.perplexity.items() if result.also}
             yield name, replace(self, data=windows, perplexity=found, also={})
