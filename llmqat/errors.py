@@ -17,7 +17,11 @@ class LlmqatDeprecationWarning(DeprecationWarning):
 
 def error_text(error: BaseException) -> str:
     """The message of an exception of another library as one line that is not too long; its class if it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shortened(text: str) -> str:
+    """The text as it is, or what of it is not too long."""
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 

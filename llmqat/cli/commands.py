@@ -159,8 +159,8 @@ def write_text(path: Path, text: str) -> None:
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run `llmqat verify`."""
-    if args.against:
-        return verify_against(args)
+    if args.against or args.runtime:
+        return verify_elsewhere(args)
     from llmqat.devices import find_device
     from llmqat.formats.verify import verify
 
@@ -182,22 +182,32 @@ def run_verify(args: argparse.Namespace) -> None:
         raise LlmqatError(f"{args.model} is not what was trained{where}; copy it again, or write it again")
 
 
-def verify_against(args: argparse.Namespace) -> None:
-    """Run `llmqat verify --against`.
+def verify_elsewhere(args: argparse.Namespace) -> None:
+    """Run `llmqat verify --against` and `--runtime`.
 
     Raises:
-        LlmqatError: if the exported model is not the packed one.
+        LlmqatError: if the exported model is not the packed one, or the engine makes another of it.
     """
     from llmqat.pipeline.verify_export import verify_export
+    from llmqat.pipeline.verify_runtime import verify_runtime
 
-    check = verify_export(args.model, args.against)
-    print(f"format           {check.format}\ntensors          {check.tensors}\nall equal        {check.ok}")
+    outcome: dict[str, Any] = {}
+    wrong = []
+    if args.against:
+        check = verify_export(args.model, args.against)
+        print(f"format           {check.format}\ntensors          {check.tensors}\nall equal        {check.ok}")
+        outcome |= {**asdict(check), "ok": check.ok}
+        wrong += [f"it {line}" for line in check.differences]
+    if args.runtime:
+        python = {"python": args.runtime_python} if args.runtime_python else {}
+        ran = verify_runtime(args.model, args.against or args.model, args.runtime, args.text, **python)
+        print(ran)
+        outcome |= {"runtime": {**asdict(ran), "ok": ran.ok}, "ok": ran.ok and not wrong}
+        wrong += ran.problems()
     if args.json:
-        write_text(Path(args.json), json.dumps({**asdict(check), "ok": check.ok}, indent=2) + "\n")
-    if not check.ok:
-        raise LlmqatError(
-            f"{args.model} is not {args.against}: it {'; it '.join(check.differences)}; export that again"
-        )
+        write_text(Path(args.json), json.dumps(outcome, indent=2) + "\n")
+    if wrong:
+        raise LlmqatError(f"{args.model} is not {args.against or args.model}: {'; '.join(wrong)}; export that again")
 
 
 def run_export(args: argparse.Namespace) -> None:

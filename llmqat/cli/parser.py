@@ -8,6 +8,7 @@ import llmqat
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
 from llmqat.config import DataConfig, EvalConfig, Recipe
 from llmqat.formats.export.holds import HOLDS
+from llmqat.pipeline.engines.table import ENGINES
 from llmqat.version import __version__
 
 FINETUNE = """\
@@ -54,6 +55,10 @@ Prove that a packed directory holds the codes and scales of training, bit for bi
   llmqat verify runs/llmqat
   llmqat verify out-gguf --against runs/llmqat
       an exported model: every code, scale and float part, config and tokenizer, compared with the packed directory
+  llmqat verify out-gguf --against runs/llmqat --runtime llama.cpp --runtime-python llama-env/bin/python
+      and run in its engine: log-probabilities of a text, and greedy tokens, beside those of the packed directory
+  llmqat verify runs/llmqat --runtime vllm
+      the packed directory itself, in another engine
 """
 EXPORT = """\
 Move a packed model to the format of another engine: the same codes and scales, bit for bit; nothing is quantized again.
@@ -158,7 +163,12 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("model", help="packed directory, or the output of llmqat export")
     sub.add_argument("--no-logits", action="store_true", help="compare codes and scales only: less memory")
     sub.add_argument("--against", metavar="DIR", help="packed directory that the model, an export, was made of")
-    sub.add_argument("--json", metavar="FILE", help="with --against: also write the outcome to a file")
+    sub.add_argument("--runtime", choices=tuple(ENGINES), help="also run the model in this engine")
+    sub.add_argument("--runtime-python", metavar="FILE", help="Python of the environment that has the engine")
+    sub.add_argument(
+        "--text", metavar="FILE", help="with --runtime: text to compare on, instead of a short one of ours"
+    )
+    sub.add_argument("--json", metavar="FILE", help="with these: also write the outcome to a file")
     add_fields(sub, Recipe, ("device",))
 
     sub = command("export", EXPORT)

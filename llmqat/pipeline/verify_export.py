@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from llmqat.errors import LlmqatError
 from llmqat.formats.export.compare import differences, format_of, parts_of
+from llmqat.formats.export.holds import PACKED
 from llmqat.pipeline.export import export
 
 
@@ -41,7 +43,10 @@ def verify_export(directory: str | Path, against: str | Path) -> ExportCheck:
         LlmqatError: if the exported model is damaged, or is of no known format; see `export` for the packed directory.
     """
     directory = Path(directory)
-    to, found = format_of(directory), parts_of(directory)
+    to = format_of(directory)
+    if to == PACKED:
+        raise LlmqatError(f"{directory} is a packed directory, and no export of one; leave --against out")
+    found = parts_of(directory)
     with TemporaryDirectory() as scratch:
         export(against, to, Path(scratch) / "again")
         right = parts_of(Path(scratch) / "again")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.formats.compressed_tensors import METHOD
 from llmqat.formats.directory import TEXT_FILES, model_files
 from llmqat.formats.export.gguf import FILE
+from llmqat.formats.export.holds import HOLDS, PACKED
 from llmqat.formats.weights import read_tensors
 from llmqat.models.gguf_file import opened
 
@@ -34,10 +36,10 @@ class Parts(NamedTuple):
 
 
 def format_of(directory: Path) -> str:
-    """The format of an exported model.
+    """The format of an exported model, or `PACKED` for a packed directory.
 
     Raises:
-        LlmqatError: if the directory holds none.
+        LlmqatError: if the directory holds neither.
     """
     if (directory / FILE).exists():
         return "gguf"
@@ -46,9 +48,9 @@ def format_of(directory: Path) -> str:
         return "mlx"
     found = config.get("quantization_config", {"quant_method": "dense"})
     method = str(found.get("quant_method") if isinstance(found, dict) else found)
-    if method not in ("gptq", "awq", "dense"):
+    if method not in (*HOLDS, METHOD):
         raise LlmqatError(f"{directory} is a {method} model, which is no format of llmqat export; leave --against out")
-    return method
+    return PACKED if method == METHOD else method
 
 
 def parts_of(directory: Path) -> Parts:

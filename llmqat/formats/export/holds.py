@@ -63,6 +63,8 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
     return f"train with --bits {scheme.bits} --group-size {scheme.group_size}{asym}"
 
 
+PACKED = "packed"  # the packed directory itself, beside the formats that it is exported to
+
 # The columns of docs/serve.md's table of formats.
 HOLDS = {
     "dense": Holds(transposed=True),
