@@ -69,7 +69,7 @@ def fill_missing_ranges(model: nn.Module) -> list[str]:
     for name, experts in model.named_modules():
         if not isinstance(experts, SplitExperts):
             continue
-        for projection in PROJECTIONS:
+        for projection in dict(experts[0].named_children()).keys() & set(PROJECTIONS):
             found = [getattr(expert, projection) for expert in experts]
             layers = [getattr(layer, "base_layer", layer) for layer in found]  # adapters may be around it
             if not all(isinstance(layer, FakeQuantLinear) and layer.scheme.inputs == "static" for layer in layers):

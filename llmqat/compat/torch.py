@@ -1,5 +1,6 @@
 """Private names of torch: dicts, casts and shards of a module, whether a backward runs, operators watched or faked."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -32,6 +33,14 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The dicts in which a module keeps its submodules, parameters and buffers."""
     return module._modules, module._parameters, module._buffers
+
+
+@leans_on("torch.nn.Module._parameters", test="tests/nn/test_experts.py")
+def with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
+    """A module that shares all with `module` but its own Parameters."""
+    other = copy.copy(module)
+    vars(other)["_parameters"] = dict(parameters)
+    return other
 
 
 @leans_on(
@@ -106,3 +115,9 @@ def forget_sharded(module: nn.Module) -> None:
     from torch.distributed._composable_state import _module_state_mapping
 
     _module_state_mapping.pop(module, None)
+
+
+@leans_on("torch._C.DisableTorchFunction", test="tests/formats/test_verify.py")
+def as_written() -> AbstractContextManager[Any]:
+    """Keep functions inside the ``with`` from what a `TorchFunctionMode` would make of them."""
+    return torch._C.DisableTorchFunction()  # type: ignore[return-value]

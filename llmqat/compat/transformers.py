@@ -1,5 +1,6 @@
 """Private names of transformers: how a model is made, read in parts, tied and saved, and the hooks it gets."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmqat.compat.register import leans_on
+from llmqat.compat.torch import with_parameters
 
 
 @leans_on("transformers.PreTrainedModel._from_config", test="tests/formats/test_skeleton.py")
@@ -68,29 +70,49 @@ def captures_outputs(hook: Any) -> bool:
 
 @leans_on("transformers.integrations.moe._default_apply_gate", test="tests/models/test_experts.py")
 def has_default_gate(fused: nn.Module) -> bool:
-    """Whether fused experts compute ``act(gate) * up`` between their projections, and nothing else."""
+    """Whether fused experts compute ``act(gate) * up``, or ``act(up)``, between their projections, and nothing else."""
     from transformers.integrations.moe import _default_apply_gate
 
     return getattr(type(fused), "_apply_gate", _default_apply_gate) is _default_apply_gate
 
 
+@leans_on("transformers.integrations.moe.use_experts_implementation", test="tests/nn/test_experts.py")
+def by_plain_torch(fused: nn.Module, parameters: dict[str, nn.Parameter]) -> Any:
+    """Fused experts of the kind of `fused` with other Parameters, that run by the code of their class itself."""
+    other: Any = with_parameters(fused, parameters)
+    if hasattr(other, "config"):
+        other.config = copy.copy(other.config)
+        other.config._experts_implementation = "eager"
+    return other
+
+
+def gate_of(fused: nn.Module) -> Any:
+    """The way in which fused experts put gate and up together, without their Parameters."""
+    return by_plain_torch(fused, {})._apply_gate
+
+
 @leans_on(
     "transformers.conversion_mapping.get_model_conversion_mapping",
     "transformers.core_model_loading.WeightConverter",
+    "transformers.quantizers.base.MODULES_TO_PATCH_FOR_QUANTIZATION",
     test="tests/models/test_experts.py",
 )
 def expert_names(model: PreTrainedModel) -> dict[str, str]:
-    """Names of an expert's projections in files, by ``gate_proj``, ``up_proj`` and ``down_proj``; empty where files
+    """Names in files of an expert's projections, by ``gate_proj``, ``up_proj`` and ``down_proj``; empty where files
     hold the experts of a block in one tensor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+    if any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules()):
+        return {name: name for name in ("gate_proj", "up_proj", "down_proj")}  # apart wherever they are quantized
     names: dict[str, str] = {}
     for entry in get_model_conversion_mapping(model):
         apart = isinstance(entry, WeightConverter) and all(".experts.*." in f".{s}" for s in entry.source_patterns)
         for target in entry.target_patterns if apart else ():
-            own = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(target.rpartition(".")[2])
+            last = target.rpartition(".")[2]
+            own = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
             files = [source.removesuffix(".weight").rpartition(".")[2] for source in entry.source_patterns]
-            if own is not None and len(files) == len(own):
+            if last in ("gate_up_proj", "up_proj", "down_proj") and len(files) == len(own):
                 names |= dict(zip(own, files, strict=True))
-    return names if len(names) == 3 else {}
+    return names if names.keys() >= {"up_proj", "down_proj"} else {}

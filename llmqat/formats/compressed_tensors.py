@@ -127,8 +127,10 @@ def transformers_route(coverage: CoverageReport) -> dict[str, bool] | None:
     """Arguments of `CompressedTensorsConfig` with which transformers (5.23) reads a model right; None: it cannot.
 
     Its default route loads neither packed zero points nor a packed embedding. ``dequantize=True`` does, but decodes
-    every layer as the first group says.
+    every layer as the first group says. Experts that the files of a family hold together it knows as float alone.
     """
+    if not coverage.experts_apart:
+        return None
     schemes = {layer.scheme for layer in coverage.quantized if layer.scheme is not None}
     if all(scheme.symmetric for scheme in schemes) and not any(layer.role == TIED_HEAD for layer in coverage.quantized):
         return {}
@@ -138,6 +140,8 @@ def transformers_route(coverage: CoverageReport) -> dict[str, bool] | None:
 def readers(coverage: CoverageReport) -> str:
     """Who reads the packed directory, in a few words."""
     route = transformers_route(coverage)
+    if not coverage.experts_apart:
+        return "llmqat reads it; transformers reads experts of this family as float alone: llmqat export --to dense"
     if route is None:
         return "llmqat reads it; transformers does not, since it mixes grids with zero points or a packed embedding"
     if route:

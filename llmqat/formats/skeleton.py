@@ -144,7 +144,7 @@ def _empty(model_class: Any, config: Any, dtype: torch.dtype, directory: Path) -
     with _building(directory):
         with init_empty_weights(include_buffers=False):
             model = model_from_config(model_class, config, dtype)
-            split_experts(model)
+        split_experts(model)
         model.tie_weights()
     return model
 

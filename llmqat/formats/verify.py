@@ -1,15 +1,18 @@
 """Prove that a packed directory holds what was trained, and that it runs as what was trained."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from llmqat.compat.torch import as_written
 from llmqat.formats import fingerprint
 from llmqat.formats.contents import Contents, contents_of
 from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
@@ -228,11 +231,37 @@ class Dequantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
         (packed,) = self.packed
-        if packed.scheme.inputs != "float":
-            # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is half
-            # of absmax), and float64 would break it differently.
-            x = fake_quantize_input(x.float(), packed.scheme, packed.input_scale).to(x.dtype)
-        return nn.functional.linear(x, self.weight, self.bias)
+        with as_written():
+            if packed.scheme.inputs != "float":
+                # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is
+                # half of absmax), and float64 would break it differently.
+                x = fake_quantize_input(x.float(), packed.scheme, packed.input_scale).to(x.dtype)
+            return nn.functional.linear(x, self.weight, self.bias)
+
+
+class InFloat64(TorchFunctionMode):
+    """Computes in float64 what a family casts to float32, whatever it is given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        wide = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*wide, **named)
+
+
+def in_float64(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a model that was cast to float64; where some of it casts to float32, and that meets weights
+    of float64, without these casts."""
+    try:
+        return forward(*args, **kwargs)
+    except RuntimeError:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of the constants that it makes
+        try:
+            with InFloat64():
+                return forward(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
 
 
 def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -251,6 +280,8 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         lookup.register_forward_hook(lambda _, args, rows: embedding.scaled(rows))
         dense.set_input_embeddings(lookup)
     dense.to(dtype)  # type: ignore[arg-type]
+    if dtype == torch.float64:
+        dense.forward = partial(in_float64, dense.forward)
     return dense
 
 

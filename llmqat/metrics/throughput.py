@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from llmqat.config import EvalConfig
 from llmqat.errors import LlmqatError
-from llmqat.nn.experts import SplitExperts, is_fused
+from llmqat.nn.expert_layout import is_fused
+from llmqat.nn.experts import SplitExperts
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.paths import PathCounts, path_counts
 

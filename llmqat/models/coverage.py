@@ -47,6 +47,7 @@ class CoverageReport:
         errors: relative output error by layer, ``(rtn, gptq)``, where GPTQ ran; None for GPTQ's where the layer (of an
             expert that was hardly chosen, or of a branch that text does not take) saw too few calibration tokens for it
             and kept round-to-nearest.
+        experts_apart: whether transformers knows packed experts of the family; see `reads_experts`.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -54,6 +55,7 @@ class CoverageReport:
     block_parameters: int = 0
     uncovered: dict[str, int] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    experts_apart: bool = True
 
     @property
     def quantized(self) -> list[LayerCoverage]:

@@ -11,7 +11,8 @@ from llmqat.compat.transformers import expert_names, save_as_it_is
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import known_architecture
 from llmqat.models.coverage import LayerCoverage
-from llmqat.nn.experts import PROJECTIONS, SplitExperts, can_split, is_fused
+from llmqat.nn.expert_layout import Layout, is_fused
+from llmqat.nn.experts import SplitExperts, layout_of
 from llmqat.scheme import QuantScheme
 
 Shape = tuple[int, int]
@@ -19,14 +20,12 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 _NAMES: dict[type, dict[str, str]] = {}  # of kinds of models, as transformers converts them
 
 
-def expert_layers(name: str, fused: nn.Module) -> Iterator[tuple[str, Shape]]:
+def expert_layers(name: str, fused: nn.Module, layout: Layout) -> Iterator[tuple[str, Shape]]:
     """Name and shape ``(out, in)`` of every Linear that splitting the fused module `name` gives."""
-    assert isinstance(fused.down_proj, nn.Parameter)
-    experts, hidden, intermediate = fused.down_proj.shape
-    up, down = (intermediate, hidden), (hidden, intermediate)
-    for expert in range(experts):
-        for projection, shape in zip(PROJECTIONS, (up, up, down), strict=True):
-            yield f"{name}.{expert}.{projection}", shape
+    weights = dict(fused.named_parameters())
+    for expert in range(len(weights["down_proj"])):
+        for projection, (weight, _) in layout.apart(weights, expert).items():
+            yield f"{name}.{expert}.{projection}", (weight.shape[0], weight.shape[1])
 
 
 def fused_shapes(name: str, fused: nn.Module) -> Iterator[tuple[str, Shape]]:
@@ -58,28 +57,37 @@ def check_experts(layers: Iterable[LayerCoverage]) -> None:
         )
 
 
-def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The fused modules by name that can be split: those whose experts have names of their own in files."""
-    fused = {name: module for name, module in model.named_modules() if can_split(module)}
-    return fused if fused and names_in_files(model) else {}
+def fused_experts(model: PreTrainedModel) -> dict[str, Layout]:
+    """The fused modules that can be split, by name, with their layout."""
+    layouts = ((name, layout_of(module)) for name, module in model.named_modules() if is_fused(module))
+    return {name: layout for name, layout in layouts if layout is not None}
 
 
 def names_in_files(model: PreTrainedModel) -> tuple[tuple[str, str], ...]:
-    """Parts of the names of modules and what they are in files, patterns of an expert's; empty where files hold the
-    experts of a block in one tensor."""
+    """Parts of the names of modules and what they are in files, patterns of an expert's."""
     row = known_architecture(model)
-    if row is not None:
-        return row.file_names or tuple((f".{name}.", f".{name}.") for name in PROJECTIONS)
+    if row is not None and row.file_names:
+        return row.file_names
+    return tuple((f".{own}.", f".{file}.") for own, file in _names(model).items())
+
+
+def reads_experts(model: PreTrainedModel) -> bool:
+    """Whether transformers reads each expert's tensors from files; else those of a block lie in one, and it does not
+    know packed experts of the family."""
+    return known_architecture(model) is not None or bool(_names(model))
+
+
+def _names(model: PreTrainedModel) -> dict[str, str]:
     kind = type(model)
     if kind not in _NAMES:
         _NAMES[kind] = expert_names(model)
-    return tuple((f".{own}.", f".{file}.") for own, file in _NAMES[kind].items())
+    return _NAMES[kind]
 
 
 def split_experts(model: PreTrainedModel) -> None:
     """Replace the fused experts that can be split by `SplitExperts`, in place."""
-    for name, module in fused_experts(model).items():
-        model.set_submodule(name, SplitExperts.from_fused(module))
+    for name, layout in fused_experts(model).items():
+        model.set_submodule(name, SplitExperts.from_fused(model.get_submodule(name), layout))
         save_as_it_is(model)  # a Trainer's checkpoints would have other names than load_state_dict knows
 
 
@@ -87,10 +95,11 @@ def split_experts(model: PreTrainedModel) -> None:
 def experts_as_linears(model: PreTrainedModel) -> Iterator[None]:
     """Inside the ``with``, each expert is made of Linears on views of the fused Parameters: changing those in place
     changes the fused ones."""
-    fused = fused_experts(model)
+    layouts = fused_experts(model)
+    fused = {name: model.get_submodule(name) for name in layouts}
     try:
-        for name, module in fused.items():
-            model.set_submodule(name, SplitExperts.from_fused(module, copy=False))
+        for name, layout in layouts.items():
+            model.set_submodule(name, SplitExperts.from_fused(fused[name], layout, copy=False))
         yield
     finally:
         for name, module in fused.items():

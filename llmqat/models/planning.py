@@ -21,10 +21,10 @@ from llmqat.models.coverage import (
     check_coverage,
     total_parameters,
 )
-from llmqat.models.experts import check_experts, expert_layers, fused_experts, fused_shapes, routers
+from llmqat.models.experts import check_experts, expert_layers, fused_experts, fused_shapes, reads_experts, routers
 from llmqat.models.replaceable import check_merged, obstacles
 from llmqat.nn.embedding import embed_scale_of
-from llmqat.nn.experts import is_fused
+from llmqat.nn.expert_layout import is_fused
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
 from llmqat.scheme import QuantScheme
 
@@ -81,7 +81,7 @@ def plan(
     check_head(model, lm_head_bits)
     head, layers, outside = model.get_output_embeddings(), [], outside_blocks(model)
     blocked = obstacles(model) | dict.fromkeys(routers(model), ROUTER)
-    split = {id(module) for module in fused_experts(model).values()}
+    split = {id(model.get_submodule(name)) for name in fused_experts(model)}
     blocked |= {name: FUSED for name, _, module in found if is_fused(module) and id(module) not in split}
     for name, shape, module in found:
         role = "" if module is not head else TIED_HEAD if is_tied(model) else HEAD
@@ -93,7 +93,10 @@ def plan(
         layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role=role))
     check_experts(layers)
     check_transposed(model, layers)
-    return CoverageReport(tuple(layers), total_parameters(model), *block_parameters(model, blocked))
+    apart = not split or reads_experts(model)
+    return CoverageReport(
+        tuple(layers), total_parameters(model), *block_parameters(model, blocked), experts_apart=apart
+    )
 
 
 def checked_plan(
@@ -162,7 +165,8 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int], 
         if isinstance(module, LINEAR_LAYERS):
             yield name, linear_shape(module), module
         elif is_fused(module):
-            layers = expert_layers(name, module) if name in split else fused_shapes(name, module)
+            layout = split.get(name)
+            layers = fused_shapes(name, module) if layout is None else expert_layers(name, module, layout)
             yield from ((layer, shape, module) for layer, shape in layers)
 
 

@@ -7,6 +7,7 @@ A layer on its grid has the weight of its forward nowhere but in its forward. A 
 import ast
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -56,6 +57,8 @@ def obstacles(model: PreTrainedModel) -> dict[str, str]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     found |= {name: "a module of several names" for name, module in linear.items() if len(names[id(module)]) > 1}
+    uses = Counter(id(module.weight) for module in linear.values())
+    found |= {name: "another layer has the same weight" for name, m in linear.items() if uses[id(m.weight)] > 1}
     read = _read_in_a_forward(model, linear)
     if read is None:
         read = set(_read_in_source(model))

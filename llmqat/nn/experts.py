@@ -1,8 +1,8 @@
 """Mixture of experts: transformers' fused 3-D expert weights, split into one Linear per expert and projection.
 
-transformers 5 keeps a layer's experts in two Parameters, ``gate_up_proj (experts, 2 * intermediate, hidden)`` and
-``down_proj (experts, hidden, intermediate)``; files keep a matrix per expert and projection. Split like the files, an
-expert is made of Linears like any other, and quantizer, adapters, GPTQ and kernels need to know nothing of experts.
+transformers 5 keeps a layer's experts in two Parameters, in one of a few layouts; most files keep a matrix per expert
+and projection. Split like these, an expert is made of Linears like any other, and quantizer, adapters, GPTQ and kernels
+need to know nothing of experts.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,46 +12,96 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llmqat.compat.transformers import has_default_gate
+from llmqat.compat.transformers import by_plain_torch, gate_of
+from llmqat.nn.expert_layout import Layout, possible_layouts
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# How transformers lays fused experts out unless it says otherwise: gate above up, weights as ``(out, in)``.
-LAYOUT = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-}
+# Of a trial: experts, width of an expert, and tokens for each or, where tokens choose them, altogether.
+TRIAL_EXPERTS, TRIAL_WIDTH, TRIAL_TOKENS = 3, 4, 5
+TRIAL_ERROR = 1e-4  # relative: some families compute in float32 whatever they are given, and a wrong layout errs by all
+
+_LAYOUTS: dict[tuple[Any, ...], Layout | None] = {}  # by kind of module, sizes and what is possible
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds the weights of many experts in 3-D Parameters of its own."""
-    down = getattr(module, "down_proj", None)
-    return isinstance(down, nn.Parameter) and down.ndim == 3
+def layout_of(fused: nn.Module) -> Layout | None:
+    """How a module holds the weights of experts, tried; None if it does not hold any, or in no way that is known."""
+    possible = possible_layouts(fused)
+    if not possible:
+        return None
+    kind = type(fused), tuple(possible), possible[0].sizes_of(dict(fused.named_parameters()))
+    if kind not in _LAYOUTS:
+        _LAYOUTS[kind] = next((layout for layout in possible if _computes_alike(fused, layout)), None)
+    return _LAYOUTS[kind]
 
 
-def can_split(module: nn.Module) -> bool:
-    """Whether a module is fused, and `SplitExperts` computes the same: its layout and its gate are the usual ones."""
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not is_fused(module) or not isinstance(gate_up, nn.Parameter) or not hasattr(module, "act_fn"):
+@torch.no_grad()
+def _computes_alike(fused: nn.Module, layout: Layout) -> bool:
+    """Whether `SplitExperts` with this layout computes what a module of the kind does on a few random tokens."""
+    sizes = layout.sizes_of(dict(fused.named_parameters()))
+    assert sizes is not None
+    count, hidden = min(sizes[0], TRIAL_EXPERTS), sizes[1]
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
+
+    shapes = layout.shapes(count, hidden, TRIAL_WIDTH)
+    trial = by_plain_torch(fused, {name: nn.Parameter(values(*shape)) for name, shape in shapes.items()})
+    if layout.sorted:
+        arguments = [values(count * TRIAL_TOKENS, hidden)]
+        arguments[0][1::2] = 0
+    else:
+        chosen = torch.rand(TRIAL_TOKENS, count, generator=random, device="cpu").argsort(1)[:, : count - 1 or 1]
+        arguments = [values(TRIAL_TOKENS, hidden), chosen, values(*chosen.shape)]
+    try:
+        right = trial(*(argument.clone() for argument in arguments))
+        y = SplitExperts.from_fused(trial, layout)(*arguments)
+        return bool((y - right).abs().max() <= TRIAL_ERROR * right.abs().max())
+    except Exception:  # a forward that wants something else
         return False
-    assert isinstance(down, nn.Parameter)
-    experts, hidden, intermediate = down.shape
-    usual = all(getattr(module, name, value) == value for name, value in LAYOUT.items())
-    return usual and gate_up.shape == (experts, 2 * intermediate, hidden) and has_default_gate(module)
 
 
 class Expert(nn.Module):
-    """``down(act(gate x) * up x)``."""
+    """``down(act(gate x) * up x)``, or ``down(act(up x))`` where nothing gates.
 
-    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act_fn: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        projections: Linears by the names in `PROJECTIONS`.
+        act_fn: of the gate, or of what nothing gates; called with both where it is an `OwnGate`.
+    """
+
+    def __init__(self, projections: dict[str, nn.Module], act_fn: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act_fn
+        self.gate_proj, self.act_fn = projections.get("gate_proj"), act_fn
+        self.up_proj, self.down_proj = projections["up_proj"], projections["down_proj"]
 
     def forward(self, x: Tensor) -> Tensor:
         """``(tokens, hidden)`` to ``(tokens, hidden)``."""
-        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            inner = self.act_fn(self.up_proj(x))
+        elif isinstance(self.act_fn, OwnGate):
+            inner = self.act_fn(self.gate_proj(x), self.up_proj(x))
+        else:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.down_proj(inner)
+        return y
+
+
+class OwnGate(nn.Module):
+    """A family's own way to put gate and up together, which it is given as its fused experts write them.
+
+    Args:
+        fused: experts of the family; only what is not a Parameter of theirs is kept.
+        interleaved: see `Layout`.
+    """
+
+    def __init__(self, fused: nn.Module, interleaved: bool) -> None:
+        super().__init__()
+        self.apply_gate, self.interleaved = gate_of(fused), interleaved
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``(tokens, intermediate)`` each, to one of the same shape."""
+        both = torch.stack([gate, up], -1).flatten(-2) if self.interleaved else torch.cat([gate, up], -1)
+        y: Tensor = self.apply_gate(both)
         return y
 
 
@@ -60,43 +110,73 @@ class SplitExperts(nn.ModuleList):
 
     Every expert runs once, on the tokens routed to it. The sum over a token's experts is that of transformers'
     ``grouped_mm`` implementation, operation by operation.
+
+    Attributes:
+        layout: of the fused module.
     """
+
+    layout: Layout
 
     @classmethod
     @torch.no_grad()
-    def from_fused(cls, fused: nn.Module, copy: bool = True) -> Self:
-        """Split the weights of a fused module; the new Parameters are copies or views of them. Meta tensors will do."""
-        gate_up, down = fused.gate_up_proj, fused.down_proj
-        act_fn: Any = fused.act_fn
-        assert isinstance(gate_up, nn.Parameter)
-        assert isinstance(down, nn.Parameter)
-        half = gate_up.shape[1] // 2
-        experts = (
-            Expert(_linear(gate_up[e, :half], copy), _linear(gate_up[e, half:], copy), _linear(down[e], copy), act_fn)
-            for e in range(len(down))
-        )
-        return cls(experts).train(fused.training)
+    def from_fused(cls, fused: nn.Module, layout: Layout | None = None, copy: bool = True) -> Self:
+        """Split the weights of a fused module, whose layout is found if it is not given; the new Parameters are copies
+        or views of them. Meta tensors will do."""
+        layout = layout or layout_of(fused)
+        assert layout is not None
+        weights = dict(fused.named_parameters())
+        act_fn: Any = OwnGate(fused, layout.interleaved) if layout.own_gate else fused.act_fn
+        experts = []
+        for index in range(len(weights["down_proj"])):
+            apart = layout.apart(weights, index)
+            experts.append(Expert({name: _linear(*own, copy) for name, own in apart.items()}, act_fn))
+        split = cls(experts).train(fused.training)
+        split.layout = layout
+        return split
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run the routed experts.
+    def forward(self, hidden_states: Tensor, *routes: Tensor) -> Tensor:
+        """Run the experts that tokens are routed to.
 
         Args:
-            hidden_states: ``(tokens, hidden)``.
-            top_k_index: experts of each token, ``(tokens, k)``.
-            top_k_weights: their weights in the sum, ``(tokens, k)``.
+            hidden_states: ``(tokens, hidden)``; by expert, as many tokens to each, where the layout is `sorted`.
+            routes: else experts of each token ``(tokens, k)``, and their weights in the sum, of the same shape.
         """
-        k = top_k_index.shape[-1]
-        order = top_k_index.flatten().argsort(stable=True)
-        counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
-        inputs = hidden_states[order // k].split(counts)
-        y = torch.cat([expert(x) for expert, x in zip(self, inputs, strict=True) if len(x)])
-        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
-        y = y[order.argsort()].view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+        y, counts = self._of_sorted(hidden_states) if self.layout.sorted else self._of_routed(hidden_states, *routes)
         if not (self.training and torch.is_grad_enabled()):
             return y
         idle = (p for e, count in enumerate(counts) if not count for p in self[e].parameters() if p.requires_grad)
         with_gradients: Tensor = _WithZeroGradients.apply(y, *idle)
         return with_gradients
+
+    def _of_routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, list[int]]:
+        k = top_k_index.shape[-1]
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
+        y = self._each(hidden_states[order // k].split(counts))
+        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
+        return y[order.argsort()].view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype), counts
+
+    def _of_sorted(self, hidden_states: Tensor) -> tuple[Tensor, list[int]]:
+        """Tokens of zeros are those that an expert was not chosen for, and what it makes of them is zero."""
+        chosen = hidden_states.any(-1).nonzero().squeeze(-1)
+        of_expert = chosen // (len(hidden_states) // len(self))
+        counts = of_expert.bincount(minlength=len(self)).tolist()
+        y = self._each(hidden_states[chosen].split(counts))
+        return torch.zeros_like(hidden_states, dtype=y.dtype).index_copy(0, chosen, y), counts
+
+    def _each(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Outputs of the experts, one below the other, each of its own inputs."""
+        outputs = [expert(x) for expert, x in zip(self, inputs, strict=True) if len(x)]
+        return torch.cat(outputs or list(inputs))
+
+    def fused(self, weight_of: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+        """Inverse of `from_fused`: the Parameters of the fused module by name, from the weights that `weight_of` gives
+        for the layers of the experts."""
+        experts: list[Any] = [dict(expert.named_children()) for expert in self]
+        names = [name for name in PROJECTIONS if name in experts[0]]
+        return self.layout.together(
+            [{name: (weight_of(own[name]), own[name].bias) for name in names} for own in experts]
+        )
 
 
 Routes = list[tuple[Tensor, Tensor]]
@@ -104,7 +184,8 @@ Routes = list[tuple[Tensor, Tensor]]
 
 @contextmanager
 def record_routes(model: nn.Module) -> Iterator[Routes]:
-    """Collect expert numbers and weights ``(tokens, k)`` of every `SplitExperts` that runs inside the ``with``."""
+    """Collect expert numbers and weights ``(tokens, k)`` of every `SplitExperts` that runs inside the ``with``; not of
+    those that are given tokens by expert."""
     routes: Routes = []
     with _before_experts(model, lambda args: routes.append((args[1], args[2]))):
         yield routes
@@ -129,7 +210,7 @@ def follow_routes(model: nn.Module, routes: Routes) -> Iterator[None]:
 @contextmanager
 def _before_experts(model: nn.Module, hook: Callable[[tuple[Tensor, ...]], Any]) -> Iterator[None]:
     """Call ``hook(arguments)`` before each run of a `SplitExperts`; what it returns, if anything, takes their place."""
-    experts = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    experts = [module for module in model.modules() if isinstance(module, SplitExperts) and not module.layout.sorted]
     handles = [module.register_forward_pre_hook(lambda _, args: hook(args)) for module in experts]
     try:
         yield
@@ -154,8 +235,11 @@ class _WithZeroGradients(torch.autograd.Function):
         return grad_y, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
-def _linear(weight: Tensor, copy: bool) -> nn.Linear:
-    """A Linear on `weight` ``(out, in)``, or on a copy of it."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format) if copy else weight)
+def _linear(weight: Tensor, bias: Tensor | None, copy: bool) -> nn.Linear:
+    """A Linear on `weight` ``(out, in)`` and `bias`, or on copies of them."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            own = tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
+            setattr(linear, name, nn.Parameter(own))
     return linear

@@ -1,5 +1,7 @@
 """A tiny model of a family on its whole way: calibrated, trained for a step, packed, loaded twice, and decoding."""
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,13 +9,18 @@ import transformers
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 
+from llmqat.formats.decoding import decoding
+from llmqat.formats.export.dense import dense_weight
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import dense_copy, verify
+from llmqat.formats.verify import dense_copy, in_float64, verify
 from llmqat.formats.writer import save_packed
+from llmqat.models.experts import reads_experts
 from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.nn.expert_layout import is_fused
+from llmqat.nn.experts import SplitExperts
 from llmqat.nn.linear_like import is_transposed
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.affine import dequantize
+from llmqat.pipeline.export import export
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import select_trainable
 
@@ -27,6 +34,10 @@ class Failed(Exception):
     """What did not hold."""
 
 
+class Foreign(Failed):
+    """What does not hold of the float model either, in transformers alone."""
+
+
 def check(condition: object, what: str) -> None:
     if not condition:
         raise Failed(what)
@@ -37,9 +48,10 @@ def run(model: PreTrainedModel, directory: Path) -> None:
 
     Raises:
         LlmqatError: if llmqat refuses the model.
-        Failed: if something does not hold.
+        Failed: if something does not hold; `Foreign`, if it does not of the float model either.
     """
-    ids = torch.randint(0, 128, (4, 2, 24), generator=torch.Generator().manual_seed(1))
+    original = copy.deepcopy(model)
+    ids = torch.randint(2, 128, (4, 4, 24), generator=torch.Generator().manual_seed(1))
     report = prepare(
         model,
         SCHEME,
@@ -54,13 +66,16 @@ def run(model: PreTrainedModel, directory: Path) -> None:
     check(sum(gptq for _, gptq in errors) < sum(rtn for rtn, _ in errors), "GPTQ is no better than round-to-nearest")
     train(model, ids[0])
     save_packed(model.eval(), directory)
-    found = verify(directory, against=model)
-    check(found.codes_equal and found.scales_equal, "packed codes are not those of training")
-    check(found.ok, "packed logits beyond the bound of verify")
-    packed = load_packed(directory)
-    with torch.no_grad():
-        agrees_with_transformers(packed, directory)
+    try:
+        found = verify(directory, against=model)
+        check(found.codes_equal and found.scales_equal, "packed codes are not those of training")
+        check(found.ok, "packed logits beyond the bound of verify")
+        packed = load_packed(directory)
         decodes(packed)
+    except Exception:
+        decodes_like_itself(original)
+        raise
+    agrees_with_transformers(packed, directory)
 
 
 def train(model: PreTrainedModel, ids: Tensor) -> None:
@@ -83,9 +98,12 @@ def train(model: PreTrainedModel, ids: Tensor) -> None:
     check(not still, f"training leaves {', '.join(still[:3])} as it was")
 
 
+@torch.no_grad()
 def agrees_with_transformers(packed: PreTrainedModel, directory: Path) -> None:
     """Plain transformers loads equal weights, and its logits err by at most twice what plain torch does."""
     kind = getattr(transformers, packed.config.architectures[0])
+    if not reads_experts(packed) and any(isinstance(module, SplitExperts) for module in packed.modules()):
+        directory = export(directory, "dense", directory.with_name("dense")).output
     try:
         theirs, info = kind.from_pretrained(directory, output_loading_info=True)
     except AttributeError:  # a family reads weights while it loads, which a packed layer has not
@@ -93,13 +111,17 @@ def agrees_with_transformers(packed: PreTrainedModel, directory: Path) -> None:
         theirs, info = kind.from_pretrained(directory, output_loading_info=True, quantization_config=whole)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         check(not info[key], f"transformers: {key} {sorted(map(str, info[key]))[:3]}")
-    ids = torch.arange(24).view(1, -1)
+    ids = torch.arange(2, 26).view(1, -1)
     logits = theirs(input_ids=ids, use_cache=False).logits  # decompresses at the first forward
     for name, layer in packed.named_modules():
         if isinstance(layer, PackedLinear) and ".experts." not in name:
             linear = theirs.get_submodule(name)
             weight = linear.weight.T if is_transposed(linear) else linear.weight
-            check(torch.equal(weight, dequantize(*layer.unpack(), layer.scheme)), f"transformers: another {name}")
+            check(torch.equal(weight, dense_weight(layer)), f"transformers: another {name}")
+        if isinstance(layer, SplitExperts) and is_fused(theirs.get_submodule(name)):
+            own = theirs.get_submodule(name).state_dict()
+            for part, tensor in layer.fused(dense_weight).items():
+                check(torch.equal(own[part], tensor), f"transformers: another {name}.{part}")
     plain, exact = (
         dense_copy(packed, dtype)(input_ids=ids, use_cache=False).logits for dtype in (torch.float32, torch.float64)
     )
@@ -107,6 +129,7 @@ def agrees_with_transformers(packed: PreTrainedModel, directory: Path) -> None:
     check((logits - exact).abs().max() <= bound, f"transformers: logits off by {(logits - exact).abs().max():.1e}")
 
 
+@torch.no_grad()
 def decodes(packed: PreTrainedModel) -> None:
     """Greedy tokens behind a cache are those of whole forwards."""
     prompt = torch.tensor([[5, 17, 40, 8, 23, 90, 61, 7]])
@@ -115,6 +138,7 @@ def decodes(packed: PreTrainedModel) -> None:
         "min_new_tokens": NEW_TOKENS,
         "do_sample": False,
         "forced_eos_token_id": None,
+        "eos_token_id": 0,
     }
     cached = packed.generate(prompt, use_cache=True, **options)
     ids = prompt
@@ -123,3 +147,16 @@ def decodes(packed: PreTrainedModel) -> None:
         logits[:, 0] = -torch.inf  # the end, which min_new_tokens forbids
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     check(torch.equal(cached, ids), f"cache: {cached[0, 8:].tolist()} for {ids[0, 8:].tolist()}")
+
+
+def decodes_like_itself(model: PreTrainedModel) -> None:
+    """The float model says behind its cache what it says without one, as far as float32 goes."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")
+    exact.forward = partial(in_float64, exact.forward)
+    try:
+        own = decoding(model, model, (model, exact))
+    except Exception as error:
+        raise Foreign(f"its float model cannot generate: {error}") from error
+    if own is not None and (own.error > own.bound or not own.greedy):
+        raise Foreign(f"logits of its float model behind a cache are off by {own.error:.0e}")

@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+PADDING = 1  # no text holds it
 VOCABULARY, HIDDEN, WIDE, LAYERS, HEADS, POSITIONS = 128, 64, 96, 2, 4, 160
 
 
@@ -18,16 +19,18 @@ def named(value: Any, names: str) -> dict[str, Any]:
 
 
 SIZES: dict[str, Any] = {
-    **named(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
+    **named(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size ngram_vocab_size_base"),
     **named(HIDDEN, "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim attention_hidden_size"),
     **named(LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"),
     **named(LAYERS, "num_decoder_layers num_encoder_layers"),
     **named(HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
     **named(HEADS, "num_decoder_attention_heads num_encoder_attention_heads index_n_heads linear_num_value_heads"),
-    **named(2, "num_key_value_heads linear_num_key_heads"),
+    **named(HEADS, "swa_num_attention_heads linear_num_heads"),
+    **named(2, "num_key_value_heads linear_num_key_heads swa_num_key_value_heads"),
     **named(WIDE, "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff hidden_dim"),
     **named(WIDE, "d_inner ffn_hidden_size shared_intermediate_size moe_shared_expert_intermediate_size"),
-    **named(POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len seq_length context_length"),
+    **named(POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len seq_length context_length rel_extent"),
+    **named(POSITIONS, "index_topk"),  # scores of zero are many, and which of equal ones are chosen is open
     **named(0.15, "initializer_range init_std"),
     # Experts.
     **named(4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
@@ -36,7 +39,8 @@ SIZES: dict[str, Any] = {
     **named(1, "n_group topk_group num_expert_group first_k_dense_replace"),
     # Latent attention and its index.
     **named(32, "q_lora_rank kv_lora_rank o_lora_rank index_head_dim"),
-    **named(16, "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_topk sliding_window attention_window"),
+    **named(16, "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim linear_head_dim"),
+    **named(16, "sliding_window sliding_window_size attention_window"),
     # Linear attention and state-space layers.
     **named(16, "linear_key_head_dim linear_value_head_dim state_size time_step_rank mamba_d_state mamba_dt_rank"),
     **named(16, "mamba_d_head mamba_headdim mamba_head_dim ssm_state_size hidden_size_per_layer_input"),
@@ -45,9 +49,11 @@ SIZES: dict[str, Any] = {
     **named(128, "mamba_d_ssm"),
     **named(HIDDEN, "lru_width"),
     **named(True, "is_decoder"),
-    **named(0, "num_nextn_predict_layers bos_token_id eos_token_id pad_token_id decoder_start_token_id"),
+    **named(0, "num_nextn_predict_layers bos_token_id eos_token_id decoder_start_token_id"),
+    **named(PADDING, "pad_token_id"),
 }
 ROTARY, HEAD = {"rotary_dim": 16}, {"head_dim": 16}
+TWICE = {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HIDDEN // HEADS}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "codegen": ROTARY,
     "gptj": ROTARY,
@@ -63,17 +69,54 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "attention_head_size": 16,
     },
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"per_layer_config": {}, "shared_experts_intermediate_size": 48},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [WIDE] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 16,
+    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "inkling_text": {"n_shared_experts": 1},
+    "qwen4_exp_text": {
+        "indexer_budget": POSITIONS,
+        "indexer_compress_ratio": 4,
+        "indexer_head_dim": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xlnet": {"d_head": 16},
+    # Their shared block reads hidden states beside the embeddings.
+    "zamba": TWICE | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba2": TWICE | {"hybrid_layer_ids": [1], "adapter_rank": 16, "num_mem_blocks": 1},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "youtu": {"pad_token_id": None},  # transformers zeroes its row of the embedding whenever it loads
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 PARTS = ("text_config", "vision_config", "audio_config")
+# Sizes that a config has a setter for, which says no.
+UNSETTABLE = {"prophetnet": ("num_hidden_layers",), "xlnet": ("max_position_embeddings",)}
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def settable(config: PreTrainedConfig, name: str) -> bool:
-    kind = getattr(type(config), name, None)
+    kind = getattr(type(config), config.attribute_map.get(name, name), None)
     return not isinstance(kind, property) or kind.fset is not None
 
 
@@ -90,6 +133,7 @@ def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
         name: small
         for name, small in SIZES.items()
         if settable(config, name)
+        and name not in UNSETTABLE.get(config.model_type, ())
         and hasattr(type(config), name) | (name in vars(config)) | (value_of(config, name) is not None)
         and not isinstance(value_of(config, name), list | dict)
         and (value_of(config, name) is not None or name.endswith("token_id"))
@@ -121,6 +165,6 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or not parameter.any():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model

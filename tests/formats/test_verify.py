@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmqat.compat.torch import as_written
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats import verify as verify_module
 from llmqat.formats.contents import contents_of
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import Verification, dense_copy, verify
+from llmqat.formats.verify import Verification, dense_copy, in_float64, verify
 from llmqat.formats.writer import save_packed
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.patcher import prepare
@@ -211,3 +212,21 @@ def test_a_file_that_was_added_or_is_missing(trained, tmp_path, tokenizer):
     (directory / "tokenizer_config.json").unlink()
     check = verify(directory, logits=False)
     assert (check.ok, check.changed) == (False, ("chat_template.jinja", "tokenizer_config.json"))
+
+
+def test_a_family_that_casts_to_float32_is_compared_in_float64():
+    """Its weights are of float64 there, and so is all that it computes; but for what a layer does on purpose."""
+    weight = torch.randn(8, 8, dtype=torch.float64)
+
+    def forward(x):
+        y = (x.float() + torch.full((), 1 / 3)).to(torch.float32) @ weight
+        with as_written():
+            assert x.float().dtype == torch.float32
+        return torch.softmax(y, -1, dtype=torch.float32)
+
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = torch.softmax((x + 1 / 3) @ weight, -1)
+    torch.testing.assert_close(in_float64(forward, x), expected, rtol=1e-14, atol=1e-14)
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        in_float64(lambda x: x @ x, x)

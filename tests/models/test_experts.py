@@ -18,7 +18,8 @@ from llmqat.models.experts import file_name, module_name, routers
 from llmqat.models.float_view import FloatView
 from llmqat.models.patcher import prepare, quantized_layers, smooth
 from llmqat.models.planning import plan
-from llmqat.nn.experts import PROJECTIONS, is_fused
+from llmqat.nn.expert_layout import is_fused
+from llmqat.nn.experts import PROJECTIONS
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable

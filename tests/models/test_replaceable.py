@@ -121,6 +121,15 @@ def test_a_module_of_two_names(tiny_llama):
     assert reasons(plan(model, INT4)) == {"model.layers.0.mlp.up_proj": "a module of several names"}
 
 
+def test_a_weight_of_two_layers(tiny_llama):
+    """Codes that GPTQ finds for one of them would be those of the other."""
+    model = tiny_llama()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(2)]
+    assert reasons(plan(model, INT4)) == dict.fromkeys(names, "another layer has the same weight")
+
+
 def test_planning_leaves_modes_alone(tiny_llama):
     model = tiny_llama().train()
     model.model.norm.eval()

@@ -15,7 +15,7 @@ from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.patcher import prepare, smooth
 from llmqat.models.smooth_sites import EXPERT_UP, EXPERTS, Site, folds_of
-from llmqat.nn.experts import is_fused
+from llmqat.nn.expert_layout import is_fused
 from llmqat.scheme import QuantScheme
 
 FAMILIES = ("mixtral", "qwen3_moe")

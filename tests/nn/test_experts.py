@@ -3,11 +3,15 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig
+from transformers import GptOssConfig, Llama4TextConfig, MixtralConfig, NemotronHConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from llmqat.kernels import ops
-from llmqat.nn.experts import SplitExperts, follow_routes, is_fused, record_routes
+from llmqat.nn.expert_layout import Layout, is_fused
+from llmqat.nn.experts import SplitExperts, follow_routes, layout_of, record_routes
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
@@ -146,3 +150,62 @@ def test_fused_experts_are_recognised():
     assert not is_fused(SplitExperts.from_fused(fused()))
     assert not is_fused(nn.Conv1d(3, 4, 2))
     assert not is_fused(nn.Linear(3, 4))
+
+
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS}
+OWN_SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS}
+LAYOUTS = {
+    GptOssExperts: (GptOssConfig(**SIZES), Layout(True, True, True, True, own_gate=True, sorted=False)),
+    Llama4TextExperts: (Llama4TextConfig(**SIZES), Layout(True, True, False, False, own_gate=False, sorted=True)),
+    NemotronHExperts: (NemotronHConfig(**OWN_SIZES), Layout(False, False, False, False, own_gate=False, sorted=False)),
+}
+
+
+def other_experts(kind):
+    config, layout = LAYOUTS[kind]
+    module = kind(copy.deepcopy(config)).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module, layout
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_other_layouts_are_found_split_and_put_together_again(kind, routed):
+    """Transposed, interleaved, with biases, without a gate, and given tokens by expert: bit for bit there and back."""
+    module, layout = other_experts(kind)
+    assert layout_of(module) == layout
+    split = SplitExperts.from_fused(module)
+    for name, tensor in split.fused(lambda linear: linear.weight).items():
+        assert torch.equal(tensor, module.get_parameter(name))
+    if layout.sorted:
+        hidden = torch.randn(EXPERTS * 4, HIDDEN)
+        hidden[1::3] = 0
+        routed = [hidden]
+    else:
+        module.config._experts_implementation = "eager"
+    torch.testing.assert_close(copy.deepcopy(split)(*routed), module(*routed), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_were_not_chosen_have_gradients_of_zero_in_any_layout():
+    module, _ = other_experts(Llama4TextExperts)
+    split = SplitExperts.from_fused(module).train()
+    split(torch.zeros(EXPERTS * 2, HIDDEN)).sum().backward()
+    assert all(not parameter.grad.any() for parameter in split.parameters())
+
+
+def test_a_forward_of_another_kind_is_not_split():
+    """The Parameters fit, and a trial says that they are used in another way, or that tokens are."""
+
+    class Scaled(MixtralExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return 2 * super().forward(hidden_states, top_k_index, top_k_weights)
+
+    class Wanting(MixtralExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights, more):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    config = MixtralConfig(**SIZES)
+    config._experts_implementation = "eager"
+    assert layout_of(MixtralExperts(config)) is not None
+    assert layout_of(Scaled(config)) is layout_of(Wanting(config)) is None
+    assert layout_of(nn.Linear(2, 3)) is None
