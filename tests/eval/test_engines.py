@@ -1,39 +1,120 @@
-"""The script that runs exported models in their engines, on those that need no engine of their own."""
+"""The sweep over formats and engines: what it runs, where it goes on, and the table that comes of it."""
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import llmqat
+from llmqat.pipeline.engines.table import ENGINES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "engines.py"
+RAN = {
+    "versions": {"engine": "1.0"},
+    "dtype": "float32",
+    "int8": True,
+    "same_greedy": 4,
+    "passages": 5,
+    "max_error": 0.25,
+    "kl": 1e-3,
+    "kl_bound": 2e-3,
+    "top1": 0.99,
+    "ok": True,
+}
+MACHINE = {"cpu": "a CPU", "threads": 1, "torch": "2.13.0"}
 
 
-@pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(SCRIPT))
+@pytest.fixture
+def sweep(monkeypatch, tmp_path):
+    """``sweep(*options)``: runs the script; commands are noted, and answered without an engine."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    commands = []
+
+    def answer(command, cwd, **_):
+        commands.append(command[3:])
+        if command[command.index("--runtime") + 1] == "vllm":
+            return SimpleNamespace(stderr="noise\nllmqat: vllm cannot run it\n")
+        (cwd / command[-1]).write_text(json.dumps({"differences": [], "runtime": RAN}))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    (tmp_path / "vllm" / "bin").mkdir(parents=True)
+    (tmp_path / "vllm" / "bin" / "python").touch()
+
+    def run(*options):
+        commands.clear()
+        always = ["--scratch", tmp_path / "s", "--output", tmp_path / "r.json", "--environments", tmp_path]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in ("engines.py", *always, *options)])
+        monkeypatch.setattr(Path, "write_text", no_page(Path.write_text))
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return commands, json.loads((tmp_path / "r.json").read_text())["cells"]
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("config", "engine"),
-    [({"quantization": {}}, "Mlx"), ({"quantization_config": {}}, "GptqModel"), ({}, "Transformers")],
-)
-def test_the_engine_is_found_by_what_lies_there(script, tmp_path, config, engine):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert script["engine_of"](tmp_path) is script[engine]
-    (tmp_path / "model.gguf").write_bytes(b"")
-    assert script["engine_of"](tmp_path) is script["LlamaCpp"]
+def no_page(write_text):
+    """Leave docs/serve.md as it is."""
+    return lambda path, *text: None if path.name == "serve.md" else write_text(path, *text)
 
 
-def test_a_dense_export_says_what_the_packed_model_says(finished, tmp_path, monkeypatch, capsys):
-    llmqat.export(finished, "dense", tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["engines.py", str(finished), str(tmp_path / "out"), "--new-tokens", "8"])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    row = [cell.strip() for cell in capsys.readouterr().out.strip().split("|")[1:-1]]
-    assert row[0].startswith("transformers ")
-    assert row[1:3] == ["5/5", "5/5"]
-    assert float(row[3]) < 1e-6
-    assert row[4] == "100.0%"
+def test_a_sweep_measures_every_cell_once(sweep, model_dir):
+    options = ("--models", model_dir, "--grids", "4-bits-g32", "--engines", "transformers", "vllm")
+    monkeypatched, found = sweep(*options, "--engines", "vllm")
+    assert monkeypatched[0][:4] == ["verify", "packed", "--runtime", "vllm"]
+    assert found["tiny 4-bits-g32 packed vllm"] == {
+        "command": "llmqat verify packed --runtime vllm",
+        "bytes": found["tiny 4-bits-g32 packed vllm"]["bytes"],
+        "refused": "vllm cannot run it",
+    }
+    assert found["tiny 4-bits-g32 dense vllm"]["command"] == "llmqat verify dense --against packed --runtime vllm"
+    assert len(monkeypatched) == len(found) == 4
+    assert sweep(*options, "--engines", "vllm")[0] == []
+    assert len(sweep(*options, "--engines", "vllm", "--again", "vllm")[0]) == 4
+    with pytest.raises(SystemExit, match=r"gptqmodel has no environment in .*: --install makes it"):
+        sweep(*options, "--engines", "gptqmodel")
+
+
+def test_the_table(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = runpy.run_path(str(SCRIPT))
+    cells = {
+        "llama 4-bits-g32 gguf llama.cpp": {"bytes": 1, "differences": [], "runtime": RAN},
+        "llama 4-bits-g32 packed transformers": {"bytes": 1, "runtime": RAN | {"ok": False, "int8": False}},
+        "llama 8-bits-g64 packed vllm": {"refused": "no kernel"},
+    }
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{script['BEGIN']}old\n{script['END']}\nafter\n")
+    script["write_docs"]({"environment": MACHINE, "cells": cells}, page)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "old" not in lines
+    assert [line for line in lines if line.startswith("| `")] == [
+        "| `packed` | transformers (engine 1.0), float32 | llama | 4 bits g32 | its own | 4/5 | 2.5e-01 | "
+        "1.0e-03 (2.0e-03) **beyond** | 99.0% |",
+        "| `gguf` | llama.cpp (engine 1.0), float32, int8 activations | llama | 4 bits g32 | bit for bit | 4/5 | "
+        "2.5e-01 | 1.0e-03 (2.0e-03) | 99.0% |",
+    ]
+    assert "- `packed`, 8 bits g64, llama, in vllm: no kernel" in lines
+
+
+def test_the_sweep_knows_every_engine(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    found = runpy.run_path(str(SCRIPT))["ENGINES"]
+    ours = {(format, name) for name, engine in ENGINES.items() for format in engine.formats if name != "llmqat"}
+    assert {(format, name) for format, names in found.items() for name in names} == ours
+
+
+def test_what_an_export_refuses_is_a_result(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = runpy.run_path(str(SCRIPT))
+
+    def refuse(*_):
+        raise llmqat.LlmqatError("mlx cannot hold it")
+
+    monkeypatch.setattr(llmqat, "export", refuse, raising=False)
+    monkeypatch.setitem(script["compared"].__globals__, "packed_model", lambda *_: tmp_path)
+    found = script["compared"](script["Cell"]("m", "8-bits-g64", "mlx", "mlx"), SimpleNamespace(scratch=tmp_path))
+    assert found == {"refused": "mlx cannot hold it"}

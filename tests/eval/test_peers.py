@@ -1,5 +1,6 @@
 import ctypes
 import sys
+import zipfile
 from math import prod
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_an_environment_is_installed_once_for_each_recipe(tmp_path):
     for recipe in ("a", "a", "b"):
         assert environments.made(tmp_path / "peer", recipe, install) == tmp_path / "peer" / "bin" / "python"
     assert len(calls) == 2
+
+
+def test_a_wheel_is_installed_without_what_it_does_not_need(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as file:
+        wanted = ("numpy", "torch==2.13.0+cpu", "torch-c-dlpack>1", "torchaudio; x", 'zen; extra == "zen"')
+        file.writestr("a.dist-info/METADATA", "Name: a\n" + "".join(f"Requires-Dist: {one}\n" for one in wanted))
+    found = environments.requirements_of(tmp_path / "a.whl", environments.NOT_FOR_VLLM)
+    assert found == ["numpy", "torch-c-dlpack>1"]
 
 
 def test_a_read_buffer_that_does_not_fit_is_an_error():
