@@ -131,7 +131,7 @@ def row(cell: Cell, found: dict[str, Any]) -> str:
     dtype = run["dtype"] + (", int8 activations" if run["int8"] else "")
     columns = (
         f"`{cell.format}`",
-        f"{cell.engine} ({versions}), {dtype}",
+        f"{versions}, in {dtype}",
         cell.model,
         cell.grid.replace("-", " "),
         weights,
@@ -155,8 +155,8 @@ def table(results: dict[str, Any]) -> str:
         if "refused" in found[cell]
     ]
     machine = results["environment"]
-    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-    return "\n".join([f"Measured on {where}.\n", HEAD + "\n".join(rows), "\nRefused:\n", *refused, ""])
+    where = f"Measured on {machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}.\n"
+    return "\n".join([where, HEAD + "\n".join(rows), *(["\nRefused:\n", *refused] if refused else []), ""])
 
 
 def write_docs(results: dict[str, Any], page: Path) -> None:
@@ -185,8 +185,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure what is missing, and write the table."""
     args = arguments()
+    if args.write_docs:
+        return write_docs(json.loads(args.output.read_text()), EVAL.parent / "docs" / "serve.md")
     results = begun(args.output, {"environment": llmqat.environment()}, "cells", {})
-    wanted = [] if args.write_docs else list(cells(args))
+    wanted = list(cells(args))
     if args.install:
         for home in sorted({cell.home for cell in wanted if cell.home}):
             environments.install(home, args.environments)

@@ -41,6 +41,11 @@ class QuantConfig:
         "--scale-dtype",
         choices=SCALE_DTYPES,
     )
+    serve_with: str | None = option(
+        None,
+        "engines and formats, separated by commas, that have to hold the grid: vllm, gguf, awq, mlx and others",
+        "--serve-with",
+    )
     lm_head_bits: int | None = option(
         None,
         "quantize the output head too, at 8 or 4 bits; a tied embedding shares its codes; default: both stay float",
@@ -64,6 +69,11 @@ class QuantConfig:
         """Check what the fields say together: what `QuantScheme` refuses is refused before anything is loaded."""
         group_size = -1 if self.group_size is None else self.group_size
         QuantScheme(self.bits, group_size, self.symmetric, self.act_bits, self.act_static, self.scale_dtype)
+
+    @property
+    def served_with(self) -> tuple[str, ...]:
+        """The engines and formats that have to hold the grid."""
+        return () if self.serve_with is None else tuple(name.strip() for name in self.serve_with.split(","))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llmqat.files import replacing
 from llmqat.forecast.words import announce
 from llmqat.formats.contents import contents_of, layer_sizes
 from llmqat.formats.reader import load_packed
+from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.formats.verify import expected_in, verify_loaded
 from llmqat.formats.writer import write_contents
 from llmqat.kernels.native import kernel_name
@@ -35,7 +36,6 @@ from llmqat.models.patcher import (
     smooth,
     smoothable,
 )
-from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.models.widening import compute_in_float32
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
@@ -150,15 +150,13 @@ class Run:
         load = partial(load_float, dtype=torch.float32) if smooths else load_as_stored
         self.model = self.low_memory.model if self.low_memory else load(asked.model)
         self.tokenizer = load_tokenizer(asked.model)
-        self.recipe = resolve_for(self.model, asked)
+        self.recipe = resolve_to_serve(self.model, asked)
         log_cut(asked, self.recipe)
 
     def plan_layers(self) -> None:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
-        recipe, quant = self.recipe, self.recipe.quant
-        self.coverage = checked_plan(
-            self.model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage
-        )
+        recipe = self.recipe
+        self.coverage = plan_to_serve(self.model, recipe)
         if recipe.init.by_blocks and not check_blocks(self.model):
             log(f"blocks {blocks_in_words(self.model)}")
         if recipe.init.smooth is not None:

@@ -12,10 +12,10 @@ from llmqat.errors import LlmqatError
 from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
+from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.models.architectures import blocks_in_words, known_architecture
 from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.loading import load_empty
-from llmqat.models.planning import checked_plan, resolve_for
 
 ADAM, GRADIENT = 8, 4  # bytes per parameter: two float32 moments, float32 gradient
 
@@ -88,11 +88,9 @@ def inspect(recipe: Recipe) -> Inspection:
     model, stored = load_empty(recipe.model)
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
-    resolved = resolve_for(model, recipe)
+    resolved = resolve_to_serve(model, recipe)
     log_cut(recipe, resolved)
-    coverage = checked_plan(
-        model, resolved.scheme(), recipe.quant.overrides, recipe.quant.lm_head_bits, recipe.quant.min_coverage
-    )
+    coverage = plan_to_serve(model, resolved)
     quantized = sum(layer.parameters for layer in coverage.quantized)
     packed_bits = sum(
         layer.parameters * layer.scheme.bits_per_weight(layer.shape[1], stored.itemsize * 8)

