@@ -32,6 +32,7 @@ from llmqat.models.pair import load_float
 from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
 from llmqat.models.prepare_options import PrepareOptions
 from llmqat.pipeline.export import Exported, export
+from llmqat.pipeline.import_checkpoint import Imported, import_checkpoint
 from llmqat.report.page.render import write_page
 from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe

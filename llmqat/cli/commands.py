@@ -1,4 +1,4 @@
-"""The sub-commands: `llmqat finetune | quantize | eval | verify | export | report | generate | inspect | recipes`."""
+"""The sub-commands of `llmqat`, a function each: `COMMANDS`."""
 
 import argparse
 import json
@@ -217,6 +217,13 @@ def run_export(args: argparse.Namespace) -> None:
     print(export(args.model, args.to, args.output))
 
 
+def run_import(args: argparse.Namespace) -> None:
+    """Run `llmqat import`."""
+    from llmqat.pipeline.import_checkpoint import import_checkpoint
+
+    print(import_checkpoint(args.model, args.output))
+
+
 def run_report(args: argparse.Namespace) -> None:
     """Run `llmqat report`."""
     from llmqat.report.page.render import write_page
@@ -272,6 +279,7 @@ COMMANDS = {
     "eval": run_eval,
     "verify": run_verify,
     "export": run_export,
+    "import": run_import,
     "report": run_report,
     "generate": run_generate,
     "inspect": run_inspect,

@@ -72,6 +72,16 @@ Move a packed model to the format of another engine: the same codes and scales, 
 
 What a format cannot hold without loss is refused, with the nearest grid to train instead.
 """
+IMPORT = """\
+Make a packed directory of a quantized checkpoint of another tool: its codes and scales, bit for bit.
+
+  llmqat import ./llama-gptq --output out
+      GPTQ and AWQ (gemm), from a directory or the Hub
+  llmqat import llama-q4_0.gguf --output out
+      layers in blocks of Q4_0 and Q8_0; blocks of other types become float
+
+The directory then runs, exports and verifies as any that llmqat trained.
+"""
 REPORT = """\
 Write report.html of a finished run again, from its report.json and details.json: one page that needs nothing else.
 
@@ -174,6 +184,10 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     sub = command("export", EXPORT)
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--to", required=True, choices=tuple(HOLDS), help="format")
+    sub.add_argument("--output", required=True, metavar="TEXT", help="directory to write; new or empty")
+
+    sub = command("import", IMPORT)
+    sub.add_argument("model", help="directory or Hub id of a checkpoint, or a GGUF file")
     sub.add_argument("--output", required=True, metavar="TEXT", help="directory to write; new or empty")
 
     sub = command("report", REPORT)

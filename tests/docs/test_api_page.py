@@ -14,9 +14,9 @@ TABLES = re.compile(r"(?<=<!-- names: begin -->\n).*?(?=<!-- names: end -->)", r
 GROUPS = {
     "Quantize and train": "QuantScheme prepare PrepareOptions smooth add_lora finetune observe_activations "
     "follow_activations convert",
-    "Ship": "pack load verify export inspect write_page",
+    "Ship": "pack load verify export import_checkpoint inspect write_page",
     "Models and data": "load_float load_tokenizer load_corpus encode split_stream sequences FloatCopy FloatView",
-    "Results": "CoverageReport Smoothed TrainResult Verification Exported Inspection Perplexity Throughput",
+    "Results": "CoverageReport Smoothed TrainResult Verification Exported Imported Inspection Perplexity Throughput",
     "Errors": "LlmqatError",
     "Measure": "windows scored_windows Windows evaluate perplexity scoreboard throughput peak_memory environment",
 }
