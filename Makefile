@@ -38,8 +38,8 @@ test: $(DEV)/.package  ## run all tests
 test-oldest: $(OLDEST)/.package  ## run what touches other libraries on the lower bounds of pyproject.toml
 	$(OLDEST)/bin/python -m pytest $(FILES_APART) $(OLDEST_TESTS)
 
-test-families: $(DEV)/.package  ## a tiny model of every kind that transformers has, on its whole way; says what is refused, and why
-	$(DEV_BIN)/python -m pytest $(PROCESSES) -rs tests/families --every-family
+test-families: $(DEV)/.package  ## a tiny model of every kind that transformers has, on its whole way; writes docs/families.md
+	$(DEV_BIN)/python -m pytest $(PROCESSES) -rs tests/families --every-family --write-families
 
 fuzz: $(DEV)/.package  ## the tests of tests/fuzz/ with many more inputs: LLMQAT_FUZZ_EXAMPLES a test, 5000 unless set
 	LLMQAT_FUZZ_EXAMPLES=$${LLMQAT_FUZZ_EXAMPLES:-5000} $(DEV_BIN)/python -m pytest $(FILES_APART) tests/fuzz

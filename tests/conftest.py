@@ -346,6 +346,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the tests themselves."""
     parser.addoption("--write-support", action="store_true", help="write the table of docs/support.md")
     parser.addoption("--every-family", action="store_true", help="run tests/families on all kinds of models, not a few")
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md, with --every-family")
     parser.addoption("--write-api", action="store_true", help="write the tables of docs/api.md")
     parser.addoption("--kill-points", default="0:4", metavar="FIRST:END", help="random points of test_kill_points.py")
 

@@ -74,7 +74,7 @@ def load_any(name: str, device: str, dtype: Any = None, activations: Any = None)
 
 def context_of(model: Any) -> int | None:
     """Tokens that a model can see; None if its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -249,19 +250,23 @@ class InFloat64(TorchFunctionMode):
         return func(*wide, **named)
 
 
-def in_float64(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the forward of a model that was cast to float64; where some of it casts to float32, and that meets weights
-    of float64, without these casts."""
+def in_float64(forward: Callable[..., Any], ties: bool, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a model that was cast to float64, all of it.
+
+    What a family rounds to float32 on the way would be rounded alike in the float32 copy, whose error it then hides;
+    and would meet weights of float64, which is an error. With `ties`, of inputs that are rounded to int8, only the
+    latter counts: rounded alike, they fall on the same side.
+    """
+    if ties:
+        with suppress(RuntimeError):
+            return forward(*args, **kwargs)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of constants
     try:
-        return forward(*args, **kwargs)
-    except RuntimeError:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # of the constants that it makes
-        try:
-            with InFloat64():
-                return forward(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(default)
+        with InFloat64():
+            return forward(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -281,7 +286,7 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         dense.set_input_embeddings(lookup)
     dense.to(dtype)  # type: ignore[arg-type]
     if dtype == torch.float64:
-        dense.forward = partial(in_float64, dense.forward)
+        dense.forward = partial(in_float64, dense.forward, quantizes_inputs(model))
     return dense
 
 

@@ -18,6 +18,9 @@ from llmqat.nn.experts import SplitExperts
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.paths import PathCounts, path_counts
 
+# What configs call the number of experts that a token goes to.
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -70,10 +73,13 @@ def weight_bytes(model: nn.Module) -> int:
     tied = head is not None and getattr(head, "weight", None) is embedding
     total = _stored_bytes(model)
     config: Any = model.config
+    text = config.get_text_config()
     for module in model.modules():
         if isinstance(module, SplitExperts) or is_fused(module):
             experts = len(module) if isinstance(module, SplitExperts) else len(module.down_proj)  # type: ignore[arg-type]
-            total -= _stored_bytes(module) * (experts - config.num_experts_per_tok) // experts
+            named = (getattr(text, name, None) for name in CHOSEN)
+            chosen = next((number for number in named if isinstance(number, int)), experts)
+            total -= _stored_bytes(module) * (experts - chosen) // experts
     return total if tied or embedding is None else total - embedding.numel() * embedding.element_size()
 
 
@@ -140,7 +146,8 @@ def throughput(
         LlmqatError: if prompt and new tokens do not fit the model's context, or if a packed model that can run natively
             did not: such numbers say nothing about it.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    text = model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
     if context is not None and prompt + new_tokens > context:
         raise LlmqatError(
             f"{prompt} prompt and {new_tokens} new tokens exceed the model's context of {context}; lower "
@@ -150,7 +157,7 @@ def throughput(
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
+    ids = torch.randint(text.vocab_size, (1, prompt), generator=generator).to(device)
     _once(model, ids, min(new_tokens, 8))
     before = path_counts(model)
     seconds = [_once(model, ids, new_tokens) for _ in range(repeats)]

@@ -1,6 +1,7 @@
 """Where a model's fused experts are, what they are called in files, and how they become Linears."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,18 @@ def fused_experts(model: PreTrainedModel) -> dict[str, Layout]:
     """The fused modules that can be split, by name, with their layout."""
     layouts = ((name, layout_of(module)) for name, module in model.named_modules() if is_fused(module))
     return {name: layout for name, layout in layouts if layout is not None}
+
+
+def experts_in_words(model: PreTrainedModel) -> str:
+    """How many fused experts a model has, and how they lie in their Parameters; empty for none that can be split."""
+    layouts = fused_experts(model)
+    if not layouts:
+        return ""
+    layers = Counter((len(model.get_parameter(f"{name}.down_proj")), str(layout)) for name, layout in layouts.items())
+    kinds = (
+        f"{count} experts in each of {layer} layers{how and f' ({how})'}" for (count, how), layer in layers.items()
+    )
+    return f"{', '.join(kinds)}, confirmed by a trial"
 
 
 def names_in_files(model: PreTrainedModel) -> tuple[tuple[str, str], ...]:

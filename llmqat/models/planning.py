@@ -33,6 +33,7 @@ from llmqat.scheme import QuantScheme
 GROUP_SIZES = (128, 64, 32)
 
 ROUTER, FUSED = "it picks the experts", "fused experts of a layout that llmqat cannot split"
+NARROW = "its rows are shorter than a group"
 
 # Pattern -> changes to the scheme, or "float". Later patterns win.
 Overrides = Mapping[str, Mapping[str, Any] | str]
@@ -90,6 +91,8 @@ def plan(
             reason, grid = "", replace(scheme, bits=lm_head_bits)
         reason = reason or blocked.get(name, "")
         own = None if reason else scheme_of(name, grid, overrides)
+        if own is not None and shape[1] < min(GROUP_SIZES[-1], own.group_size):
+            own, reason = None, blocked.setdefault(name, NARROW)
         layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role=role))
     check_experts(layers)
     check_transposed(model, layers)

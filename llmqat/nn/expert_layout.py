@@ -37,6 +37,17 @@ class Layout(NamedTuple):
     own_gate: bool
     sorted: bool
 
+    def __str__(self) -> str:
+        words = {
+            "without a gate": not self.gated,
+            "transposed": self.transposed,
+            "interleaved": self.interleaved,
+            "with biases": self.biased,
+            "with a gate of their own": self.own_gate,
+            "given their tokens": self.sorted,
+        }
+        return ", ".join(word for word, holds in words.items() if holds)
+
     @property
     def first(self) -> str:
         """Name of the Parameter in front of the activation."""

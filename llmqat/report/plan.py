@@ -15,6 +15,7 @@ from llmqat.formats.compressed_tensors import readers
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.models.architectures import blocks_in_words, known_architecture
 from llmqat.models.coverage import CoverageReport, by_expert
+from llmqat.models.experts import experts_in_words
 from llmqat.models.loading import load_empty
 
 ADAM, GRADIENT = 8, 4  # bytes per parameter: two float32 moments, float32 gradient
@@ -104,18 +105,20 @@ def inspect(recipe: Recipe) -> Inspection:
         parameters * stored.itemsize,
         training_bytes(resolved, coverage, parameters, stored),
         family_in_words(model),
-        bool(getattr(config, "tie_word_embeddings", False)),
+        bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         forecast(resolved, model, coverage, stored) if is_predictable(model) else None,
     )
 
 
 def family_in_words(model: Any) -> str:
     """Say whether GPTQ and SmoothQuant apply to a model, and how its blocks are known."""
-    row = known_architecture(model)
+    row, experts = known_architecture(model), experts_in_words(model)
     if row is not None:
-        return f"known: GPTQ {'and SmoothQuant apply' if row.smooth_sites else 'applies, and no --smooth'}"
+        smooth = "and SmoothQuant apply" if row.smooth_sites else "applies, and no --smooth"
+        return f"known: GPTQ {smooth}{experts and f'; {experts}'}"
     try:
-        return f"without a row, blocks {blocks_in_words(model)}: GPTQ applies, and no --smooth"
+        blocks = blocks_in_words(model) + (experts and f"; {experts}")
+        return f"without a row, blocks {blocks}: GPTQ applies, and no --smooth"
     except LlmqatError as error:
         return f"without a row: {error}"
 

@@ -18,7 +18,7 @@ def test_inspect_lists_experts_once(moe_dir, call, capsys):
     assert call(["inspect", "--model", moe_dir, "--group-size", "16"]) == 0
     out = capsys.readouterr().out
     assert out.count("model.layers.0.mlp.experts.*.up_proj x 6") == 1
-    assert "model family known: GPTQ and SmoothQuant apply" in out
+    assert "model family known: GPTQ and SmoothQuant apply; 6 experts in each of " in out
 
 
 def test_override_of_some_experts_is_a_clean_error(moe_dir, call, capsys):

@@ -12,7 +12,7 @@ from transformers import CompressedTensorsConfig, PreTrainedModel
 from llmqat.formats.decoding import decoding
 from llmqat.formats.export.dense import dense_weight
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import dense_copy, in_float64, verify
+from llmqat.formats.verify import Verification, dense_copy, in_float64, verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.experts import reads_experts
 from llmqat.models.patcher import prepare, quantized_layers
@@ -43,8 +43,11 @@ def check(condition: object, what: str) -> None:
         raise Failed(what)
 
 
-def run(model: PreTrainedModel, directory: Path) -> None:
+def run(model: PreTrainedModel, directory: Path) -> bool:
     """The whole way.
+
+    Returns:
+        whether transformers reads the model as `llmqat export` writes it, and not packed.
 
     Raises:
         LlmqatError: if llmqat refuses the model.
@@ -69,13 +72,24 @@ def run(model: PreTrainedModel, directory: Path) -> None:
     try:
         found = verify(directory, against=model)
         check(found.codes_equal and found.scales_equal, "packed codes are not those of training")
-        check(found.ok, "packed logits beyond the bound of verify")
+        check(found.ok, f"logits beyond the bounds of verify: {errors_of(found)}")
         packed = load_packed(directory)
         decodes(packed)
     except Exception:
         decodes_like_itself(original)
         raise
-    agrees_with_transformers(packed, directory)
+    apart = reads_experts(packed) or not any(isinstance(module, SplitExperts) for module in packed.modules())
+    agrees_with_transformers(
+        packed, directory if apart else export(directory, "dense", directory.with_name("dense")).output
+    )
+    return not apart
+
+
+def errors_of(found: Verification) -> str:
+    """The errors of logits, each with its bound, and whether greedy decoding chooses the same tokens."""
+    pairs = (found.max_logit_error, found.bound), (found.decode_error, found.decode_bound)
+    named = " and ".join(f"{error:.1e} of {bound:.1e}" for error, bound in pairs if error is not None)
+    return f"{named} behind a cache, where the same tokens are chosen: {found.greedy_equal}"
 
 
 def train(model: PreTrainedModel, ids: Tensor) -> None:
@@ -102,8 +116,6 @@ def train(model: PreTrainedModel, ids: Tensor) -> None:
 def agrees_with_transformers(packed: PreTrainedModel, directory: Path) -> None:
     """Plain transformers loads equal weights, and its logits err by at most twice what plain torch does."""
     kind = getattr(transformers, packed.config.architectures[0])
-    if not reads_experts(packed) and any(isinstance(module, SplitExperts) for module in packed.modules()):
-        directory = export(directory, "dense", directory.with_name("dense")).output
     try:
         theirs, info = kind.from_pretrained(directory, output_loading_info=True)
     except AttributeError:  # a family reads weights while it loads, which a packed layer has not
@@ -153,7 +165,7 @@ def decodes_like_itself(model: PreTrainedModel) -> None:
     """The float model says behind its cache what it says without one, as far as float32 goes."""
     exact = copy.deepcopy(model).double()
     exact.set_experts_implementation("eager")
-    exact.forward = partial(in_float64, exact.forward)
+    exact.forward = partial(in_float64, exact.forward, False)
     try:
         own = decoding(model, model, (model, exact))
     except Exception as error:

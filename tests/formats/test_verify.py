@@ -226,7 +226,9 @@ def test_a_family_that_casts_to_float32_is_compared_in_float64():
 
     x = torch.randn(3, 8, dtype=torch.float64)
     expected = torch.softmax((x + 1 / 3) @ weight, -1)
-    torch.testing.assert_close(in_float64(forward, x), expected, rtol=1e-14, atol=1e-14)
+    for ties in (False, True):
+        torch.testing.assert_close(in_float64(forward, ties, x), expected, rtol=1e-14, atol=1e-14)
     assert torch.get_default_dtype() == torch.float32
+    assert in_float64(lambda x: x.float() / 3, True, x).dtype == torch.float32, "rounded as everywhere"
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        in_float64(lambda x: x @ x, x)
+        in_float64(lambda x: x @ x, False, x)

@@ -9,7 +9,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
-from llmqat.models.experts import routers
+from llmqat.models.experts import experts_in_words, routers
 from llmqat.models.patcher import prepare
 from llmqat.nn.experts import SplitExperts
 from llmqat.pipeline.export import export
@@ -40,6 +40,8 @@ def test_experts_that_files_hold_together_are_exported_together(tmp_path):
     model = gpt_oss()
     for bias in (p for name, p in model.named_parameters() if name.endswith("bias")):
         torch.nn.init.normal_(bias)
+    words = "transposed, interleaved, with biases, with a gate of their own"
+    assert experts_in_words(model) == f"4 experts in each of 1 layers ({words}), confirmed by a trial"
     report = prepare(model, QuantScheme(4, 16))
     assert readers(report) == (
         "llmqat reads it; transformers reads experts of this family as float alone: llmqat export --to dense"

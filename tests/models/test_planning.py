@@ -1,4 +1,5 @@
 import pytest
+from torch import nn
 
 from llmqat.errors import LlmqatError
 from llmqat.models.planning import check_divisible, default_group_size, plan
@@ -26,3 +27,16 @@ def test_where_no_default_divides_the_plan_is_refused_by_name(tiny):
     size = default_group_size(model)
     with pytest.raises(LlmqatError, match=r"group_size 32 does not divide 2 layers: .*down_proj \(in_features 80\)"):
         check_divisible(plan(model, QuantScheme(4, size)))
+
+
+def test_rows_shorter_than_a_group_stay_float(tiny):
+    """Gemma 3n has such layers beside the others; an override gives them a group for each row."""
+    model = tiny("llama")
+    model.model.layers[0].mlp.coefficients = nn.Linear(4, 8, bias=False)
+    name = "model.layers.0.mlp.coefficients"
+    report = plan(model, QuantScheme(4, 16))
+    assert {layer.name: layer.reason for layer in report.skipped}[name] == "its rows are shorter than a group"
+    assert f"{name}.weight" in report.uncovered
+    assert default_group_size(model) == 32
+    own = {"coefficients": {"group_size": -1}}
+    assert name in {layer.name for layer in plan(model, QuantScheme(4, 16), own).quantized}
