@@ -176,7 +176,9 @@ def tie_packed_head(
 
 def own_name(key: str, embedding: str, head: str) -> str:
     """The name of a packed embedding's tensor in the head that holds its codes; any other as it is."""
-    return head + key.removeprefix(embedding) if key.startswith(f"{embedding}.weight_") else key
+    part = key.removeprefix(f"{embedding}.")
+    packed = part != key and (part.startswith("weight_") or part in ("input_scale", "bias"))
+    return f"{head}.{part}" if packed else key
 
 
 def _scale_dtype(header: Header, layer: str, directory: Path) -> torch.dtype:

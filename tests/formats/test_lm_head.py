@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PhiConfig, PhiForCausalLM
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import readers, transformers_route
@@ -189,3 +189,23 @@ def test_a_packed_embedding_of_an_untied_model_is_refused(head_trained, tmp_path
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(LlmqatError, match=r"packs model\.embed_tokens, which is no linear layer"):
         load_packed(directory)
+
+
+def tiny_phi():
+    """Tied, with a bias in its output head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(vocab_size=64, tie_word_embeddings=True, **sizes)).eval()
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_all_parts_of_a_tied_head_come_back(small_llama, tmp_path, family):
+    """The file has them under the name of the embedding, also those that are no part of the weight."""
+    model = small_llama(tie_word_embeddings=True) if family == "llama" else tiny_phi()
+    scheme = QuantScheme(4, 16, act_bits=8, act_static=True)
+    prepare(model, scheme, storage_dtype=torch.float32, lm_head_bits=4, calibration=[IDS])
+    loaded = load_packed(save_packed(model, tmp_path), torch.float32)
+    assert torch.equal(loaded.lm_head.input_scale, model.lm_head.stored_act_scale())
+    assert family == "llama" or torch.equal(loaded.lm_head.bias, model.lm_head.bias)
+    assert verify(tmp_path, model).ok
