@@ -74,6 +74,10 @@ class Comparison:
             blocks = len(model.get_decoder().layers)
             rest = "|".join(str(block) for block in range(self.args.blocks or blocks, blocks))
             overrides = {rf"\.layers\.({rest})\.": "float"} if rest else {}
+            if self.args.average_bits is not None:
+                few = self.calibration[:16].split(4)
+                chosen = llmqat.choose_bits(model, self.scheme, few, self.args.average_bits, overrides=overrides)
+                overrides = {**chosen, **overrides}
             options = {"overrides": overrides, "block_steps": self.args.steps, "min_coverage": 0.0}
             llmqat.prepare(model, self.scheme, init=method, calibration=batches, **options)
             found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
@@ -112,6 +116,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--also", nargs="*", default=[], help="other datasets to score")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument(
+        "--average-bits", type=float, help="chosen by layer, but for AutoRound's; see llmqat.choose_bits"
+    )
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--asym", action="store_true", help="with zero points")
     parser.add_argument("--steps", type=int, default=200, help="of block-wise reconstruction and of AutoRound")

@@ -26,6 +26,7 @@ __all__ = [
     "Verification",
     "Windows",
     "add_lora",
+    "choose_bits",
     "convert",
     "encode",
     "environment",

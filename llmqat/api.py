@@ -29,8 +29,10 @@ from llmqat.models.coverage import CoverageReport
 from llmqat.models.float_view import FloatCopy, FloatView, holds_float, mark_float_lost
 from llmqat.models.loading import load_tokenizer
 from llmqat.models.pair import load_float
-from llmqat.models.patcher import convert, prepare, quantized_layers, smooth
+from llmqat.models.patcher import convert, prepare, quantized_layers, smooth, transformers_model
 from llmqat.models.prepare_options import PrepareOptions
+from llmqat.models.sensitivity import choose_bits
+from llmqat.models.widening import compute_in_float32
 from llmqat.pipeline.export import Exported, export
 from llmqat.pipeline.import_checkpoint import Imported, import_checkpoint
 from llmqat.report.page.render import write_page
@@ -101,6 +103,8 @@ def finetune(
     if recipe.device != "auto" or next(model.parameters()).device.type == "cpu":
         model.to(find_device(recipe.device))
     view = _teacher(model, teacher, mode)
+    if mode != "full" and recipe.train.precision == "fp32":  # else the weights that stay stored in 16 bits compute so
+        compute_in_float32(transformers_model(model), quantized_layers(model)[0].layer.storage_dtype)
     select_trainable(model, mode, recipe.train.lr_scale > 0, recipe.train.lr_float > 0)
     if isinstance(view, FloatView) and view.model is model:
         view = FloatView(model)  # made before, it would not know which norms train

@@ -77,6 +77,17 @@ def test_from_the_float_model_to_the_packed_file(tiny_llama, tokens, tokenizer, 
     assert min(llmqat.throughput(packed, prompt=8, new_tokens=4, repeats=1).decode) > 0
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "scales"])
+def test_a_model_of_16_bits_trains_in_float32(model_dir, tmp_path, mode):
+    model = llmqat.load_float(str(model_dir), torch.bfloat16)
+    llmqat.prepare(model, QuantScheme(4, 16))
+    model = llmqat.add_lora(model, 4) if mode == "lora" else model
+    ids = torch.randint(0, 128, (4, 16))
+    done = llmqat.finetune(model, ids, ids, mode=mode, precision="fp32", max_steps=1, batch_size=2)
+    assert done.steps == 1
+    assert llmqat.verify(llmqat.pack(model, tmp_path), model).ok
+
+
 def test_convert_in_place(tiny_llama):
     model = tiny_llama()
     llmqat.prepare(model, QuantScheme(4, 32))

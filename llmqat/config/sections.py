@@ -26,6 +26,14 @@ class QuantConfig:
     """The grid."""
 
     bits: int = option(4, "bits per weight", "--bits", choices=BITS)
+    average_bits: float | None = option(
+        None,
+        "measure what each layer loses at fewer bits, and give it 4 or 8, below an average of 4 also 3 or 2, so that "
+        "it is this many bits a weight on average; in place of --bits",
+        "--average-bits",
+        least=float(BITS[0]),
+        most=float(BITS[-1]),
+    )
     group_size: int | None = option(
         None,
         "weights per scale; -1: one per row; default: 128, or 64 or 32 where 128 does not divide every row",

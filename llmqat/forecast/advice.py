@@ -54,10 +54,12 @@ def remedies(recipe: Resolved) -> list[Remedy]:
         if train.optimizer == "adamw":
             found.append(Remedy("--optimizer adamw8bit", "train", {"optimizer": "adamw8bit"}))
         found.append(Remedy("--train lora", "train", {"mode": "lora", "lr_scale": DEFAULT_LR_SCALE["lora"]}))
-    if not recipe.low_memory:
+    if not recipe.low_memory and recipe.quant.average_bits is None:
         found.append(Remedy("--low-memory", "", {"low_memory": True}))
     if recipe.init.by_blocks:
         found.append(Remedy("--init rtn", "init", {"method": "rtn"}))
+    if train.mode == "lora" and train.lr_scale > 0:
+        found.append(Remedy("--lr-scale 0", "train", {"lr_scale": 0.0}))
     return found
 
 

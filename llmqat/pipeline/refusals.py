@@ -34,6 +34,11 @@ def check_low_memory(recipe: Recipe, train: bool) -> None:
         raise LlmqatError("--control trains a copy of the float model in memory: leave it out, or --low-memory")
     if recipe.init.smooth is not None:
         raise LlmqatError("SmoothQuant changes all weights of the float model: leave out --smooth, or --low-memory")
+    if recipe.quant.average_bits is not None:
+        raise LlmqatError(
+            "--average-bits takes gradients through all of the float model: leave out --low-memory, or choose bits "
+            "where the model fits, and go on from its recipe.yaml with --recipe"
+        )
     if process_count() > 1:
         raise LlmqatError(
             f"--low-memory runs in one process, and there are {process_count()}; start it without launcher"

@@ -38,6 +38,7 @@ from llmqat.models.patcher import (
 )
 from llmqat.models.widening import compute_in_float32
 from llmqat.nn.quantizers import disable_quantizers
+from llmqat.pipeline.bits import with_chosen_bits
 from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.low_memory import LowMemory
 from llmqat.pipeline.output import (
@@ -150,7 +151,8 @@ class Run:
         load = partial(load_float, dtype=torch.float32) if smooths else load_as_stored
         self.model = self.low_memory.model if self.low_memory else load(asked.model)
         self.tokenizer = load_tokenizer(asked.model)
-        self.recipe = resolve_to_serve(self.model, asked)
+        recipe = resolve_to_serve(self.model, asked)
+        self.recipe = with_chosen_bits(recipe, self.model, self.tokenizer, self.corpus, self.device)
         log_cut(asked, self.recipe)
 
     def plan_layers(self) -> None:

@@ -84,8 +84,11 @@ def inspect(recipe: Recipe) -> Inspection:
     """Build the model without weights and plan the run.
 
     Raises:
-        LlmqatError: if the model cannot be found, too little of it is covered, or a group size does not divide.
+        LlmqatError: if the model cannot be found, too little of it is covered, or a group size does not divide; or if
+            bits are to be measured.
     """
+    if recipe.quant.average_bits is not None:
+        raise LlmqatError("inspect measures nothing, and --average-bits is chosen by measuring; give it --bits")
     model, stored = load_empty(recipe.model)
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())

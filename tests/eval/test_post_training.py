@@ -24,3 +24,9 @@ def test_blocks_behind_the_first_stay_float(compare, text_file):
     (whole, _), (part, _) = compare("--methods", "rtn"), compare("--methods", "rtn", "--blocks", "1")
     kl = [rows["rows"]["rtn"][str(text_file)]["kl"] for rows in (whole, part)]
     assert 0 < kl[1] < kl[0]
+
+
+def test_bits_are_chosen_by_layer(compare, text_file):
+    (whole, _), (chosen, _) = compare("--methods", "rtn"), compare("--methods", "rtn", "--average-bits", "3.5")
+    kl = [rows["rows"]["rtn"][str(text_file)]["kl"] for rows in (whole, chosen)]
+    assert 0 < kl[1] < kl[0]

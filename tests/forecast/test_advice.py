@@ -48,8 +48,11 @@ def test_nothing_makes_it_fit():
 
 def test_a_flag_that_is_set_is_not_named():
     values = {"train.gradient_checkpointing": True, "train.batch_size": 1, "train.mode": "lora", "init.method": "rtn"}
-    assert [remedy.flags for remedy in remedies(recipe(**values))] == ["--low-memory"]
+    assert [remedy.flags for remedy in remedies(recipe(**values))] == ["--low-memory", "--lr-scale 0"]
+    assert [remedy.flags for remedy in remedies(recipe(**values, low_memory=True))] == ["--lr-scale 0"]
+    values["train.lr_scale"] = 0.0
     assert remedies(recipe(**values, low_memory=True)) == []
+    assert remedies(recipe(**values, **{"quant.average_bits": 4.5})) == []  # which low memory cannot measure
 
 
 def test_low_memory_is_named_before_another_start():

@@ -5,11 +5,13 @@ from llmqat.algorithms import gptq_model
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.config import Recipe, resolve
 from llmqat.forecast.cost import Cost
-from llmqat.forecast.stages import loading, reconstruction
+from llmqat.forecast.stages import loading, reconstruction, sensitivity
 from llmqat.metrics.live_bytes import LiveBytes
+from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.loading import empty_model
 from llmqat.models.patcher import prepare
 from llmqat.models.planning import checked_plan
+from llmqat.models.sensitivity import MEASURED_TOKENS, choose_bits
 from llmqat.scheme import QuantScheme
 
 
@@ -51,3 +53,17 @@ def test_reconstruction_takes_the_operations_that_were_predicted(tiny_llama, mon
     prepare(model, scheme, init="blockwise", calibration=list(torch.randint(0, 128, (16, 4, 24))), block_steps=6)
     assert stage.flops == pytest.approx(counter.flops, rel=0.15)
     assert reconstruction(resolve(Recipe(), 1, 32), model, coverage, Cost(1.0, 5.0, 35.0)) == []
+
+
+def test_sensitivity_takes_the_operations_that_were_predicted(tiny_llama):
+    model, ids = tiny_llama(hidden_size=128, intermediate_size=256), torch.randint(0, 128, (1, 64))
+    recipe = resolve(Recipe().with_values({"quant.average_bits": 3.5}), 1, 32)
+    counter, forward = LiveBytes(), LiveBytes()
+    with counter.counting():
+        choose_bits(model, QuantScheme(4, 32), [ids], 3.5)
+    with forward.counting(), torch.no_grad():
+        model(ids)
+    of_batch = Cost(forward.flops * BATCH_TOKENS / 64, 5.0, 35.0)
+    stage = sensitivity(recipe, model, of_batch, torch.float32)
+    assert stage.flops * 64 / MEASURED_TOKENS == pytest.approx(counter.flops, rel=0.15)
+    assert stage.bytes == 4 * sum(parameter.numel() for parameter in model.parameters()) + 30

@@ -176,6 +176,7 @@ def test_a_model_of_three_times_the_memory(tmp_path, text_file, large, way):
     ("changes", "message"),
     [
         ({"train.mode": "full"}, "leaves the weights in their files: train --train lora or scales, not full"),
+        ({"quant.average_bits": 4.5}, "--average-bits takes gradients through all of the float model: leave out --low"),
         ({"init.smooth": 0.5}, "SmoothQuant changes all weights of the float model: leave out --smooth, or --low-mem"),
         ({"eval.control": True}, "--control trains a copy of the float model in memory: leave it out, or --low-memory"),
     ],

@@ -29,6 +29,7 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.pipeline import bits
 from llmqat.pipeline import run as run_module
 from llmqat.pipeline.inputs import tokenized
 from llmqat.pipeline.output import check_output, saved_recipe
@@ -388,6 +389,21 @@ def test_overrides(go):
     assert done.report["verify"]["codes_equal"] is True
     assert 4.5 < done.report["size"]["bits_per_weight"] < 8.5
     AutoModelForCausalLM.from_pretrained(done.directory)
+
+
+def test_bits_by_measurement(go, tmp_path, monkeypatch):
+    """What was chosen is in the recipe; a resume measures nothing."""
+    done = go({"quant.average_bits": 5.0, "train.mode": "scales", "quant.overrides": {"0.*o_proj$": "float"}})
+    quant = done.report["recipe"]["quant"]
+    assert (quant["average_bits"], quant["bits"], quant["overrides"].pop("0.*o_proj$")) == (None, 4, "float")
+    assert {change["bits"] for change in quant["overrides"].values()} == {8}
+    assert 4 < done.report["size"]["bits_per_weight"] - 0.5 <= 5.0  # a scale of 16 bits for 32 weights
+    assert verify(done.directory).ok
+    assert from_yaml(done.directory / "recipe.yaml").quant.overrides == done.report["recipe"]["quant"]["overrides"] | {
+        "0.*o_proj$": "float"
+    }
+    monkeypatch.setattr(bits, "choose_bits", None)
+    assert main(["finetune", "--output", str(done.directory), "--resume"]) == 0
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -48,3 +48,8 @@ def test_what_is_predicted_fits_the_context(tiny, tmp_path, capsys):
     found = inspect(Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16}))
     assert (found.recipe.data.length, found.recipe.eval.window) == (32, 32)
     assert "the model's context is 32 tokens" in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_no_bits():
+    with pytest.raises(LlmqatError, match="inspect measures nothing, and --average-bits is chosen by measuring"):
+        inspect(Recipe().with_values({"quant.average_bits": 4.5}))
