@@ -17,12 +17,13 @@ from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
 from llmqat.errors import LlmqatError
 from llmqat.mapped import release
-from llmqat.models.architectures import Architecture, blocks_of, blocks_path, check_blocks, known_architecture
+from llmqat.models.architectures import blocks_of, blocks_path, check_blocks, known_architecture
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.loading import storage_dtype_of
 from llmqat.models.planning import Overrides, checked_plan, scheme_of
 from llmqat.models.prepare_options import PrepareOptions
+from llmqat.models.site_search import find_sites
 from llmqat.models.smooth_sites import folds_of
 from llmqat.nn.embedding import FakeQuantEmbedding, PackedEmbedding
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
@@ -39,19 +40,20 @@ from llmqat.team import ALONE, Team
 HEAD_RTN_BITS = 8
 
 
-def smoothable(model: PreTrainedModel) -> Architecture:
-    """The row of a family that SmoothQuant can do something for.
+def check_smoothable(model: PreTrainedModel) -> None:
+    """Refuse a model in which SmoothQuant has nothing to do, or cannot look for it.
 
     Raises:
-        LlmqatError: if the family has no row, or no site in it.
+        LlmqatError: if its family has a row without sites, or its blocks cannot be walked through.
     """
-    architecture = known_architecture(model)
-    if architecture is None or not architecture.smooth_sites:
-        raise LlmqatError(
-            f"SmoothQuant has no exact site in model type {model.config.model_type!r}; leave --smooth out, or add its "
-            "sites to models/smooth_sites.py"
-        )
-    return architecture
+    row = known_architecture(model)
+    if row is not None and not row.smooth_sites:
+        raise _without_sites(model)
+    check_blocks(model)
+
+
+def _without_sites(model: PreTrainedModel) -> LlmqatError:
+    return LlmqatError(f"SmoothQuant has no exact site in model type {model.config.model_type!r}; leave --smooth out")
 
 
 def smooth(
@@ -78,21 +80,25 @@ def smooth(
         what was done, by site: alpha, the relative change of the float logits, output errors where it was searched.
 
     Raises:
-        LlmqatError: if the family has no row or no site, alpha is out of range, or a fold changed the float logits.
+        LlmqatError: if there is no site, alpha is out of range, or a fold changed the float logits.
     """
     if alpha == AUTO and scheme is None:
         raise LlmqatError(
             f"alpha {AUTO!r} searches with the real quantizers; pass scheme=QuantScheme(...) as to prepare"
         )
-    architecture = smoothable(model)
+    check_smoothable(model)
+    check_batches(batches)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
-    path = blocks_path(model)
+    path, config, row = blocks_path(model), model.config.get_text_config(), known_architecture(model)
     with experts_as_linears(model):
+        sites = find_sites(model, batches[0]) if row is None else [row.smooth_sites] * len(blocks_of(model))
         folds = [
             fold
-            for index, block in enumerate(blocks_of(model))
-            for fold in folds_of(block, f"{path}.{index}.", architecture.smooth_sites, model.config, grid)
+            for index, (block, own) in enumerate(zip(blocks_of(model), sites, strict=True))
+            for fold in folds_of(block, f"{path}.{index}.", own, config, grid)
         ]
+        if not folds:
+            raise _without_sites(model)
         return smooth_model(model, folds, batches, alpha, storage_dtype or storage_dtype_of(model))
 
 

@@ -100,7 +100,7 @@ def folds_of(
     for site in sites:
         if all(getattr(config, key) == value for key, value in site.only_if) and _has(block, site.only_with):
             for own in _by_expert(block, site):
-                yield _fold(block, prefix, own, config, scheme_of)
+                yield fold_of(block, prefix, own, config, scheme_of)
 
 
 def _by_expert(block: nn.Module, site: Site) -> Iterator[Site]:
@@ -118,9 +118,10 @@ def _by_expert(block: nn.Module, site: Site) -> Iterator[Site]:
             yield replace(site, source=source, readers=tuple(own))
 
 
-def _fold(
+def fold_of(
     block: nn.Module, prefix: str, site: Site, config: Any, scheme_of: Callable[[str], QuantScheme | None]
 ) -> Fold:
+    """One site of a block without ``*``, found in it; arguments as of `folds_of`."""
     read = [_matrix(block, path) for path in (*site.readers, *site.routers)]
     queries = 1
     if site.heads:

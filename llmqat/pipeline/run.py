@@ -28,13 +28,13 @@ from llmqat.models.architectures import blocks_in_words, check_blocks
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
+    check_smoothable,
     gptq_part_count,
     prepare,
     round_float_parts,
     run_gptq,
     settings_of,
     smooth,
-    smoothable,
 )
 from llmqat.models.widening import compute_in_float32
 from llmqat.nn.quantizers import disable_quantizers
@@ -162,7 +162,7 @@ class Run:
         if recipe.init.by_blocks and not check_blocks(self.model):
             log(f"blocks {blocks_in_words(self.model)}")
         if recipe.init.smooth is not None:
-            smoothable(self.model)
+            check_smoothable(self.model)
         if self.train:
             check_tracker(recipe.train.tracker, self.directory)
 

@@ -121,7 +121,7 @@ def family_in_words(model: Any) -> str:
         return f"known: GPTQ {smooth}{experts and f'; {experts}'}"
     try:
         blocks = blocks_in_words(model) + (experts and f"; {experts}")
-        return f"without a row, blocks {blocks}: GPTQ applies, and no --smooth"
+        return f"without a row, blocks {blocks}: GPTQ applies, and --smooth tries what it may scale"
     except LlmqatError as error:
         return f"without a row: {error}"
 

@@ -15,7 +15,7 @@ from llmqat.report.plan import inspect
         (
             "gpt_neox",
             "model family without a row, blocks found by looking: 2 GPTNeoXLayer in gpt_neox.layers, confirmed by a "
-            "probe pass: GPTQ applies, and no --smooth",
+            "probe pass: GPTQ applies, and --smooth tries what it may scale",
         ),
     ],
 )

@@ -1,0 +1,141 @@
+"""Find where SmoothQuant is exact in a family without a row, by trying each writer with its readers on one block.
+
+Readers of one tensor are linears that are given the same object. A norm that returns it may be their writer, or any
+linear that runs before them and writes as many channels, or a head's values for several of theirs. A pair is a site if
+the block returns the same hidden states after random powers of two were moved from the one to the others: whatever else
+reads these channels, or bends them on the way, would show.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmqat.algorithms.blocks import BlockInputs, eval_mode
+from llmqat.algorithms.fold import TOLERANCE, Fold
+from llmqat.errors import shortened_list
+from llmqat.models.architectures import blocks_of
+from llmqat.models.smooth_sites import Site, fold_of
+from llmqat.nn.experts import SplitExperts
+from llmqat.nn.linear_like import LINEAR_LAYERS
+from llmqat.progress import log
+
+TRIAL_TOKENS = 8
+
+Group = tuple[Tensor, list[str]]
+
+
+@torch.no_grad()
+def find_sites(model: PreTrainedModel, ids: Tensor) -> list[tuple[Site, ...]]:
+    """The sites of each block, in order; those of blocks of one kind are tried on the first.
+
+    Args:
+        model: float, its experts apart; every weight is put back.
+        ids: token ids ``(batch, length)``, of which a few are run.
+    """
+    blocks, config = blocks_of(model), model.config.get_text_config()
+    known: dict[tuple[Any, ...], tuple[Site, ...]] = {}
+    found = []
+    with eval_mode(model):
+        inputs = BlockInputs.capture(model, list(blocks), [ids[:1, :TRIAL_TOKENS]])
+        for block in blocks:
+            shapes = ((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+            kind = type(block), *shapes
+            if kind not in known:
+                known[kind] = tuple(_sites_of(block, inputs, config))
+                _log(block, known[kind])
+            found.append(known[kind])
+            inputs.advance(block)
+    return found
+
+
+def _log(block: nn.Module, sites: tuple[Site, ...]) -> None:
+    """Say what was found in a kind of block, and whose inputs stay as they are."""
+    pairs = ", ".join(f"{site.source} -> {' '.join(site.readers)}" for site in sites)
+    read = {path for site in sites for path in site.readers}
+    others = [name for name, module in block.named_modules() if isinstance(module, LINEAR_LAYERS) and name not in read]
+    left = f"; inputs of {shortened_list(others)} stay as they are" if others else ""
+    log(f"SmoothQuant in {type(block).__name__}, found by trying: {pairs or 'nothing'}{left}")
+
+
+def _sites_of(block: nn.Module, inputs: BlockInputs, config: Any) -> Iterator[Site]:
+    right, groups, norms = _watch(block, inputs)
+    for place, (tensor, readers) in enumerate(groups):
+        before = [name for _, names in groups[:place] for name in names]
+        for site in _candidates(tuple(readers), norms.get(id(tensor)), before):
+            fold = _fold(block, site, config)
+            if fold is not None and _is_exact(block, inputs, fold, right):
+                yield site
+                break
+
+
+def _candidates(readers: tuple[str, ...], norm: str | None, linears: list[str]) -> Iterator[Site]:
+    """Writers that `readers` may have: the norm that returned what they read, or a linear before them."""
+    if norm is not None:
+        yield from (Site(norm, readers, offset=offset) for offset in (0.0, 1.0))
+    else:
+        yield from (Site(linear, readers, heads=heads) for linear in reversed(linears) for heads in (False, True))
+
+
+def _watch(block: nn.Module, inputs: BlockInputs) -> tuple[Tensor, list[Group], dict[int, str]]:
+    """Run a block: its hidden states, its linears by the tensor that they read, in running order, and the names of its
+    norms by the id of what they return. Experts, which are given some of the tokens, are left out."""
+    groups: list[Group] = []
+    norms: dict[int, str] = {}
+    kept: list[Tensor] = []  # or another tensor could have the id of one that is gone
+
+    def read(name: str, x: Tensor) -> None:
+        names = next((names for tensor, names in groups if tensor is x), None)
+        if names is None:
+            groups.append((x, [name]))
+        else:
+            names.append(name)
+
+    def wrote(name: str, y: Any) -> None:
+        if isinstance(y, Tensor):
+            norms[id(y)] = name
+            kept.append(y)
+
+    experts = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, SplitExperts))
+    handles = []
+    for name, module in block.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None or name.startswith(experts):
+            continue
+        if isinstance(module, LINEAR_LAYERS):
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0])))
+        elif weight.ndim == 1:
+            handles.append(module.register_forward_hook(lambda _, __, y, name=name: wrote(name, y)))
+    try:
+        return inputs.run(block, 0), groups, norms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fold(block: nn.Module, site: Site, config: Any) -> Fold | None:
+    """The fold of a candidate; None where sizes do not fit."""
+    try:
+        fold = fold_of(block, "", site, config, lambda _: None)
+    except (AttributeError, ValueError, ZeroDivisionError):  # a config that has no heads, or others for each layer
+        return None
+    channels, inputs = len(fold.written[0]), fold.read[0].shape[-1]
+    fits = fold.head_dim and channels % fold.head_dim == 0 and channels * fold.queries == inputs
+    return fold if fits and all(len(tensor) == channels for tensor in fold.written) else None
+
+
+def _is_exact(block: nn.Module, inputs: BlockInputs, fold: Fold, right: Tensor) -> bool:
+    """Whether the block returns the same after the fold of random powers of two, which is taken back."""
+    tensors = (*fold.written, *fold.read)
+    saved = [tensor.clone() for tensor in tensors]
+    random = torch.Generator().manual_seed(0)
+    s = torch.randint(-2, 3, (len(fold.written[0]),), generator=random).float().exp2().to(right.device)
+    try:
+        fold.apply(fold.representable(s, fold.written[0].dtype))
+        change = (inputs.run(block, 0) - right).abs().max()
+        return bool(change <= TOLERANCE * right.abs().max())
+    finally:
+        for tensor, old in zip(tensors, saved, strict=True):
+            tensor.copy_(old)
