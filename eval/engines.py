@@ -42,6 +42,8 @@ ENGINES = {
 # Engine -> the folder of its environment; transformers runs GPTQ and AWQ checkpoints by GPTQModel.
 HOMES = {"vllm": "vllm", "llama.cpp": "llama-cpp", "gptqmodel": "gptqmodel", "mlx": "mlx"}
 BY_GPTQMODEL = ("gptq", "awq")
+# In a line of llmqat that says that an environment lacks something.
+NOT_INSTALLED = ("needs packages that", "ModuleNotFoundError", "ImportError")
 BEGIN, END = "<!-- engines: begin -->\n", "<!-- engines: end -->"
 HEAD = (
     "| format | engine | model | grid | weights | tokens equal | max error | KL (bound) | top-1 |\n"
@@ -112,14 +114,21 @@ def compared(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verified(command: list[str], folder: Path, python: Path) -> dict[str, Any]:
-    """The JSON of ``llmqat verify``; the line that it printed, if the engine refused the model."""
+    """The JSON of ``llmqat verify``; the line that it printed, if the engine refused the model.
+
+    Raises:
+        SystemExit: if the engine could not even be imported, which says nothing about the model.
+    """
     found = folder / "said.json"
     found.unlink(missing_ok=True)
     start = [sys.executable, "-m", "llmqat", *command, "--runtime-python", python, "--json", found.name]
     done = subprocess.run(start, cwd=folder, capture_output=True, text=True)
     if found.exists():
         return json.loads(found.read_text())
-    return {"refused": done.stderr.strip().splitlines()[-1].removeprefix("llmqat: ")}
+    line = done.stderr.strip().splitlines()[-1].removeprefix("llmqat: ")
+    if any(sign in line for sign in NOT_INSTALLED):
+        raise SystemExit(line)
+    return {"refused": line}
 
 
 def row(cell: Cell, found: dict[str, Any]) -> str:
@@ -149,11 +158,11 @@ def table(results: dict[str, Any]) -> str:
     order = list(ENGINES)
     ordered = sorted(found, key=lambda cell: (order.index(cell.format), cell.engine, cell.grid, cell.model))
     rows = [row(cell, found[cell]) for cell in ordered if "runtime" in found[cell]]
-    refused = [
-        f"- `{cell.format}`, {cell.grid.replace('-', ' ')}, {cell.model}, in {cell.engine}: {found[cell]['refused']}"
+    refused = dict.fromkeys(
+        f"- `{cell.format}`, {cell.grid.replace('-', ' ')}: {found[cell]['refused']}"
         for cell in ordered
         if "refused" in found[cell]
-    ]
+    )
     machine = results["environment"]
     where = f"Measured on {machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}.\n"
     return "\n".join([where, HEAD + "\n".join(rows), *(["\nRefused:\n", *refused] if refused else []), ""])

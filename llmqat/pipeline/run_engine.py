@@ -19,6 +19,7 @@ from llmqat.pipeline.engines import worker
 from llmqat.pipeline.engines.table import ENGINES, PACKAGES
 from llmqat.pipeline.passages import Passages
 
+RANK = re.compile(r"^\[rank\d+\]: ")
 ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -90,7 +91,7 @@ def _start(python: str, scratch: str, failed: str) -> None:
 
 def _last_word(lines: list[str], status: int) -> str:
     """The last exception that a process named, with what it said behind it; what came last, if there was none."""
-    said = [line.strip() for line in lines if line.strip()] or ["nothing was said"]
+    said = [RANK.sub("", line).strip() for line in lines if line.strip()] or ["nothing was said"]
     errors = [index for index, line in enumerate(said) if ERROR_LINE.search(line)]
     word = shortened(" ".join(said[errors[-1] :] if errors else said[-1:]))
     return word if status > 0 else f"signal {-status} ended it; its last line: {word}"

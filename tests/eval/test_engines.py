@@ -32,20 +32,21 @@ MACHINE = {"cpu": "a CPU", "threads": 1, "torch": "2.13.0"}
 def sweep(monkeypatch, tmp_path):
     """``sweep(*options)``: runs the script; commands are noted, and answered without an engine."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    commands = []
+    commands, said = [], {"line": "vllm cannot run it"}
 
     def answer(command, cwd, **_):
         commands.append(command[3:])
         if command[command.index("--runtime") + 1] == "vllm":
-            return SimpleNamespace(stderr="noise\nllmqat: vllm cannot run it\n")
+            return SimpleNamespace(stderr=f"noise\nllmqat: {said['line']}\n")
         (cwd / command[-1]).write_text(json.dumps({"differences": [], "runtime": RAN}))
 
     monkeypatch.setattr(subprocess, "run", answer)
     (tmp_path / "vllm" / "bin").mkdir(parents=True)
     (tmp_path / "vllm" / "bin" / "python").touch()
 
-    def run(*options):
+    def run(*options, **line):
         commands.clear()
+        said.update(line)
         always = ["--scratch", tmp_path / "s", "--output", tmp_path / "r.json", "--environments", tmp_path]
         monkeypatch.setattr(sys, "argv", [str(word) for word in ("engines.py", *always, *options)])
         monkeypatch.setattr(Path, "write_text", no_page(Path.write_text))
@@ -73,6 +74,8 @@ def test_a_sweep_measures_every_cell_once(sweep, model_dir):
     assert len(commands) == len(found) == 4
     assert sweep(*options, "--engines", "vllm")[0] == []
     assert len(sweep(*options, "--engines", "vllm", "--again", "vllm")[0]) == 4
+    with pytest.raises(SystemExit, match="vllm needs packages that it does not have"):
+        sweep(*options, "--engines", "vllm", "--again", "vllm", line="vllm needs packages that it does not have")
     with pytest.raises(SystemExit, match=r"gptqmodel has no environment in .*: --install makes it"):
         sweep(*options, "--engines", "gptqmodel")
 
@@ -83,7 +86,7 @@ def test_the_table(monkeypatch, tmp_path):
     cells = {
         "llama 4-bits-g32 gguf llama.cpp": {"bytes": 1, "differences": [], "runtime": RAN},
         "llama 4-bits-g32 packed transformers": {"bytes": 1, "runtime": RAN | {"ok": False, "int8": False}},
-        "llama 8-bits-g64 packed vllm": {"refused": "no kernel"},
+        "llama 8-bits-g64 packed vllm": {"refused": "vllm has no kernel"},
     }
     page = tmp_path / "page.md"
     page.write_text(f"before\n{script['BEGIN']}old\n{script['END']}\nafter\n")
@@ -97,7 +100,7 @@ def test_the_table(monkeypatch, tmp_path):
         "| `gguf` | engine 1.0, in float32, int8 activations | llama | 4 bits g32 | bit for bit | 4/5 | "
         "2.5e-01 | 1.0e-03 (2.0e-03) | 99.0% |",
     ]
-    assert "- `packed`, 8 bits g64, llama, in vllm: no kernel" in lines
+    assert "- `packed`, 8 bits g64: vllm has no kernel" in lines
 
 
 def test_the_sweep_knows_every_engine(monkeypatch):

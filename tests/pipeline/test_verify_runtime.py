@@ -136,7 +136,7 @@ def test_text_that_is_too_short(merging_tokenizer, tmp_path):
 FAILS = """
 class Llama:
     def __init__(self, *_, **__):
-        raise ValueError("no tensor\\n  of two lines")
+        raise ValueError("no tensor\\n[rank0]:   of two lines")
 """
 ENDS = "import os\nos.kill(os.getpid(), 11)"
 
