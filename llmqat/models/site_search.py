@@ -6,7 +6,8 @@ the block returns the same hidden states after random powers of two were moved f
 reads these channels, or bends them on the way, would show.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def find_sites(model: PreTrainedModel, ids: Tensor) -> list[tuple[Site, ...]]:
         ids: token ids ``(batch, length)``, of which a few are run.
     """
     blocks, config = blocks_of(model), model.config.get_text_config()
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    apart = {id(parameter) for parameter in model.parameters() if uses[id(parameter)] == 1}
     known: dict[tuple[Any, ...], tuple[Site, ...]] = {}
     found = []
     with eval_mode(model):
@@ -44,7 +47,7 @@ def find_sites(model: PreTrainedModel, ids: Tensor) -> list[tuple[Site, ...]]:
             shapes = ((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
             kind = type(block), *shapes
             if kind not in known:
-                known[kind] = tuple(_sites_of(block, inputs, config))
+                known[kind] = tuple(_sites_of(block, inputs, config, apart))
                 _log(block, known[kind])
             found.append(known[kind])
             inputs.advance(block)
@@ -60,8 +63,8 @@ def _log(block: nn.Module, sites: tuple[Site, ...]) -> None:
     log(f"SmoothQuant in {type(block).__name__}, found by trying: {pairs or 'nothing'}{left}")
 
 
-def _sites_of(block: nn.Module, inputs: BlockInputs, config: Any) -> Iterator[Site]:
-    right, groups, norms = _watch(block, inputs)
+def _sites_of(block: nn.Module, inputs: BlockInputs, config: Any, apart: Container[int]) -> Iterator[Site]:
+    right, groups, norms = _watch(block, inputs, apart)
     for place, (tensor, readers) in enumerate(groups):
         before = [name for _, names in groups[:place] for name in names]
         for site in _candidates(tuple(readers), norms.get(id(tensor)), before):
@@ -79,9 +82,13 @@ def _candidates(readers: tuple[str, ...], norm: str | None, linears: list[str]) 
         yield from (Site(linear, readers, heads=heads) for linear in reversed(linears) for heads in (False, True))
 
 
-def _watch(block: nn.Module, inputs: BlockInputs) -> tuple[Tensor, list[Group], dict[int, str]]:
+def _watch(block: nn.Module, inputs: BlockInputs, apart: Container[int]) -> tuple[Tensor, list[Group], dict[int, str]]:
     """Run a block: its hidden states, its linears by the tensor that they read, in running order, and the names of its
-    norms by the id of what they return. Experts, which are given some of the tokens, are left out."""
+    norms by the id of what they return.
+
+    Experts, which are given some of the tokens, are left out, and modules whose weight is not one of those `apart`,
+    which no other module has.
+    """
     groups: list[Group] = []
     norms: dict[int, str] = {}
     kept: list[Tensor] = []  # or another tensor could have the id of one that is gone
@@ -102,11 +109,11 @@ def _watch(block: nn.Module, inputs: BlockInputs) -> tuple[Tensor, list[Group], 
     handles = []
     for name, module in block.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if weight is None or name.startswith(experts):
+        if id(weight) not in apart or name.startswith(experts):
             continue
         if isinstance(module, LINEAR_LAYERS):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0])))
-        elif weight.ndim == 1:
+        elif weight is not None and weight.ndim == 1:
             handles.append(module.register_forward_hook(lambda _, __, y, name=name: wrote(name, y)))
     try:
         return inputs.run(block, 0), groups, norms

@@ -58,8 +58,7 @@ def test_experts_that_files_hold_together_are_exported_together(tmp_path):
         torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("model_type", "leaf"), [("olmoe", "gate_proj"), ("phimoe", "w1")])
-def test_experts_without_a_row_are_split_and_named_as_transformers_does(model_type, leaf, tmp_path):
+def test_experts_without_a_row_are_split_and_named_as_transformers_does(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
     counts = {
         "num_hidden_layers": 1,
@@ -68,12 +67,12 @@ def test_experts_without_a_row_are_split_and_named_as_transformers_does(model_ty
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     }
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes, **counts))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["phimoe"](**sizes, **counts))
     report = prepare(model, QuantScheme(4, 16))
     assert len(report.quantized) == 4 + 3 * 4
     assert [name.endswith(("gate", "router")) for name in routers(model)] == [True]
     directory = save_packed(model.eval(), tmp_path)
-    assert f"model.layers.0.mlp.experts.3.{leaf}.weight_packed" in load_file(directory / "model.safetensors")
+    assert "model.layers.0.mlp.experts.3.w1.weight_packed" in load_file(directory / "model.safetensors")
     ids = torch.arange(12)[None]
     with torch.no_grad():
         _, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)

@@ -32,3 +32,11 @@ def test_experts_are_left_alone(tiny_moe, monkeypatch, capsys):
     written = {name.removeprefix("model.layers.0.") for name in changes if name.startswith("model.layers.0.")}
     assert written == {"input_layernorm", "self_attn.v_proj"}
     assert "inputs of mlp.experts.0.gate_proj, " in capsys.readouterr().err
+
+
+def test_weights_of_two_blocks_are_left_alone(tiny):
+    """What is moved in one block would be missing in the other."""
+    model = tiny("llama")
+    first, second = (block.mlp for block in model.model.layers)
+    second.down_proj.weight = first.down_proj.weight
+    assert all("mlp.up_proj" not in {site.source for site in sites} for sites in find_sites(model, IDS))
