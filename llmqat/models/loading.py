@@ -172,8 +172,20 @@ def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
 
 
 def empty_model(config: Any) -> PreTrainedModel:
-    """A float32 model of `config` on the meta device."""
+    """A float32 model of `config` on the meta device.
+
+    Raises:
+        LlmqatError: if transformers has no causal language model for it.
+    """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise LlmqatError(
+                f"transformers loads no causal language model of model type {config.model_type!r}; choose one that "
+                "AutoModelForCausalLM loads"
+            ) from error
     model.tie_weights()
     return model

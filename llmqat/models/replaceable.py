@@ -8,8 +8,8 @@ import ast
 import inspect
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmqat.compat.torch import hooks_of
+from llmqat.compat.torch import fake_tensors, hooks_of
 from llmqat.compat.transformers import makes_weights
 from llmqat.errors import LlmqatError
+from llmqat.models.looking import fake_copy
 from llmqat.nn.linear_like import LINEAR_LAYERS
 from llmqat.nn.lora import LoraFakeQuantLinear
 
@@ -90,15 +91,26 @@ def _computes_linear(kind: type) -> bool:
         return False
 
 
-def _read_in_a_forward(model: PreTrainedModel, linear: dict[str, nn.Module]) -> set[str] | None:
-    """Layers whose weight or bias is read by others while a few tokens run; None if the model cannot run them."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return None
-    names = {id(module): name for name, module in linear.items()}
+def _read_in_a_forward(model: PreTrainedModel, linear: Collection[str]) -> set[str] | None:
+    """Layers whose weight or bias is read by others while a few tokens run, without values if the model has none; None
+    if the model cannot run them."""
+    with ExitStack() as stack:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            stack.enter_context(fake_tensors())
+            try:
+                model = fake_copy(model)
+            except Exception:  # a module that cannot be copied
+                return None
+        return _read_while_running(model, {id(model.get_submodule(name)): name for name in linear})
+
+
+def _read_while_running(model: PreTrainedModel, names: dict[int, str]) -> set[str] | None:
+    """Names of the layers, given by id, whose weight or bias is read by others in a forward; None if it fails."""
     training = {module: module.training for module in model.modules()}
     seen: set[str] = set()
+    layers = [module for module in model.modules() if id(module) in names]
     try:
-        with watched(list(linear.values()), lambda module: seen.add(names[id(module)])), torch.no_grad():
+        with watched(layers, lambda module: seen.add(names[id(module)])), torch.no_grad():
             model.eval()
             ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(
                 1, model.config.get_text_config().vocab_size

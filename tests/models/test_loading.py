@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, ViTConfig
 
 from llmqat.errors import LlmqatError
 from llmqat.models.loading import (
+    empty_model,
     load_as_stored,
     load_config,
     load_empty,
@@ -248,3 +249,11 @@ def test_no_tokenizer(damaged):
         path.unlink()
     with pytest.raises(LlmqatError, match="has no tokenizer that transformers can load: "):
         load_tokenizer(str(damaged))
+
+
+def test_a_model_of_another_kind_is_refused_in_one_line(monkeypatch):
+    with pytest.raises(LlmqatError, match="transformers loads no causal language model of model type 'vit'; choose"):
+        empty_model(ViTConfig())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", lambda *_, **__: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        empty_model(ViTConfig())

@@ -41,10 +41,16 @@ def test_a_weight_that_its_parent_reads(tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_without_weights_the_source_tells():
-    """On the meta device nothing can run."""
-    skipped = reasons(plan(mamba().to("meta"), INT4))
-    assert skipped["backbone.layers.0.mixer.dt_proj"] == READ
+def test_without_weights_a_run_without_values_tells():
+    """`inspect` says what a run will find."""
+    assert reasons(plan(mamba().to("meta"), INT4)) == {"backbone.layers.0.mixer.dt_proj": READ}
+
+
+@pytest.mark.parametrize("broken", ["llmqat.models.replaceable.fake_copy", "transformers.MambaForCausalLM.forward"])
+def test_where_nothing_can_run_the_source_tells(broken, monkeypatch):
+    model = mamba().to("meta")
+    monkeypatch.setattr(broken, None)
+    assert reasons(plan(model, INT4))["backbone.layers.0.mixer.dt_proj"] == READ
 
 
 class ReadsWeight(nn.Module):
