@@ -55,7 +55,7 @@ class Sensitivity:
         device = next(self.model.parameters()).device
         with torch.enable_grad(), self._watched() as embedded, torch.autocast(device.type, torch.bfloat16):
             below = self.head.below(self.model, input_ids=ids.to(device), use_cache=False)
-            hidden = below.hidden.detach().flatten(0, 1)
+            hidden = below.hidden.detach().flatten(0, -2)
             gradients = list[Tensor]()
             for chunk in below.chunks(len(hidden)):
                 states = hidden[chunk].requires_grad_(True)
@@ -64,7 +64,7 @@ class Sensitivity:
                 sample = torch.searchsorted(log_p.detach().exp().cumsum(-1), drawn).clamp(max=log_p.shape[-1] - 1)
                 gradients += torch.autograd.grad(log_p.gather(-1, sample).sum(), states)
             # Of the embeddings alone: the parameters of the model are the caller's, and may be marked to train.
-            torch.autograd.grad(below.hidden.flatten(0, 1), embedded, torch.cat(gradients))
+            torch.autograd.grad(below.hidden.flatten(0, -2), embedded, torch.cat(gradients))
         self.tokens += ids.numel()
 
     @contextmanager

@@ -91,3 +91,10 @@ def test_averages_that_cannot_be_had_are_refused(sharp, average):
 def test_models_of_one_grid_are_refused(tiny_moe):
     with pytest.raises(LlmqatError, match="bits cannot be chosen by layer for MixtralForCausalLM"):
         choose_bits(tiny_moe("mixtral"), SCHEME, [TEXT], 4.5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma3_text", "phi3"])
+def test_other_families(tiny, family):
+    """A classifier has no token to predict; Gemma scales its embeddings, and Phi has one layer for q, k and v."""
+    found = choose_bits(tiny(family), SCHEME, [TEXT[:, :24] % 100], 5.0)
+    assert {change["bits"] for change in found.values()} == {8}
