@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,23 @@ def run_finetune(args: argparse.Namespace, train: bool = True) -> None:
     from llmqat.pipeline.output import saved_recipe
     from llmqat.pipeline.run import run
 
-    if args.resume and not args.recipe:
-        args.parsed_recipe = recipe_from(args, saved_recipe(Path(args.parsed_recipe.output)))
-    run(args.parsed_recipe, train=train, resume=args.resume, overwrite=args.overwrite)
+    with pushed(args.push_to_hub, args.parsed_recipe.output):
+        if args.resume and not args.recipe:
+            args.parsed_recipe = recipe_from(args, saved_recipe(Path(args.parsed_recipe.output)))
+        run(args.parsed_recipe, train=train, resume=args.resume, overwrite=args.overwrite)
+
+
+@contextmanager
+def pushed(name: str | None, directory: str) -> Iterator[None]:
+    """Upload `directory` to the Hub at the end of the ``with``, if a name is given, which is checked before it."""
+    from llmqat.pipeline.push import check_name, push_to_hub
+    from llmqat.processes import is_first
+
+    if name is not None:
+        check_name(name)
+    yield
+    if name is not None and is_first():
+        print(push_to_hub(directory, name))
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -214,7 +230,8 @@ def run_export(args: argparse.Namespace) -> None:
     """Run `llmqat export`."""
     from llmqat.pipeline.export import export
 
-    print(export(args.model, args.to, args.output))
+    with pushed(args.push_to_hub, args.output):
+        print(export(args.model, args.to, args.output))
 
 
 def run_import(args: argparse.Namespace) -> None:

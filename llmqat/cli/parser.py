@@ -120,6 +120,7 @@ EVAL_OPEN = {
     "tokens": f"{EvalConfig.tokens}; named sets: all",
     "bos": f"{EvalConfig.bos}; named sets: tokenizer",
 }
+PUSH = "then upload the directory to the Hub as owner/model, private if it is new"
 NO_TRAINING = "quantize does not train; llmqat finetune does"
 # Recipe fields that a command cannot honour -> why.
 REFUSED = {
@@ -153,6 +154,7 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
             continue
         sub.add_argument("--overwrite", action="store_true", help="write to an output directory that is not empty")
         sub.add_argument("--resume", action="store_true", help="go on from what was saved in --output")
+        sub.add_argument("--push-to-hub", metavar="NAME", help=PUSH)
 
     sub = command("eval", EVAL)
     sub.add_argument("model", help="directory, Hub id, GGUF file, llama or smollm2")
@@ -185,6 +187,7 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--to", required=True, choices=tuple(HOLDS), help="format")
     sub.add_argument("--output", required=True, metavar="TEXT", help="directory to write; new or empty")
+    sub.add_argument("--push-to-hub", metavar="NAME", help=PUSH)
 
     sub = command("import", IMPORT)
     sub.add_argument("model", help="directory or Hub id of a checkpoint, or a GGUF file")

@@ -188,7 +188,21 @@ def _front_matter(measured: Measured) -> str:
     values: dict[str, Any] = {"library_name": "transformers", "tags": ["llmqat", "compressed-tensors", f"int{bits}"]}
     if "/" in model and not is_local(model):
         values["base_model"] = model
+    if "packed" in measured.perplexity:
+        values["model-index"] = [{"name": public_name(measured.recipe.model), "results": [_result(measured)]}]
     return str(yaml.safe_dump(values, sort_keys=False))
+
+
+def _result(measured: Measured) -> dict[str, Any]:
+    """The packed model's row of the scoreboard, as the Hub reads it."""
+    dataset, packed = public_name(measured.recipe.data.dataset), measured.perplexity["packed"]
+    values = {"perplexity": packed.perplexity, "kl_to_float": packed.kl_to_float, "top1": packed.top1_agreement}
+    metrics = [{"type": key, "value": round(float(value), 6)} for key, value in values.items() if value is not None]
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": dataset, "type": dataset},
+        "metrics": metrics,
+    }
 
 
 def _loading(measured: Measured) -> str:

@@ -293,7 +293,13 @@ def test_table_and_card(full, capsys, tmp_path):
     assert "models/tiny: W4A16 g32 symmetric" in shown
     assert "+5.00%" in shown
     card = model_card(full)
-    assert yaml.safe_load(card.split("---")[1]) == {
+    front = yaml.safe_load(card.split("---")[1])
+    (index,) = front.pop("model-index")
+    (result,) = index["results"]
+    assert (index["name"], result["task"]["type"]) == ("models/tiny", "text-generation")
+    assert {metric["type"] for metric in result["metrics"]} == {"perplexity", "kl_to_float", "top1"}
+    assert result["metrics"][0]["value"] == pytest.approx(full.ppl("packed"), abs=1e-6)
+    assert front == {
         "library_name": "transformers",
         "base_model": "models/tiny",
         "tags": ["llmqat", "compressed-tensors", "int4"],

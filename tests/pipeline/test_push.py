@@ -1,0 +1,85 @@
+"""A directory goes to the Hub, here to a double of it: in one commit, with a card, without what names this machine."""
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi
+
+from llmqat.errors import LlmqatError
+from llmqat.formats.writer import save_packed
+from llmqat.models.patcher import prepare
+from llmqat.pipeline.push import check_name, push_to_hub
+from llmqat.scheme import QuantScheme
+
+
+class Hub:
+    """What is asked of the API, and its files by name."""
+
+    def __init__(self, refuses=False):
+        self.made, self.files, self.refuses = [], {}, refuses
+
+    def create_repo(self, name, private, exist_ok):
+        if self.refuses:
+            raise ConnectionError("401: no token")
+        self.made.append((name, private, exist_ok))
+        return f"https://hub/{name}"
+
+    def create_commit(self, name, operations, commit_message):
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+
+
+def front_matter(card):
+    return yaml.safe_load(card.decode().split("---")[1])
+
+
+@pytest.fixture
+def directory(tiny_llama, tmp_path):
+    model = tiny_llama()
+    prepare(model, QuantScheme(4, 32), storage_dtype=torch.bfloat16)
+    return save_packed(model, tmp_path / "packed")
+
+
+def test_a_packed_directory(directory):
+    (directory / "README.md").write_text("its own card")
+    (directory / "checkpoint").mkdir()
+    for name in ("checkpoint/model.safetensors", "notes.txt", "report.json"):
+        (directory / name).write_text("x")
+    hub = Hub()
+    assert push_to_hub(directory, "me/model", hub) == "https://hub/me/model"
+    assert hub.made == [("me/model", True, True)]
+    expected = {
+        "README.md",
+        "config.json",
+        "fingerprint.json",
+        "generation_config.json",
+        "model.safetensors",
+        "report.json",
+    }
+    assert hub.files.keys() == expected
+    assert hub.files["README.md"] == b"its own card"
+    assert hub.files["model.safetensors"] == (directory / "model.safetensors").read_bytes()
+
+
+def test_an_export_by_its_flag(directory, tmp_path, monkeypatch, call, capsys):
+    hub = Hub()
+    for name in ("create_repo", "create_commit"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **options: getattr(hub, name)(*args, **options))
+    flags = ["export", directory, "--to", "gptq", "--output", tmp_path / "out", "--push-to-hub"]
+    assert call([*flags, "no name"]) == 1
+    assert "--push-to-hub takes owner/model, got 'no name'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call([*flags, "me/model-gptq"]) == 0
+    assert capsys.readouterr().out.endswith("https://hub/me/model-gptq\n")
+    assert front_matter(hub.files["README.md"]) == {"library_name": "transformers", "tags": ["llmqat", "gptq"]}
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_what_the_hub_refuses(directory):
+    with pytest.raises(
+        LlmqatError, match=r"cannot push .* to me/model: 401: no token; log in by `hf auth login`, or check"
+    ):
+        push_to_hub(directory, "me/model", Hub(refuses=True))
+    with pytest.raises(LlmqatError, match="--push-to-hub takes owner/model, got 'model'"):
+        check_name("model")
