@@ -5,7 +5,7 @@ and projection. Split like these, an expert is made of Linears like any other, a
 need to know nothing of experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -144,15 +144,20 @@ class SplitExperts(nn.ModuleList):
         y, counts = self._of_sorted(hidden_states) if self.layout.sorted else self._of_routed(hidden_states, *routes)
         if not (self.training and torch.is_grad_enabled()):
             return y
-        idle = (p for e, count in enumerate(counts) if not count for p in self[e].parameters() if p.requires_grad)
+        idle = (
+            p for expert, n in zip(self, counts, strict=False) if not n for p in expert.parameters() if p.requires_grad
+        )
         with_gradients: Tensor = _WithZeroGradients.apply(y, *idle)
         return with_gradients
 
     def _of_routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, list[int]]:
+        """Numbers beyond the experts, which some routers give tokens that skip them all, come last and add nothing."""
         k = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
-        y = self._each(hidden_states[order // k].split(counts))
+        *inputs, skipping = hidden_states[order // k].split([*counts[: len(self)], sum(counts[len(self) :])])
+        y = self._each(inputs)
+        y = torch.cat([y, torch.zeros_like(skipping, dtype=y.dtype)]) if len(skipping) else y
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
         return y[order.argsort()].view(-1, k, y.shape[-1]).sum(1).to(hidden_states.dtype), counts
 
@@ -164,7 +169,7 @@ class SplitExperts(nn.ModuleList):
         y = self._each(hidden_states[chosen].split(counts))
         return torch.zeros_like(hidden_states, dtype=y.dtype).index_copy(0, chosen, y), counts
 
-    def _each(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _each(self, inputs: Sequence[Tensor]) -> Tensor:
         """Outputs of the experts, one below the other, each of its own inputs."""
         outputs = [expert(x) for expert, x in zip(self, inputs, strict=True) if len(x)]
         return torch.cat(outputs or list(inputs))

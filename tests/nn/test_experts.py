@@ -61,6 +61,19 @@ def test_only_routed_experts_run_and_only_on_their_tokens(routed):
         assert torch.equal(x, hidden[(index == number).any(1)])
 
 
+def test_tokens_that_skip_the_experts(routed):
+    """Zaya's router has a number for them beyond those of the experts."""
+    hidden, index, weights = routed
+    index = index.masked_fill(index == 4, EXPERTS)
+    module = fused()
+    module.config._experts_implementation = "eager"
+    split = SplitExperts.from_fused(module).train()
+    y = split(hidden, index, weights)
+    torch.testing.assert_close(y, module(hidden, index, weights), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert split[4].up_proj.weight.grad.eq(0).all()
+
+
 def test_gradients_are_those_of_the_fused_module(routed):
     """Also zeros for the expert without a token, in training; and none of them where nothing trains."""
     hidden, index, weights = routed
