@@ -174,9 +174,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    """Run `llmqat verify`."""
+    """Run `llmqat verify`.
+
+    Raises:
+        LlmqatError: if the model is not what was trained, or a flag says nothing without another.
+    """
+    lone = [flag for flag in ("text", "runtime_python") if getattr(args, flag) and not args.runtime]
+    if lone:
+        raise LlmqatError(f"--{lone[0].replace('_', '-')} says nothing without --runtime; add that, or leave it out")
     if args.against or args.runtime:
         return verify_elsewhere(args)
+    if args.json:
+        raise LlmqatError("--json writes what --against or --runtime find; add one of them, or leave it out")
     from llmqat.devices import find_device
     from llmqat.formats.verify import verify
 

@@ -167,6 +167,19 @@ def test_engines_that_do_not_run(packed, dense, tmp_path, monkeypatch):
             run("llama.cpp", dense, "gguf")
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--text", "--text says nothing without --runtime; add that, or leave it out"),
+        ("--runtime-python", "--runtime-python says nothing without --runtime; add that"),
+        ("--json", "--json writes what --against or --runtime find; add one of them"),
+    ],
+)
+def test_flags_that_say_nothing(packed, flag, message, call, capsys):
+    assert call(["verify", packed, flag, "x"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_packed_directory_is_no_export(packed):
     with pytest.raises(LlmqatError, match="is a packed directory, and no export of one; leave --against out"):
         verify_export(packed, packed)
