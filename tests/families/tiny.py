@@ -56,26 +56,14 @@ SIZES: dict[str, Any] = {
 ROTARY, HEAD = {"rotary_dim": 16}, {"head_dim": 16}
 TWICE = {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HIDDEN // HEADS}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "codegen": ROTARY,
-    "gptj": ROTARY,
-    "hunyuan_v1_dense": HEAD,
-    "hunyuan_v1_moe": HEAD,
-    "ministral": HEAD,
-    "nemotron": {"num_key_value_heads": HEADS},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_embds": False,
-        "attn_layers": ["local", "local"],
-        "local_attn_chunk_length": 8,
-        "attention_head_size": 16,
-    },
     "bamba": {"attn_layer_indices": [1]},
+    "codegen": ROTARY,
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": WIDE, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         "use_dsa": True,
@@ -93,15 +81,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "laurel_rank": 16,
     },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": ROTARY,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_dense": HEAD,
+    "hunyuan_v1_moe": HEAD,
     "inkling2_loop_text": {
         "n_layers_per_attn_res_block": 1,
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 2,
     },
+    "inkling_text": {"n_shared_experts": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "inkling_text": {"n_shared_experts": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": HEAD,
+    "nemotron": {"num_key_value_heads": HEADS},
     "qwen4_exp_text": {
         "indexer_budget": POSITIONS,
         "indexer_compress_ratio": 4,
@@ -110,16 +105,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_kv_heads": 1,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 8,
+        "attention_head_size": 16,
+    },
     "xlnet": {"d_head": 16},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": {"pad_token_id": None},  # transformers zeroes its row of the embedding whenever it loads
     # Their shared block reads hidden states beside the embeddings.
     "zamba": TWICE | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": TWICE | {"hybrid_layer_ids": [1], "adapter_rank": 16, "num_mem_blocks": 1},
-    "xlstm": {"qk_dim_factor": 1.0},
-    "youtu": {"pad_token_id": None},  # transformers zeroes its row of the embedding whenever it loads
     "zaya": {"num_experts_per_tok": 1},
-    "xmod": {"default_language": "en_XX"},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 # Why there is no tiny model of a kind, where trying it does not say.
 UNMADE = {
