@@ -10,6 +10,7 @@ A weight is ``code * scale + bias``. For a symmetric grid that is ours; a zero p
 https://github.com/ml-explore/mlx
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmqat.formats.export.directory import moved, write_directory
+from llmqat.formats.export.gguf_families import rotary
 from llmqat.formats.export.source import Source
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -27,6 +29,26 @@ def write_mlx(source: Source, scratch: Path) -> None:
     most = max(own.values(), key=list(own.values()).count)
     others = {name: grid for name, grid in own.items() if grid != most}
     write_directory(source, scratch, moved(source, mlx_layer), source.model.dtype, {"quantization": {**most, **others}})
+    path = scratch / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | rotary_entries(source.model.config), indent=2) + "\n", "utf-8")
+
+
+def rotary_entries(config: Any) -> dict[str, Any]:
+    """The rotary embedding by the names of before transformers 5, which mlx-lm reads: it takes a family's default for
+    what only ``rope_parameters`` says."""
+    if not getattr(config, "rope_parameters", None):
+        return {}
+    kinds = rotary(config)
+    full = kinds["full_attention"]
+    found = {"rope_theta": full["rope_theta"]}
+    if full.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in full:
+        found["partial_rotary_factor"] = full["partial_rotary_factor"]
+    if "sliding_attention" in kinds:
+        found["rope_local_base_freq"] = kinds["sliding_attention"]["rope_theta"]
+    return found
 
 
 def mlx_layer(layer: PackedLinear) -> dict[str, Tensor]:

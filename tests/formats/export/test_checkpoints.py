@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmqat.errors import LlmqatError
+from llmqat.formats.export.mlx import rotary_entries
 from llmqat.formats.reader import load_packed
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.export import export
@@ -95,6 +96,25 @@ def test_biases(packed_dir, tiny, tmp_path):
         assert torch.equal(
             tensors["model.layers.0.self_attn.q_proj.bias"], packed["model.layers.0.self_attn.q_proj.bias"]
         )
+
+
+def test_mlx_is_told_the_rotary_embedding_by_names_that_it_reads(packed_dir, tiny, tmp_path):
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    full = {"rope_type": "llama3", "rope_theta": 1234.0, "partial_rotary_factor": 1.0, **scaling}
+    kinds = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    said = []
+    for index, (family, rope) in enumerate({"llama": full, "gemma3_text": kinds}.items()):
+        source = packed_dir(QuantScheme(4, 32), model=tiny(family, rope_parameters=rope))
+        export(source, "mlx", tmp_path / f"out{index}")
+        said.append(json.loads((tmp_path / f"out{index}" / "config.json").read_text()))
+    assert (said[0]["rope_theta"], said[0]["partial_rotary_factor"]) == (1234.0, 1.0)
+    assert said[0]["rope_scaling"].items() >= {"rope_type": "llama3", **scaling}.items()
+    assert (said[1]["rope_theta"], said[1]["rope_local_base_freq"]) == (5e5, 1e4)
+    assert "rope_scaling" not in said[1]
+    assert rotary_entries(tiny("opt").config) == {}
 
 
 def test_mlx_has_several_grids_and_a_tied_head(packed_dir, tiny_llama, tmp_path):
