@@ -30,7 +30,7 @@ INHERITED = {
     for name in (*dir(kind), *inspect.get_annotations(kind))
     if name.startswith("_") and not name.startswith("__")
 }
-NAMEDTUPLE = {"_replace", "_fields"}  # documented, and with an underscore only to leave names to the fields
+NAMEDTUPLE = {"_replace", "_fields", "_asdict"}  # documented, and with an underscore only to leave names to the fields
 
 
 def test_the_bounds_are_those_of_the_package():
