@@ -19,7 +19,7 @@ from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.coverage import CoverageReport, total_parameters
 from llmqat.models.experts import fused_experts
 from llmqat.models.output_head import CHUNK_LOGITS
-from llmqat.models.sensitivity import MEASURED_TOKENS, candidates
+from llmqat.models.sensitivity import MEASURED_TOKENS, TOGETHER, candidates
 
 # Resident memory of a process that has imported everything and read its text, without a model.
 PROCESS_BYTES = 500_000_000
@@ -87,7 +87,7 @@ def forecast(
     score = partial(evaluation, recipe, model, batch)
     stages = [] if recipe.low_memory else [loading(recipe, model, stored, batch)]
     if recipe.quant.average_bits is not None:
-        stages.append(sensitivity(recipe, model, batch, stored))
+        stages.append(sensitivity(recipe, model, coverage, batch, stored))
     stages += [score("float model"), score("round to nearest")]
     if recipe.init.by_blocks:
         stages += [
@@ -112,13 +112,17 @@ def loading(recipe: Resolved, model: PreTrainedModel, stored: torch.dtype, batch
     return Stage("loading", 0, torch.float32, (min(MASTER, stored.itemsize) if as_stored else MASTER) * parameters)
 
 
-def sensitivity(recipe: Resolved, model: PreTrainedModel, batch: Cost, stored: torch.dtype) -> Stage:
+def sensitivity(
+    recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost, stored: torch.dtype
+) -> Stage:
     """Forward, and backward without gradients of weights, of the tokens that layers are measured on; and a product of
     every layer for each number of bits."""
     assert recipe.quant.average_bits is not None
     passes = 2 + len(candidates(recipe.quant.average_bits))
     flops = batch.flops * MEASURED_TOKENS / BATCH_TOKENS * passes
-    peak = stored.itemsize * total_parameters(model) + batch.peak - batch.held
+    # Five bytes for each input and output of a layer: some have 16 bits, and norms and attention keep theirs, too.
+    activations = 5 * TOGETHER * sum(sum(layer.shape) for layer in coverage.quantized)
+    peak = stored.itemsize * total_parameters(model) + activations
     return Stage("bits of each layer", flops, torch.bfloat16, peak)
 
 

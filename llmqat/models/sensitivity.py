@@ -24,6 +24,7 @@ from llmqat.quant.affine import choose_scale, dequantize, quantize
 from llmqat.scheme import BITS, QuantScheme
 
 MEASURED_TOKENS = 8192  # of the calibration text, in a run
+TOGETHER = 2048  # of them in a batch: weights are rounded once for each
 
 
 class Sensitivity:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmqat.config import Resolved
 from llmqat.data.corpus import Corpus
-from llmqat.models.sensitivity import MEASURED_TOKENS, choose_bits
+from llmqat.models.sensitivity import MEASURED_TOKENS, TOGETHER, choose_bits
 from llmqat.pipeline.inputs import calibration
 
 
@@ -32,10 +32,11 @@ def with_chosen_bits(
     average, overrides = recipe.quant.average_bits, recipe.quant.overrides
     if average is None:
         return recipe
-    rows = [row for batch in calibration(recipe, tokenizer, corpus.train) for row in batch.split(1)]
-    rows = rows[: max(1, MEASURED_TOKENS // rows[0].shape[1])]
+    rows = torch.cat(calibration(recipe, tokenizer, corpus.train))
+    few, together = (max(1, tokens // rows.shape[1]) for tokens in (MEASURED_TOKENS, TOGETHER))
+    batches = rows[:few].split(together)
     home = model.device
     model.to(device)  # type: ignore[arg-type]
-    chosen = choose_bits(model, recipe.scheme(), rows, average, overrides=overrides, seed=recipe.seed)
+    chosen = choose_bits(model, recipe.scheme(), batches, average, overrides=overrides, seed=recipe.seed)
     model.to(home)  # type: ignore[arg-type]
     return replace(recipe, quant=replace(recipe.quant, average_bits=None, overrides={**chosen, **overrides}))

@@ -11,7 +11,7 @@ from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.loading import empty_model
 from llmqat.models.patcher import prepare
 from llmqat.models.planning import checked_plan
-from llmqat.models.sensitivity import MEASURED_TOKENS, choose_bits
+from llmqat.models.sensitivity import MEASURED_TOKENS, TOGETHER, choose_bits
 from llmqat.scheme import QuantScheme
 
 
@@ -56,14 +56,16 @@ def test_reconstruction_takes_the_operations_that_were_predicted(tiny_llama, mon
 
 
 def test_sensitivity_takes_the_operations_that_were_predicted(tiny_llama):
-    model, ids = tiny_llama(hidden_size=128, intermediate_size=256), torch.randint(0, 128, (1, 64))
+    model, ids = tiny_llama(hidden_size=128, intermediate_size=256), torch.randint(0, 128, (32, 64))
     recipe = resolve(Recipe().with_values({"quant.average_bits": 3.5}), 1, 32)
-    counter, forward = LiveBytes(), LiveBytes()
+    counter, forward = LiveBytes(list(model.parameters())), LiveBytes()
     with counter.counting():
         choose_bits(model, QuantScheme(4, 32), [ids], 3.5)
     with forward.counting(), torch.no_grad():
         model(ids)
-    of_batch = Cost(forward.flops * BATCH_TOKENS / 64, 5.0, 35.0)
-    stage = sensitivity(recipe, model, of_batch, torch.float32)
-    assert stage.flops * 64 / MEASURED_TOKENS == pytest.approx(counter.flops, rel=0.15)
-    assert stage.bytes == 4 * sum(parameter.numel() for parameter in model.parameters()) + 30
+    of_batch = Cost(forward.flops * BATCH_TOKENS / TOGETHER, 5.0, 35.0)
+    coverage = checked_plan(model, QuantScheme(4, 32), {}, None, 0.9)
+    stage = sensitivity(recipe, model, coverage, of_batch, torch.float32)
+    assert stage.flops * TOGETHER / MEASURED_TOKENS == pytest.approx(counter.flops, rel=0.15)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert stage.bytes - weights == pytest.approx(counter.peak - weights, rel=0.15)
