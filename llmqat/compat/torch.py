@@ -115,9 +115,3 @@ def forget_sharded(module: nn.Module) -> None:
     from torch.distributed._composable_state import _module_state_mapping
 
     _module_state_mapping.pop(module, None)
-
-
-@leans_on("torch._C.DisableTorchFunction", test="tests/formats/test_verify.py")
-def as_written() -> AbstractContextManager[Any]:
-    """Keep functions inside the ``with`` from what a `TorchFunctionMode` would make of them."""
-    return torch._C.DisableTorchFunction()  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from llmqat.compat.torch import as_written
 from llmqat.formats import fingerprint
 from llmqat.formats.contents import Contents, contents_of
 from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
@@ -241,13 +240,27 @@ class Dequantized(nn.Module):
 
 
 class InFloat64(TorchFunctionMode):
-    """Computes in float64 what a family casts to float32, whatever it is given."""
+    """Computes in float64 what a family casts to float32, whatever it is given; but inside `as_written`."""
+
+    paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if InFloat64.paused:
+            return func(*args, **(kwargs or {}))
         func = Tensor.double if func is Tensor.float else func
         wide = [torch.float64 if value is torch.float32 else value for value in args]
         named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
         return func(*wide, **named)
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let functions inside the ``with`` round to float32 as they say, also where `InFloat64` runs."""
+    before, InFloat64.paused = InFloat64.paused, True
+    try:
+        yield
+    finally:
+        InFloat64.paused = before
 
 
 def in_float64(forward: Callable[..., Any], ties: bool, *args: Any, **kwargs: Any) -> Any:

@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmqat.compat.torch import as_written
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
 from llmqat.formats import verify as verify_module
 from llmqat.formats.contents import contents_of
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import Verification, dense_copy, in_float64, verify
+from llmqat.formats.verify import Verification, as_written, dense_copy, in_float64, verify
 from llmqat.formats.writer import save_packed
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.patcher import prepare

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmqat.cli import main
+from llmqat.cli.commands import COMMANDS as ALL_COMMANDS
 from llmqat.cli.flags import recipe_from
 from llmqat.cli.parser import build_parser
 from llmqat.config import DataConfig, EvalConfig, InitConfig, QuantConfig, Recipe, TrainConfig
@@ -21,7 +22,7 @@ from tests.fuzz.conftest import time_limit
 
 SECTIONS = (Recipe, QuantConfig, InitConfig, TrainConfig, DataConfig, EvalConfig)
 COMMANDS = ("finetune", "quantize", "inspect")
-PARSER = build_parser(dict.fromkeys((*COMMANDS, "eval", "verify", "report", "generate", "export", "recipes"), print))
+PARSER = build_parser(dict.fromkeys(ALL_COMMANDS, print))
 FLAGS = [f.metadata["flag"] for section in SECTIONS for f in fields(section) if f.metadata.get("flag")]
 FLAGS += ["--override", "--asym", "--overwrite", "--resume"]
 WORDS = st.one_of(
