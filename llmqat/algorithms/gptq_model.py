@@ -18,7 +18,7 @@ from llmqat.mapped import Disk
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.progress import Meter, log
-from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.affine import dequantize, on_grid
 from llmqat.quant.grid import Compensation
 from llmqat.team import ALONE, Team
 
@@ -97,9 +97,8 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
     """Put GPTQ's grid and latents in place if the `statistics` are enough; return the errors of both ways."""
     weight, scheme, H = layer.weight.detach().to(layer.compute_dtype), layer.scheme, statistics.H
     check_hessian(H, name)
-    s, z = choose_scale(weight, scheme, layer.storage_dtype)
     power = output_power(weight, H).clamp(min=1e-30)
-    rtn = float(output_power(weight - dequantize(quantize(weight, s, z, scheme), s, z, scheme).float(), H) / power)
+    rtn = float(output_power(weight - on_grid(weight, scheme, layer.storage_dtype), H) / power)
     if not statistics.enough:
         return LayerError(name, rtn, None)
     result = gptq(weight, H, scheme, layer.storage_dtype, settings.damp, name)

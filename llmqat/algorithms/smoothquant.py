@@ -26,7 +26,7 @@ from llmqat.algorithms.blocks import eval_mode
 from llmqat.algorithms.fold import Fold, apply_checked
 from llmqat.errors import LlmqatError, shortened_list
 from llmqat.progress import track
-from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_input, quantize, quotient
+from llmqat.quant.affine import fake_quantize_input, on_grid, quotient
 from llmqat.scheme import QuantScheme
 
 AUTO = "auto"
@@ -101,12 +101,6 @@ def observe_readers(
         Inputs(absmax[0], torch.cat(sample)) if count >= least else None
         for absmax, sample, count in zip(absmaxes, samples, seen, strict=True)
     ]
-
-
-def on_grid(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> Tensor:
-    """`weight` ``(out, in)`` rounded to nearest on the grid of `scheme`, in float32."""
-    scale, zero_point = choose_scale(weight, scheme, dtype)
-    return dequantize(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme).float()
 
 
 def activations_on_grid(x: Tensor, scheme: QuantScheme) -> Tensor:

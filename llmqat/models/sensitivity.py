@@ -20,7 +20,7 @@ from llmqat.models.output_head import OutputHead
 from llmqat.models.planning import Overrides, plan
 from llmqat.nn.linear_like import is_transposed
 from llmqat.progress import log, track
-from llmqat.quant.affine import choose_scale, dequantize, quantize
+from llmqat.quant.affine import on_grid
 from llmqat.scheme import BITS, QuantScheme
 
 MEASURED_TOKENS = 8192  # of the calibration text, in a run
@@ -100,10 +100,10 @@ class Sensitivity:
 
     @torch.no_grad()
     def _add(self, name: str, layer: nn.Linear, x: Tensor, gradient: Tensor) -> None:
-        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        x, gradient, weight = x.flatten(0, -2).to(gradient.dtype), gradient.flatten(0, -2), layer.weight.float()
         for scheme in self.schemes:
-            change = rounding_error(layer.weight, scheme).to(gradient.dtype)
-            loss = (gradient.float() * (x.to(gradient.dtype) @ change.T).float()).sum(-1).square().sum() / 2
+            change = (on_grid(weight, scheme, layer.weight.dtype) - weight).to(gradient.dtype)
+            loss = (gradient.float() * (x @ change.T).float()).sum(-1).square().sum() / 2
             self.losses[name][scheme.bits] += float(loss)
 
     def units(self) -> list[Unit]:
@@ -119,13 +119,6 @@ class Sensitivity:
             )
             for names in members.values()
         ]
-
-
-def rounding_error(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """``W_hat - W`` of rounding to nearest, in float32."""
-    w = weight.detach().float()
-    scale, zero_point = choose_scale(w, scheme, weight.dtype)
-    return dequantize(quantize(w, scale, zero_point, scheme), scale, zero_point, scheme).float() - w
 
 
 def candidates(average: float) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from llmqat.formats.verify import dense_copy, quantizes_inputs
 from llmqat.models.loading import load_tokenizer
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.pipeline.engines.table import ENGINES
+from llmqat.pipeline.engines.torch_model import TorchModel
 from llmqat.pipeline.passages import Passages
 from llmqat.pipeline.run_engine import run_engine
 
@@ -159,7 +160,7 @@ def verify_runtime(
     found = Distance.of(right, ran.log_probabilities)
     prompts = [ids[: passages.prompt] for ids in passages.ids]
     gaps = [gap(ours, prompt, new) for prompt, new in zip(prompts, ran.greedy, strict=True)]
-    own = [continued(ours, prompt, passages.new) for prompt in prompts]
+    own = [TorchModel(ours).greedy(prompt, passages.new) for prompt in prompts]
     arithmetic = dtype, engine.rounds or held_as == "dense", engine.int8
     lost = sum(Distance.of(right, other).kl for other in other_arithmetic(packed, passages, *arithmetic))
     return RuntimeCheck(
@@ -181,27 +182,15 @@ def verify_runtime(
     )
 
 
-@torch.no_grad()
 def log_probabilities(model: Any, ids: list[int]) -> Tensor:
-    """Log-probabilities of the next tokens behind all ids but the last, rounded to float32, in which engines give
-    theirs."""
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-    found: Tensor = logits.double().log_softmax(-1).float()
-    return found
+    """Log-probabilities of the next tokens behind all ids but the last, in float32, as engines give theirs."""
+    return torch.from_numpy(TorchModel(model).log_probabilities(ids))
 
 
 def gap(model: Any, prompt: list[int], new: list[int]) -> float:
     """How much less likely than the likeliest one a token of a continuation is at most, in nats."""
     behind = log_probabilities(model, prompt + new)[len(prompt) - 1 :]
     return float((behind.amax(-1) - behind.gather(-1, torch.tensor(new)[:, None])[:, 0]).max())
-
-
-def continued(model: Any, prompt: list[int], new: int) -> list[int]:
-    """The greedy continuation of a prompt, to its end whatever token says that it has come."""
-    ids = torch.tensor([prompt])
-    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    tokens: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-    return tokens
 
 
 def other_arithmetic(

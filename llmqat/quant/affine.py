@@ -183,6 +183,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: 
     return (c * scale.unsqueeze(-1)).flatten(-2)
 
 
+def on_grid(weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype) -> Tensor:
+    """`weight` ``(out, in)`` rounded to nearest on the grid of `scheme`, in float32."""
+    scale, zero_point = choose_scale(weight, scheme, storage_dtype)
+    return dequantize(quantize(weight, scale, zero_point, scheme), scale, zero_point, scheme).float()
+
+
 def quotient(x: Tensor, divisor: float) -> Tensor:
     """``x / divisor`` rounded once on every device: by a Python number, GPUs multiply by its rounded reciprocal."""
     return x / x.new_full((), divisor)

@@ -15,6 +15,7 @@ from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare
 from llmqat.pipeline import run_engine, verify_runtime
 from llmqat.pipeline.engines import worker
+from llmqat.pipeline.engines.torch_model import TorchModel
 from llmqat.pipeline.export import export
 from llmqat.pipeline.passages import COUNT, Passages
 from llmqat.pipeline.run_engine import Ran
@@ -82,7 +83,7 @@ def ran(packed, merging_tokenizer):
     return Ran(
         {},
         [merging_tokenizer(text)["input_ids"] for text in passages.texts],
-        [verify_runtime.continued(ours, ids[: passages.prompt], passages.new) for ids in passages.ids],
+        [TorchModel(ours).greedy(ids[: passages.prompt], passages.new) for ids in passages.ids],
         [verify_runtime.log_probabilities(ours, ids) for ids in passages.ids],
     )
 

@@ -6,9 +6,9 @@ import numpy as np
 
 
 class TorchModel:
-    """A model of transformers, or one in its shape, with its tokenizer."""
+    """A model of transformers, or one in its shape, with its tokenizer, where texts are to be cut."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def tokens(self, text: str) -> list[int]:
