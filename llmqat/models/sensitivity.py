@@ -158,7 +158,7 @@ def choose_bits(
         overrides for `prepare`, of the layers that get other bits than the scheme's.
 
     Raises:
-        LlmqatError: if the average is out of range, or the model's layers must all have one grid.
+        LlmqatError: if the average is out of range, the model's layers must all have one grid, or overrides touch all.
     """
     bits = candidates(average)
     layers = _open_layers(model, scheme, overrides or {})
@@ -188,7 +188,7 @@ def _open_layers(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrid
     """The layers inside the blocks whose scheme no override changes, by name.
 
     Raises:
-        LlmqatError: if all layers of the model, or all experts of a block, must have one grid.
+        LlmqatError: if there are none; or if all layers of the model, or all experts of a block, must have one grid.
     """
     modules = dict(model.named_modules())
     planned = [layer for layer in plan(model, scheme, overrides).quantized if not layer.role and layer.scheme == scheme]
@@ -197,6 +197,8 @@ def _open_layers(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrid
             f"bits cannot be chosen by layer for {type(model).__name__}: its experts, or all of its layers, need one "
             "grid; give --bits, and --override for other layers"
         )
+    if not planned:
+        raise LlmqatError("overrides give all layers their bits, and leave none to choose; leave average_bits out")
     layers = ((layer.name, modules[layer.name]) for layer in planned)
     return {name: module for name, module in layers if isinstance(module, nn.Linear)}
 

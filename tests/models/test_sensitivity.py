@@ -98,3 +98,8 @@ def test_other_families(tiny, family):
     """A classifier has no token to predict; Gemma scales its embeddings, and Phi has one layer for q, k and v."""
     found = choose_bits(tiny(family), SCHEME, [TEXT[:, :24] % 100], 5.0)
     assert {change["bits"] for change in found.values()} == {8}
+
+
+def test_overrides_that_leave_nothing_to_choose_are_refused(sharp):
+    with pytest.raises(LlmqatError, match="overrides give all layers their bits, and leave none to choose"):
+        choose_bits(sharp, SCHEME, [TEXT], 4.5, overrides={"_proj$": {"bits": 8}})
