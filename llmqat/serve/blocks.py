@@ -18,6 +18,8 @@ from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
     HEAD_NORMS,
+    SHARED,
+    UNROTATED,
     Family,
     linears_of,
     rotary_kinds,
@@ -140,18 +142,23 @@ def _build(stack: Any) -> NativeDecoder:
         softcap=soft_cap_of(config, family.attention_cap),
         activation=ACTIVATIONS[getattr(config, family.activation)],
     )
-    rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(config, family)
-    types = config.layer_types if family.rotary_by_layer_type else [None] * len(stack.layers)
-    rotary = [kinds.index(kind) for kind in types]
-    blocks = [_block(layer, family, rows, table) for layer, table in zip(stack.layers, rotary, strict=True)]
+    rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(stack)
+    tables = sorted(set(kinds))
+    blocks = [_block(layer, family, rows, tables.index(kind)) for layer, kind in zip(stack.layers, kinds, strict=True)]
     return NativeDecoder(blocks, stack.norm.weight.detach(), shape)
 
 
 def rotary_tables(stack: Any, embeds: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines ``(m, dim)`` of these positions ``(1, m)``, for every kind of layer."""
-    kinds = rotary_kinds(stack.config, FAMILIES[stack.config.model_type])
-    tables = [stack.rotary_emb(embeds, position_ids, *([] if kind is None else [kind])) for kind in kinds]
-    return [(cosine[0], sine[0]) for cosine, sine in tables]
+    """Cosines and sines ``(m, dim)`` of these positions ``(1, m)``, for every kind of layer: see `rotary_kinds`."""
+    return [_rotary_table(stack, embeds, position_ids, kind) for kind in sorted(set(rotary_kinds(stack)))]
+
+
+def _rotary_table(stack: Any, embeds: Tensor, position_ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == UNROTATED:
+        empty = embeds.new_empty(position_ids.shape[1], 0)
+        return empty, empty
+    cosine, sine = stack.rotary_emb(embeds, position_ids, *([] if kind == SHARED else [kind]))
+    return cosine[0], sine[0]
 
 
 def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) -> bool:

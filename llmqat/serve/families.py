@@ -1,6 +1,6 @@
 """Everything that the native decoder knows about model families, as data. A family whose block it computes is a row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -33,6 +33,16 @@ NORMS_OF_OUTPUTS = {
 }
 # Activation of the gate, as configs name it -> `Activation` of csrc/core/steps.h.
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+# Rotary tables that all layers share, and the empty ones of layers that turn nothing.
+SHARED, UNROTATED = "shared", "unrotated"
+
+
+def _sees_all(_: Any) -> int | None:
+    return None
+
+
+def _always(_: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class Family:
         linears: path of a layer in a block -> what its rows are.
         norms: norm of csrc/core/decoder.h -> its path in a block.
         norm_offset: 1 where a norm multiplies by 1 + weight.
-        window: path, from a block, of how many tokens a query sees; empty for a family that always sees all.
+        window: from an attention module to how many tokens a query sees, itself included; None for all.
+        rotates: from an attention module to whether it rotates queries and keys.
         activation: name in the config of the activation of the gate.
         attention_cap: name in the config of the soft cap of attention's scores; empty for none.
         logits_cap: name in the config of the soft cap of the logits; empty for none.
@@ -53,7 +64,8 @@ class Family:
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     norm_offset: float = 0.0
-    window: str = ""
+    window: Callable[[Any], int | None] = _sees_all
+    rotates: Callable[[Any], bool] = _always
     activation: str = "hidden_act"
     attention_cap: str = ""
     logits_cap: str = ""
@@ -61,20 +73,24 @@ class Family:
 
 
 LLAMA = Family()
-QWEN = replace(LLAMA, window="self_attn.sliding_window")
+WINDOWED = replace(LLAMA, window=attrgetter("sliding_window"))
 GEMMA = Family(
     norms=NORMS_OF_OUTPUTS,
     norm_offset=1.0,
-    window="self_attn.sliding_window",
+    window=attrgetter("sliding_window"),
     activation="hidden_activation",
     logits_cap="final_logit_softcapping",
 )
 FAMILIES = {
     "llama": LLAMA,
-    "mistral": replace(LLAMA, window="self_attn.config.sliding_window"),
-    "qwen2": QWEN,
-    "qwen3": replace(QWEN, norms=NORMS | HEAD_NORMS),
-    "phi3": Family(FUSED, window="self_attn.config.sliding_window"),
+    "seed_oss": LLAMA,
+    "mistral": replace(LLAMA, window=attrgetter("config.sliding_window")),
+    "ministral": WINDOWED,
+    "cwm": WINDOWED,
+    "qwen2": WINDOWED,
+    "qwen3": replace(WINDOWED, norms=NORMS | HEAD_NORMS),
+    "smollm3": replace(WINDOWED, rotates=attrgetter("use_rope")),
+    "phi3": Family(FUSED, window=attrgetter("config.sliding_window")),
     "gemma": replace(LLAMA, norm_offset=1.0),
     "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
     "gemma3_text": replace(GEMMA, norms=NORMS_OF_OUTPUTS | HEAD_NORMS, rotary_by_layer_type=True),
@@ -86,9 +102,12 @@ def soft_cap_of(config: Any, name: str) -> float:
     return float(getattr(config, name) or 0.0) if name else 0.0
 
 
-def rotary_kinds(config: Any, family: Family) -> list[str | None]:
-    """Which rotary tables there are: one for each type of layer, or just one."""
-    return sorted(set(config.layer_types)) if family.rotary_by_layer_type else [None]
+def rotary_kinds(stack: Any) -> list[str]:
+    """Which rotary tables each layer of a decoder stack uses: those of its type, or shared ones, or empty ones."""
+    family, layers = FAMILIES[stack.config.model_type], stack.layers
+    kinds = stack.config.layer_types if family.rotary_by_layer_type else [SHARED] * len(layers)
+    pairs = zip(layers, kinds, strict=True)
+    return [kind if family.rotates(layer.self_attn) else UNROTATED for layer, kind in pairs]
 
 
 def linears_of(layer: Any, family: Family) -> list[Any]:
@@ -98,8 +117,7 @@ def linears_of(layer: Any, family: Family) -> list[Any]:
 
 def window_of(layer: Any, family: Family) -> int | None:
     """How many tokens a query of this block sees, itself included; None for all."""
-    window: int | None = attrgetter(family.window)(layer) if family.window else None
-    return window
+    return family.window(layer.self_attn)
 
 
 def rows_of(family: Family, config: Any, head_dim: int) -> list[list[int]]:

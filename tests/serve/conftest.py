@@ -21,6 +21,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the buffers of the cache grow after few tokens."""
+    monkeypatch.setattr("llmqat.kernels.decoder.CAPACITY_GROWTH", 8)
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of the native decoder got."""
     seen, plain = [], NativeDecoder.__call__

@@ -24,7 +24,15 @@ GEMMA3 = {
     "final_logit_softcapping": 3.0,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-CONFIGS = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+WINDOWED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS = {
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "ministral": WINDOWED,
+    "cwm": WINDOWED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "seed_oss": {"attention_out_bias": True},
+    "smollm3": WINDOWED | {"use_sliding_window": True, "no_rope_layers": [0, 1]},
+}
 
 
 def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):

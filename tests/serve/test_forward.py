@@ -30,8 +30,7 @@ def accelerated(tokens, family, **options):
 def test_logits(family, act_bits, calls):
     model = packed_model(family, QuantScheme(4, 32, act_bits=act_bits))
     found = errors(model, lambda ids: model(ids).logits)
-    # An int8 code of equal distance to both sides may round the other way; over the long prompt that does not matter.
-    assert found[0] <= 2
+    # An int8 code of equal distance to both sides may round the other way.
     assert (found.median() if act_bits else found.max()) <= 2
     assert calls == [75, 9, 9, 9, 9]
 
@@ -45,12 +44,13 @@ def test_sixteen_bit_activations(dtype, family, calls):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("small_buffers")
 def test_greedy_tokens(family, calls):
     model = packed_model(family)
     prompt = torch.randint(0, 128, (1, 7))
-    expected, tokens = both(model, lambda: model.generate(prompt, max_new_tokens=300, do_sample=False, eos_token_id=-1))
+    expected, tokens = both(model, lambda: model.generate(prompt, max_new_tokens=60, do_sample=False, eos_token_id=-1))
     assert torch.equal(tokens, expected)
-    assert calls == [7] + [1] * 299
+    assert calls == [7] + [1] * 59
 
 
 def test_fused_layers_with_zero_points(bits, calls):
