@@ -34,6 +34,7 @@ class _Decoder(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
         *((name, ctypes.c_float) for name in ("eps", "norm_offset", "attention_scale", "softcap")),
+        *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
         *((name, ctypes.c_int32) for name in ("dtype", "activation")),
     )
 
@@ -76,6 +77,8 @@ class Shape:
         attention_scale: factor of the attention scores.
         softcap: soft cap of the scaled scores; 0 for none.
         activation: `Activation` of csrc/core/steps.h.
+        embedding_scale: factor of the embeddings.
+        residual_scale: factor of what a branch adds to the residual.
     """
 
     hidden: int
@@ -88,6 +91,8 @@ class Shape:
     attention_scale: float
     softcap: float
     activation: int
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,9 @@ class NativeDecoder:
             target.window, target.rotary = block.window, block.rotary
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
+        scales = (shape.embedding_scale, shape.residual_scale)
         kinds = (native.DTYPES[norm.dtype], shape.activation)
-        self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *kinds)
+        self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *scales, *kinds)
 
     def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.

@@ -22,9 +22,9 @@ from llmqat.serve.families import (
     UNROTATED,
     Family,
     linears_of,
+    number_of,
     rotary_kinds,
     rows_of,
-    soft_cap_of,
     splits,
     window_of,
 )
@@ -139,8 +139,10 @@ def _build(stack: Any) -> NativeDecoder:
         eps=config.rms_norm_eps,
         norm_offset=family.norm_offset,
         attention_scale=attention.scaling,
-        softcap=soft_cap_of(config, family.attention_cap),
+        softcap=number_of(config, family.attention_cap, 0.0),
         activation=ACTIVATIONS[getattr(config, family.activation)],
+        embedding_scale=number_of(config, family.embedding_scale, 1.0),
+        residual_scale=number_of(config, family.residual_scale, 1.0),
     )
     rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(stack)
     tables = sorted(set(kinds))

@@ -57,7 +57,9 @@ class Family:
         rotates: from an attention module to whether it rotates queries and keys.
         activation: name in the config of the activation of the gate.
         attention_cap: name in the config of the soft cap of attention's scores; empty for none.
-        logits_cap: name in the config of the soft cap of the logits; empty for none.
+        after_head: entry of `AFTER_HEAD` (llmqat/models/output_head.py), a name in the config; empty for none.
+        embedding_scale: name in the config of a factor of the embeddings; empty for none.
+        residual_scale: name in the config of a factor of what a branch adds to the residual; empty for none.
         rotary_by_layer_type: whether layers of each type in the config's `layer_types` have rotary tables of their own.
     """
 
@@ -68,7 +70,9 @@ class Family:
     rotates: Callable[[Any], bool] = _always
     activation: str = "hidden_act"
     attention_cap: str = ""
-    logits_cap: str = ""
+    after_head: str = ""
+    embedding_scale: str = ""
+    residual_scale: str = ""
     rotary_by_layer_type: bool = False
 
 
@@ -79,7 +83,7 @@ GEMMA = Family(
     norm_offset=1.0,
     window=attrgetter("sliding_window"),
     activation="hidden_activation",
-    logits_cap="final_logit_softcapping",
+    after_head="final_logit_softcapping",
 )
 FAMILIES = {
     "llama": LLAMA,
@@ -90,6 +94,12 @@ FAMILIES = {
     "qwen2": WINDOWED,
     "qwen3": replace(WINDOWED, norms=NORMS | HEAD_NORMS),
     "smollm3": replace(WINDOWED, rotates=attrgetter("use_rope")),
+    "granite": replace(
+        LLAMA,
+        after_head="logits_scaling",
+        embedding_scale="embedding_multiplier",
+        residual_scale="residual_multiplier",
+    ),
     "phi3": Family(FUSED, window=attrgetter("config.sliding_window")),
     "gemma": replace(LLAMA, norm_offset=1.0),
     "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
@@ -97,9 +107,10 @@ FAMILIES = {
 }
 
 
-def soft_cap_of(config: Any, name: str) -> float:
-    """A soft cap of the config; 0 for none."""
-    return float(getattr(config, name) or 0.0) if name else 0.0
+def number_of(config: Any, name: str, otherwise: float) -> float:
+    """A number of the config; `otherwise` where the family has no name for it, or the config no value."""
+    value = getattr(config, name) if name else None
+    return otherwise if value is None else float(value)
 
 
 def rotary_kinds(stack: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """One token through a model whose blocks are native: to its logits, or straight to the token that follows."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from llmqat.kernels import native
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.kernels.greedy import GreedyDecoder
 from llmqat.kernels.packed import Packed
+from llmqat.models.output_head import AFTER_HEAD
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
 from llmqat.serve.cache_views import reserve
-from llmqat.serve.families import FAMILIES, soft_cap_of
+from llmqat.serve.families import FAMILIES
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -76,7 +78,8 @@ class Step:
         assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
         self.decoder, self.buffers = decoder, cache.llmqat_buffers
         config = self.stack.config
-        self.cap = soft_cap_of(config, FAMILIES[config.model_type].logits_cap)
+        self.after_head = FAMILIES[config.model_type].after_head
+        self.after_value = getattr(config, self.after_head) if self.after_head else None
         types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
         self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
         self.tables: list[tuple[Tensor, Tensor]] = []
@@ -101,7 +104,13 @@ class Step:
         hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past))
         self.buffers.length = past + 1
         logits: Tensor = self.head(hidden)
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+        return logits if self.after_value is None else AFTER_HEAD[self.after_head](logits, self.after_value)
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether what follows the head leaves the order of the logits, ties included: nothing, or a power of two."""
+        value = self.after_value
+        return value is None or (self.after_head == "logits_scaling" and value > 0 and math.frexp(value)[0] == 0.5)
 
 
 class GreedyStep:
@@ -116,9 +125,9 @@ class GreedyStep:
 
     @classmethod
     def of(cls, model: Any, step: Step) -> "GreedyStep | None":
-        """The greedy step of `model` behind its `step`; None where its embedding, head or positions are not covered."""
+        """The greedy step of `model` behind its `step`; None where its ends, logits or positions are not covered."""
         head, embedding = _packed_head(model.lm_head), _rows(model.model.embed_tokens, step.decoder.dtype)
-        if head is None or embedding is None or step.cap or not step.fixed:
+        if head is None or embedding is None or not step.keeps_order or not step.fixed:
             return None
         rows = embedding if isinstance(embedding, Tensor) else embedding.codes
         return cls(step, GreedyDecoder(step.decoder, embedding, head)) if len(rows) >= len(head.codes) else None

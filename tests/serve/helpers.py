@@ -25,9 +25,11 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 WINDOWED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+GRANITE = {"embedding_multiplier": 1.7, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 8.0}
 CONFIGS = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "granite": GRANITE,
     "ministral": WINDOWED,
     "cwm": WINDOWED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "seed_oss": {"attention_out_bias": True},

@@ -35,7 +35,7 @@ def test_logits(family, act_bits, calls):
     assert calls == [75, 9, 9, 9, 9]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_activations(dtype, family, calls):
     model = packed_model(family, dtype=dtype)

@@ -7,6 +7,7 @@ from transformers.generation import stopping_criteria
 
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
+from llmqat.serve.families import FAMILIES
 from llmqat.serve.generate import accelerate_generate
 from tests.serve.helpers import PROMPT, generate, native_blocks, rope_options
 
@@ -59,10 +60,11 @@ def test_the_tokens_of_the_general_loop(tied, act_bits, dtype, isa, steps, greed
     assert len(set(greedy_steps)) > 3, "a model that repeats itself shows little"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "gemma" not in family])
 @pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.usefixtures("small_buffers")
 def test_the_cache_over_grown_buffers(family, kv_bits, steps, greedy_steps):
-    """Past the first capacity; mistral with a window that forgets."""
+    """Mistral with a window that forgets."""
     window = {"sliding_window": 24} if family == "mistral" else {}
     model = greedy_model(family, kv_bits=kv_bits, scheme=QuantScheme(4, 32, act_bits=8), **window)
     accelerate_generate(model)
@@ -70,12 +72,12 @@ def test_the_cache_over_grown_buffers(family, kv_bits, steps, greedy_steps):
     for run in (generally, generate):
         caches = []
         model.register_forward_hook(lambda *call, kept=caches: kept.append(call[-1].past_key_values))
-        tokens = run(model, max_new_tokens=700)
+        tokens = run(model, max_new_tokens=100)
         runs.append((tokens, caches[0]))
     (expected, known), (tokens, cache) = runs
     assert torch.equal(tokens, expected)
-    assert len(steps) == len(greedy_steps) == 699
-    assert cache.get_seq_length() == known.get_seq_length() == PROMPT_LENGTH + 699
+    assert len(steps) == len(greedy_steps) == 99
+    assert cache.get_seq_length() == known.get_seq_length() == PROMPT_LENGTH + 99
     for layer, other in zip(cache.layers, known.layers, strict=True):
         for held, truth in zip(*((x.codes, x.scales) if kv_bits else (x,) for x in (layer, other)), strict=True):
             assert torch.equal(held.keys, truth.keys)
@@ -185,6 +187,10 @@ def scale_embeddings():
     return greedy_model("gemma")
 
 
+def scale_logits():
+    return greedy_model("granite", logits_scaling=3.0)
+
+
 def keep_the_head():
     return native_blocks()
 
@@ -195,7 +201,7 @@ def norm_the_embedding():
     return model
 
 
-@pytest.mark.parametrize("build", [cap_logits, scale_embeddings, keep_the_head, norm_the_embedding])
+@pytest.mark.parametrize("build", [cap_logits, scale_embeddings, scale_logits, keep_the_head, norm_the_embedding])
 def test_models_that_the_general_loop_keeps(build, steps, greedy_steps):
     model = build()
     accelerate_generate(model)

@@ -50,9 +50,13 @@ struct Pass {
         parallel_for(m, [&](int64_t t) { steps.norm(norm, t); });
     }
 
+    void scale() const {
+        parallel_for(m, [&](int64_t t) { steps.scale(hidden, t * d.hidden, d.hidden, d.dtype, d.embedding_scale); });
+    }
+
     void add(const void* weight) const {
         if (weight) norm(b.out, weight, b.out);
-        parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype); });
+        parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype, d.residual_scale); });
     }
 
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
@@ -123,6 +127,7 @@ struct Pass {
 void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
             const llmqat_rotary* rotary, void* hidden) {
     Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, hidden};
+    if (d.embedding_scale != 1.0f) pass.scale();
     for (int64_t i = 0; i < d.count; ++i) pass.block(d.blocks[i], cache[i]);
     pass.norm(hidden, d.norm, hidden);
 }

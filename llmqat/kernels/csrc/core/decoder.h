@@ -18,9 +18,10 @@ struct llmqat_decoder {
     const void* norm;
     int64_t count, hidden, heads, kv_heads, head_dim, intermediate;
     float eps, norm_offset, attention_scale, softcap;  // see steps.h
+    float embedding_scale, residual_scale;  // factors of the embeddings, and of what a branch adds to the residual; or 1
     int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 88, "llmqat/kernels/decoder.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 96, "llmqat/kernels/decoder.py lays these out by hand");
 
 // The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
 // (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.

@@ -53,7 +53,9 @@ struct Steps {
     void (*load)(const void* from, int64_t start, int64_t count, int32_t dtype, float* to);
     void (*row)(const llmqat_matrix&, int64_t n, void* y, int64_t start, int32_t dtype);
     void (*norm)(const Norm&, int64_t token);
-    void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype);  // x += y
+    void (*scale)(void* x, int64_t start, int64_t count, int32_t dtype, float factor);  // x *= factor
+    // x += factor * y, where the product is rounded too.
+    void (*add)(void* x, const void* y, int64_t start, int64_t count, int32_t dtype, float factor);
     void (*gate)(int32_t activation, void* gate, const void* up, int64_t start, int64_t count, int32_t dtype);
     void (*rope)(const Rope&);
     // Put the vector of one head and token, `count` values, at `row` of all.
