@@ -8,7 +8,7 @@ come last, all of them together.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class BlockInputs:
         count: batches of all processes.
         team: the processes.
         done: blocks before this one.
+        in_a_row: whether each layer runs once, and a run may end where nothing more is to be seen.
     """
 
     hidden: list[Tensor]
@@ -62,6 +63,7 @@ class BlockInputs:
     count: int
     team: Team = ALONE
     done: int = 0
+    in_a_row: ClassVar[bool] = True
 
     @classmethod
     @torch.no_grad()
@@ -90,6 +92,11 @@ class BlockInputs:
                 hidden, _ = recorder.first(ids)
             inputs.hidden.append(hidden)
         return inputs
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens of all processes."""
+        return self.count * self.hidden[0].shape[:-1].numel()
 
     @torch.no_grad()
     def run(self, block: nn.Module, batch: int, stand_ins: StandIns | None = None) -> Tensor:
@@ -157,10 +164,13 @@ def input_hooks(layers: dict[str, FakeQuantLinear], record: Callable[[str, Tenso
 
 
 def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuantLinear]) -> list[list[str]]:
-    """Names of `layers` in running order, those that read the same tensor (quantized alike) in one stage."""
+    """Names of `layers` in the order of their first runs, those that read the same tensor (quantized alike) in one
+    stage."""
     stages: list[tuple[Tensor, list[str]]] = []
 
     def record(name: str, x: Tensor) -> None:
+        if any(name in names for _, names in stages):
+            return
         for seen, names in stages:
             if seen is x and layers[names[0]].scheme.inputs == layers[name].scheme.inputs:
                 names.append(name)
@@ -175,19 +185,21 @@ def stages_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuant
 def passes_of(block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuantLinear]) -> list[list[list[str]]]:
     """The stages of a block, sorted into the passes over the calibration data that collect their Hessians.
 
-    A stage has a pass of its own, except that all experts share one: they run side by side, each on its own tokens.
+    A stage has a pass of its own, except that all experts share one: they run side by side, each on its own tokens. Of
+    blocks that are not in a row, each pass over which is one of the whole model, all other stages share one, too.
     """
     experts = {f"{name}.": module for name, module in block.named_modules() if isinstance(module, SplitExperts)}
     plain = {name: layer for name, layer in layers.items() if not name.startswith(tuple(experts))}
-    passes = [[names] for names in stages_of(block, inputs, plain)]
+    stages = stages_of(block, inputs, plain)
+    passes = [[names] for names in stages] if inputs.in_a_row or not stages else [stages]
     for prefix, module in experts.items():
         for projections in EXPERT_STAGES:
-            stages: dict[tuple[int, str], list[str]] = {}
+            own: dict[tuple[int, str], list[str]] = {}
             for expert in range(len(module)):
                 for name in (f"{prefix}{expert}.{projection}" for projection in projections):
                     if name in layers:  # not kept float
-                        stages.setdefault((expert, layers[name].scheme.inputs), []).append(name)
-            rows = list(stages.values())
+                        own.setdefault((expert, layers[name].scheme.inputs), []).append(name)
+            rows = list(own.values())
             size = max(1, HESSIAN_BYTES // (4 * layers[rows[0][0]].in_features ** 2)) if rows else 1
             passes += [rows[start : start + size] for start in range(0, len(rows), size)]
     return passes
@@ -235,8 +247,7 @@ def hessians_of(
                 tokens[name] += len(x)
     for H in sums.values():
         _bring_together(H, team)
-    all_tokens = inputs.count * inputs.hidden[0].shape[:-1].numel()
-    least = {name: min(all_tokens, LEAST_TOKENS_PER_INPUT * layer.in_features) for name, layer in layers.items()}
+    least = {name: min(inputs.tokens, LEAST_TOKENS_PER_INPUT * layer.in_features) for name, layer in layers.items()}
     return {
         n: Statistics(_mirrored(H).div_(max(1, tokens[n])), tokens[n], tokens[n] >= least[n]) for n, H in sums.items()
     }
@@ -249,7 +260,8 @@ def inputs_of(
     batch: int,
     stand_ins: StandIns | None = None,
 ) -> list[tuple[str, Tensor]]:
-    """Run one batch through a block, as far as the last of `layers`; returns the inputs of each, in running order."""
+    """Run one batch through a block, as far as the last of `layers`; returns the inputs of each call, in running
+    order."""
     seen: list[tuple[str, Tensor]] = []
     waiting = set(layers)
 
@@ -258,7 +270,7 @@ def inputs_of(
             stand_ins.keep(name, batch, x)
         seen.append((name, x))
         waiting.discard(name)
-        if not waiting:
+        if not waiting and inputs.in_a_row:
             raise Stop
 
     with input_hooks(layers, record):

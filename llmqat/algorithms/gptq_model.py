@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmqat.algorithms.block_calls import Arguments
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
 from llmqat.algorithms.blockwise import BlockError, Blockwise, own_latents, reconstruct, regrouped
 from llmqat.algorithms.compensation import compensation_of
 from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
+from llmqat.algorithms.whole_runs import WholeRuns
 from llmqat.mapped import Disk
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.quantizers import disable_quantizers
@@ -34,6 +34,7 @@ class GptqSettings(NamedTuple):
         kept_bytes: of one block's activations that may be kept between passes over the data; see `StandIns`.
         disk: where the change goes that is kept apart; None leaves it in memory.
         blockwise: how each block is reconstructed after GPTQ; None leaves it as GPTQ made it.
+        whole: run the whole model for each block, since they do not run one after the other; see `WholeRuns`.
     """
 
     damp: float = 0.01
@@ -41,6 +42,7 @@ class GptqSettings(NamedTuple):
     kept_bytes: int = 4 << 30
     disk: Disk | None = None
     blockwise: Blockwise | None = None
+    whole: bool = False
 
 
 class LayerError(NamedTuple):
@@ -74,18 +76,6 @@ class Saved(Protocol):
     def put(self, index: int, state: dict[str, Any]) -> None:
         """Keep the state of a finished part."""
         ...
-
-
-class _Forward(nn.Module):
-    """Wraps a model so that it runs like a block, on token ids."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, **arguments: Any) -> Any:
-        """The model's output."""
-        return self.model(input_ids=ids.to(next(self.model.parameters()).device), **arguments)
 
 
 def output_power(weight: Tensor, H: Tensor) -> Tensor:
@@ -161,7 +151,7 @@ def _gptq_layers(
     layers = layers_of(block)
     with finding_parts(block) as parts:
         passes = passes_of(block, inputs, layers) if layers else []
-    stand_ins = StandIns(block, parts, passes, settings.kept_bytes)
+    stand_ins = StandIns(block, parts, passes, settings.kept_bytes if inputs.in_a_row else 0)
     for stages in passes:
         # One Hessian serves all layers of a stage: they read the same tensor.
         statistics = hessians_of(block, inputs, {names[0]: layers[names[0]] for names in stages}, stand_ins)
@@ -203,9 +193,7 @@ def gptq_head(
 ) -> LayerError:
     """GPTQ for the output head, in place, after the blocks: its Hessian is that of the final hidden states."""
     with eval_mode(model):
-        own, arguments = team.share(batches) or batches[:1], [[Arguments(kwargs={"use_cache": False})]]
-        inputs = BlockInputs(own, arguments, len(batches), team)
-        statistics = hessians_of(_Forward(model), inputs, {"": head})[""]
+        statistics = hessians_of(model, WholeRuns.of(model, batches, team), {"": head})[""]
         return _quantize_layer(head, statistics, settings, HEAD)
 
 
@@ -266,7 +254,11 @@ def _gptq_blocks(
             with disable_quantizers(model):
                 floats = BlockInputs.capture(model, list(blocks), batches)
         # A reconstruction is not divided: each process does all of it, and the first one counts.
-        inputs = BlockInputs.capture(model, list(blocks), batches, team if floats is None else ALONE)
+        own_team = team if floats is None else ALONE
+        if settings.whole:
+            inputs: BlockInputs = WholeRuns.of(model, batches, own_team)
+        else:
+            inputs = BlockInputs.capture(model, list(blocks), batches, own_team)
         with Meter(name, len(blocks)) as meter:
             for index, block in enumerate(blocks):
                 if floats is not None:  # before the float weights may be gone

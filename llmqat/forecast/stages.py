@@ -15,7 +15,7 @@ from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
 from llmqat.forecast.shapes import block_count
 from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
-from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.architectures import ARCHITECTURES, blocks_of, whole_runs
 from llmqat.models.coverage import CoverageReport, total_parameters
 from llmqat.models.experts import fused_experts
 from llmqat.models.output_head import CHUNK_LOGITS
@@ -158,7 +158,8 @@ def evaluation(recipe: Resolved, model: PreTrainedModel, batch: Cost, name: str)
 
 
 def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
-    """One forward of all calibration tokens through every block, Hessians, and the columns of every layer."""
+    """One forward of all calibration tokens through every block, or for every block where they do not run one after the
+    other; Hessians, and the columns of every layer."""
     tokens = recipe.init.samples * recipe.data.length
     widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in coverage.quantized}
     hessians = sum(2 * tokens * width**2 for _, width in widths)
@@ -166,7 +167,8 @@ def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, bat
     widest, hidden = max(width for _, width in widths), model.config.get_text_config().hidden_size
     kept = min(GptqSettings().kept_bytes, 4 * tokens * (widest + hidden))
     peak = batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
-    return Stage("GPTQ", batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
+    runs = len(blocks_of(model)) if whole_runs(model) else 1
+    return Stage("GPTQ", runs * batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
 
 
 def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> list[Stage]:

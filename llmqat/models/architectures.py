@@ -6,12 +6,13 @@ files call modules where transformers does not say it.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmqat.models import smooth_sites
-from llmqat.models.looking import confirm_blocks, find_blocks
+from llmqat.models.looking import NotInARow, confirm_blocks, find_blocks
 from llmqat.models.smooth_sites import Site
 
 
@@ -67,9 +68,9 @@ def known_architecture(model: PreTrainedModel) -> Architecture | None:
     return ARCHITECTURES.get(model.config.model_type)
 
 
-def blocks_path(model: PreTrainedModel) -> str:
-    """Path of the blocks of `model`, which may also be a bare model without a head; found by looking if its family has
-    no row.
+def block_paths(model: PreTrainedModel) -> list[str]:
+    """Paths of the lists of blocks of `model`, which may also be a bare model without a head; found by looking if its
+    family has no row.
 
     Raises:
         LlmqatError: see `find_blocks`.
@@ -77,18 +78,21 @@ def blocks_path(model: PreTrainedModel) -> str:
     row = known_architecture(model)
     if row is None:
         return find_blocks(model)
-    return row.blocks if model.base_model is not model else row.blocks.split(".", 1)[1]
+    return [row.blocks if model.base_model is not model else row.blocks.split(".", 1)[1]]
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of `model`, in order.
+    """The blocks of `model`, in order; those of several lists take turns.
 
     Raises:
         LlmqatError: see `find_blocks`.
     """
-    blocks = model.get_submodule(blocks_path(model))
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    lists = [model.get_submodule(path) for path in block_paths(model)]
+    if len(lists) == 1:
+        assert isinstance(lists[0], nn.ModuleList)
+        return lists[0]
+    turns = zip_longest(*lists)  # type: ignore[call-overload]
+    return nn.ModuleList(block for turn in turns for block in turn if block is not None)
 
 
 def check_blocks(model: PreTrainedModel) -> bool:
@@ -98,6 +102,34 @@ def check_blocks(model: PreTrainedModel) -> bool:
         LlmqatError: see `find_blocks` and `confirm_blocks`.
     """
     return known_architecture(model) is not None or confirm_blocks(model, find_blocks(model))
+
+
+def whole_runs(model: PreTrainedModel) -> str:
+    """Why nothing can walk through a model block by block, so that GPTQ runs the whole of it for each block; empty if
+    something can.
+
+    Raises:
+        LlmqatError: see `find_blocks`.
+    """
+    try:
+        check_blocks(model)
+    except NotInARow as error:
+        return error.problem
+    return ""
+
+
+def check_init(model: PreTrainedModel, init: str) -> str:
+    """Refuse an initialization whose way through the blocks of a model is not there; returns what is unusual about it.
+
+    Raises:
+        LlmqatError: see `check_blocks`; GPTQ needs no row of blocks.
+    """
+    if init == "rtn":
+        return ""
+    problem = whole_runs(model) if init == "gptq" else ""
+    if problem:
+        return f"{problem}: GPTQ runs the whole model for each of them"
+    return "" if check_blocks(model) else f"blocks {blocks_in_words(model)}"
 
 
 def blocks_in_words(model: PreTrainedModel) -> str:
@@ -110,4 +142,4 @@ def blocks_in_words(model: PreTrainedModel) -> str:
     kinds = Counter(type(block).__name__ for block in blocks_of(model))
     counted = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
     sure = "confirmed by a probe pass" if certain else "not confirmed: it cannot run without values"
-    return f"found by looking: {counted} in {blocks_path(model)}, {sure}"
+    return f"found by looking: {counted} in {block_paths(model)[0]}, {sure}"

@@ -1,4 +1,4 @@
-"""Find the blocks of a model by looking at it: the list of modules that run one after the other on its hidden states.
+"""Find the blocks of a model by looking at it: the modules of a list that run on its hidden states.
 
 Blocks lie in a `ModuleList` that is inside no other. Where there are several (towers for images or sound beside the
 decoder), and before anything relies on their order, one pass of tokens without values tells which of them run, how
@@ -20,6 +20,21 @@ from llmqat.compat.torch import fake_tensors
 from llmqat.errors import LlmqatError
 
 PROBE_TOKENS = 4
+
+
+class NotInARow(LlmqatError):
+    """Blocks that do not run one after the other, each on what the one before it returned.
+
+    Attributes:
+        problem: what they do, in a clause.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            f"{problem}, and only --init gptq and rtn, without --smooth and --low-memory, need no blocks that run one "
+            "after the other; use those"
+        )
 
 
 class Call(NamedTuple):
@@ -52,51 +67,50 @@ def lists_of_modules(model: nn.Module, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def find_blocks(model: PreTrainedModel) -> str:
-    """Path of the list of blocks.
+def find_blocks(model: PreTrainedModel) -> list[str]:
+    """Paths of the lists of blocks: those through which tokens run.
 
     Raises:
-        LlmqatError: if there is none, or a probe pass does not tell which of several it is.
+        LlmqatError: if there is none, or no probe pass tells which of several it is.
     """
     paths = list(lists_of_modules(model))
     if not paths:
         raise LlmqatError(f"{type(model).__name__} has no list of blocks; use --init rtn")
-    return paths[0] if len(paths) == 1 else _list_that_runs(model, paths)
+    return paths if len(paths) == 1 else _lists_that_run(model, paths)
 
 
-def confirm_blocks(model: PreTrainedModel, path: str) -> bool:
-    """Whether a probe pass ran through the blocks at `path` as a walk does: each once, in order, on what the one before
-    it returned. False if the model cannot run without values.
+def confirm_blocks(model: PreTrainedModel, paths: list[str]) -> bool:
+    """Whether a probe pass ran through the blocks at `paths` as a walk does: each once, in order, on what the one
+    before it returned. False if the model cannot run without values.
 
     Raises:
-        LlmqatError: if it ran otherwise.
+        NotInARow: if it ran otherwise.
     """
-    calls = probe(model, [path])
+    calls = probe(model, paths)
     if calls is None:
         return False
-    count, order = len(model.get_submodule(path)), [call.place for call in calls]  # type: ignore[arg-type]
-    problem = ""
-    if order != list(range(count)):
+    count = sum(1 for path in paths for _ in model.get_submodule(path).children())
+    order, problem = [call.place for call in calls], ""
+    if len(paths) > 1:
+        problem = "lie in several lists"
+    elif order != list(range(count)):
         problem = f"run in the order {order}" if len(order) <= 2 * count else f"run {len(order)} times"
     elif any(call.hidden is not before.returned for before, call in pairwise(calls)):
         problem = "do not each read what the one before returned"
     if problem:
-        raise LlmqatError(
-            f"the {count} blocks of {type(model).__name__} at {path} {problem}, and llmqat can only walk through "
-            "blocks that run one after the other; use --init rtn, without --low-memory"
-        )
+        raise NotInARow(f"the {count} blocks of {type(model).__name__} at {' and '.join(paths)} {problem}")
     return True
 
 
-def _list_that_runs(model: PreTrainedModel, paths: list[str]) -> str:
+def _lists_that_run(model: PreTrainedModel, paths: list[str]) -> list[str]:
     calls = probe(model, paths)
-    ran = paths if calls is None else list(dict.fromkeys(call.path for call in calls))
-    if len(ran) != 1:
+    if not calls:
+        why = "cannot run without values" if calls is None else "tokens run through none of them"
         raise LlmqatError(
-            f"{type(model).__name__} has several lists that could be its blocks ({', '.join(ran or paths)}), and "
-            f"{'cannot run without values' if calls is None else 'a probe pass does not tell which'}; use --init rtn"
+            f"{type(model).__name__} has several lists that could be its blocks ({', '.join(paths)}), and {why}; use "
+            "--init rtn"
         )
-    return ran[0]
+    return list(dict.fromkeys(call.path for call in calls))
 
 
 @torch.no_grad()

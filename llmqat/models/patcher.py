@@ -17,7 +17,7 @@ from llmqat.algorithms.smoothquant import AUTO, Smoothed, smooth_model
 from llmqat.config import INITS
 from llmqat.errors import LlmqatError
 from llmqat.mapped import release
-from llmqat.models.architectures import blocks_of, blocks_path, check_blocks, known_architecture
+from llmqat.models.architectures import block_paths, blocks_of, check_blocks, check_init, known_architecture, whole_runs
 from llmqat.models.coverage import TIED_HEAD, CoverageReport, LayerCoverage
 from llmqat.models.experts import experts_as_linears, split_experts
 from llmqat.models.loading import storage_dtype_of
@@ -89,7 +89,7 @@ def smooth(
     check_smoothable(model)
     check_batches(batches)
     grid = partial(scheme_of, scheme=scheme or QuantScheme(), overrides=overrides or {})
-    path, config, row = blocks_path(model), model.config.get_text_config(), known_architecture(model)
+    [path], config, row = block_paths(model), model.config.get_text_config(), known_architecture(model)
     with experts_as_linears(model):
         sites = find_sites(model, batches[0]) if row is None else [row.smooth_sites] * len(blocks_of(model))
         folds = [
@@ -119,7 +119,7 @@ def prepare(
             become float32 masters; those of a model that is frozen (``model.requires_grad_(False)``) keep their dtype.
         scheme: the grid of every layer, unless overridden.
         init: "rtn" rounds to nearest; "gptq" (arXiv 2210.17323) and "blockwise", which goes on from it by training each
-            block to its float output, also need `calibration`, and blocks that run in a row.
+            block to its float output, also need `calibration`, and "blockwise" blocks that run in a row.
         calibration: token ids ``(batch, length)``, all of one shape.
         options: fields of `PrepareOptions`, such as ``kv_bits=8, keep_float=True``.
 
@@ -137,7 +137,7 @@ def prepare(
         raise LlmqatError("this model is prepared already; load it again to prepare it with another scheme")
     report = checked_plan(model, scheme, chosen.overrides, chosen.lm_head_bits, chosen.min_coverage)
     if init != "rtn":  # what it lacks is said before anything is replaced
-        check_blocks(model)
+        check_init(model, init)
         check_batches(calibration or [])
     put_on_grid(model, report.quantized, chosen.storage_dtype or storage_dtype_of(model), chosen.clip_mask)
     if chosen.kv_bits is not None:
@@ -195,6 +195,7 @@ def run_gptq(
     Raises:
         LlmqatError: if there is no calibration data, its blocks cannot be found, or a Hessian cannot be used.
     """
+    settings = settings._replace(whole=bool(whole_runs(model)))
     errors = gptq_model(model, blocks_of(model), batches, settings, saved, gptq_head_of(model), team)
     if not settings.keep_float:
         for on_grid in quantized_layers(model):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmqat.config import Recipe, Resolved, fit_context, resolve
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import blocks_path
+from llmqat.models.architectures import block_paths
 from llmqat.models.coverage import (
     HEAD,
     TIED_HEAD,
@@ -239,7 +239,7 @@ def outside_blocks(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether a layer or parameter, by name, lies outside the blocks; where those cannot be found, in an embedding or
     output head."""
     try:
-        inside = blocks_path(model) + "."
+        inside = tuple(f"{path}." for path in block_paths(model))
     except LlmqatError:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         paths = {path for path, module in model.named_modules() if any(module is end for end in ends)}

@@ -24,7 +24,7 @@ from llmqat.kernels.native import kernel_name
 from llmqat.metrics.float_pass import FloatPasses
 from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.models.architectures import blocks_in_words, check_blocks
+from llmqat.models.architectures import check_init
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
 from llmqat.models.patcher import (
@@ -159,8 +159,8 @@ class Run:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
         recipe = self.recipe
         self.coverage = plan_to_serve(self.model, recipe)
-        if recipe.init.by_blocks and not check_blocks(self.model):
-            log(f"blocks {blocks_in_words(self.model)}")
+        if unusual := check_init(self.model, recipe.init.method):
+            log(unusual)
         if recipe.init.smooth is not None:
             check_smoothable(self.model)
         if self.train:

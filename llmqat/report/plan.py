@@ -13,7 +13,7 @@ from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
-from llmqat.models.architectures import blocks_in_words, known_architecture
+from llmqat.models.architectures import blocks_in_words, known_architecture, whole_runs
 from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.experts import experts_in_words
 from llmqat.models.loading import load_empty
@@ -120,6 +120,8 @@ def family_in_words(model: Any) -> str:
         smooth = "and SmoothQuant apply" if row.smooth_sites else "applies, and no --smooth"
         return f"known: GPTQ {smooth}{experts and f'; {experts}'}"
     try:
+        if whole := whole_runs(model):
+            return f"without a row{experts and f', {experts}'}; {whole}: GPTQ runs the whole model for each of them"
         blocks = blocks_in_words(model) + (experts and f"; {experts}")
         return f"without a row, blocks {blocks}: GPTQ applies, and --smooth tries what it may scale"
     except LlmqatError as error:

@@ -1,5 +1,7 @@
 """Blocks found by looking at models whose family has no row, and those that nobody can walk through."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llmqat.errors import LlmqatError
-from llmqat.models.looking import confirm_blocks, find_blocks
+from llmqat.models.architectures import blocks_of, check_blocks, check_init
+from llmqat.models.looking import NotInARow, confirm_blocks, find_blocks
 from llmqat.models.patcher import prepare
+from llmqat.report.plan import family_in_words
 from llmqat.scheme import QuantScheme
 
 SIZES = {
@@ -57,9 +61,9 @@ class Between(LlamaModel):
 
 def test_a_list_is_found_and_confirmed():
     model = Stranger.made()
-    assert find_blocks(model) == "model.layers"
-    assert find_blocks(model.base_model) == "layers"
-    assert confirm_blocks(model, "model.layers")
+    assert find_blocks(model) == ["model.layers"]
+    assert find_blocks(model.base_model) == ["layers"]
+    assert confirm_blocks(model, ["model.layers"])
 
 
 def test_a_model_without_weights_is_confirmed_too():
@@ -73,7 +77,7 @@ def test_towers_are_no_blocks():
     config = Gemma3Config(text_config=SIZES, vision_config=vision | {"num_attention_heads": 2, "image_size": 28})
     with torch.device("meta"):
         model = Gemma3ForConditionalGeneration(config)
-    assert find_blocks(model) == "model.language_model.layers"
+    assert find_blocks(model) == ["model.language_model.layers"]
 
 
 def test_a_model_without_a_list():
@@ -83,35 +87,49 @@ def test_a_model_without_a_list():
         find_blocks(model)
 
 
-def test_blocks_that_run_twice():
-    calibration = [torch.arange(12)[None]]
-    model = Stranger.made(Twice)
+def test_blocks_that_run_twice_are_calibrated_but_not_reconstructed():
+    model, calibration = Stranger.made(Twice), list(torch.randint(0, 128, (4, 2, 24)))
     with pytest.raises(
-        LlmqatError, match=r"2 blocks of Stranger at model\.layers run in the order \[0, 1, 0, 1\], and"
+        NotInARow, match=r"2 blocks of Stranger at model\.layers run in the order \[0, 1, 0, 1\], and only --init gptq"
     ):
-        prepare(model, QuantScheme(4, 16), init="gptq", calibration=calibration)
+        prepare(model, QuantScheme(4, 16), init="blockwise", calibration=calibration)
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear), "a refusal changes nothing"
+    said = "run in the order [0, 1, 0, 1]: GPTQ runs the whole model for each of them"
+    assert check_init(model, "gptq").endswith(said)
+    assert family_in_words(model).endswith(said)
+    report = prepare(model, QuantScheme(4, 16), init="gptq", calibration=calibration)
+    assert len(report.errors) == len(report.quantized) == 14
+    assert all(gptq is not None and gptq < rtn for rtn, gptq in report.errors.values())
 
 
 def test_something_between_blocks():
-    with pytest.raises(LlmqatError, match=r"at model\.layers do not each read what the one before returned"):
-        confirm_blocks(Stranger.made(Between), "model.layers")
+    with pytest.raises(NotInARow, match=r"at model\.layers do not each read what the one before returned"):
+        confirm_blocks(Stranger.made(Between), ["model.layers"])
 
 
-def test_two_lists_that_run():
+def test_two_lists_that_run_take_turns():
     model = Stranger.made()
     model.model.embed_tokens.extra = nn.ModuleList([nn.Sequential(nn.Identity())])
     model.model.embed_tokens.register_forward_hook(lambda module, _, output: module.extra[0](output))
-    with pytest.raises(
-        LlmqatError, match=r"several lists .*\(model\.embed_tokens\.extra, model\.layers\), and a probe"
-    ):
+    assert find_blocks(model) == ["model.embed_tokens.extra", "model.layers"]
+    assert list(blocks_of(model)) == [model.model.embed_tokens.extra[0], *model.model.layers]
+    with pytest.raises(NotInARow, match=r"3 blocks .* at model\.embed_tokens\.extra and model\.layers lie in several"):
+        check_blocks(model)
+
+
+def test_lists_that_no_token_runs_through():
+    model = Stranger.made()
+    model.model.layers, blocks = nn.Identity(), model.model.layers
+    model.one, model.other = blocks, copy.deepcopy(blocks)
+    model.model.forward = lambda input_ids, **_: BaseModelOutputWithPast(model.model.embed_tokens(input_ids))
+    with pytest.raises(LlmqatError, match=r"several lists .*\(one, other\), and tokens run through none of them; use"):
         find_blocks(model)
 
 
 def test_a_model_that_cannot_run_without_values():
     model = Stranger.made()
     model.model.register_forward_pre_hook(lambda *_: [][0])
-    assert not confirm_blocks(model, "model.layers")
+    assert not confirm_blocks(model, ["model.layers"])
     model.model.tower = nn.ModuleList([nn.Sequential(nn.Identity())])
     with pytest.raises(
         LlmqatError, match=r"\(model\.layers, model\.tower\), and cannot run without values; use --init"
