@@ -73,7 +73,8 @@ def print_machine() -> None:
 def load_any(name: str, device: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:
     """A float or packed model on a device that was asked for, and its tokenizer."""
     from llmqat.devices import find_device
-    from llmqat.formats.reader import is_packed, load_packed, local_directory
+    from llmqat.formats.reader import is_packed, load_packed
+    from llmqat.models.foreign import local_directory
     from llmqat.models.loading import load_float, load_tokenizer, resolve_name
 
     place = find_device(device)

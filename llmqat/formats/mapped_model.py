@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.transformers import names_in_model
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import generation_config, local_directory
+from llmqat.formats.reader import generation_config
 from llmqat.formats.weights import read_mapped
 from llmqat.mapped import Disk
 from llmqat.models.experts import fused_experts
-from llmqat.models.loading import REMEMBERED, load_config, load_empty, resolve_name
+from llmqat.models.foreign import local_directory
+from llmqat.models.loading import REMEMBERED, load_config, load_empty, resolve_weights
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed
 
 LOW_MEMORY = "leave --low-memory out"
@@ -30,7 +31,7 @@ def load_mapped(name: str, disk: Disk) -> PreTrainedModel:
             or dtypes there than in the model.
     """
     load_config(name)  # says what is wrong with a name better than a download
-    directory = local_directory(resolve_name(name))
+    directory = local_directory(resolve_weights(name))
     if not any(directory.glob("*.safetensors")):
         raise LlmqatError(
             f"model {name} has no safetensors, which can be read in parts; load it once with transformers and write it "

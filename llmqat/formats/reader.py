@@ -15,29 +15,10 @@ from llmqat.formats.conv1d import from_conv1d_layout
 from llmqat.formats.skeleton import own_name, skeleton
 from llmqat.formats.weights import AGAIN, read_mapped, read_tensors, tensor_headers
 from llmqat.models.experts import module_name
-from llmqat.models.foreign import ForeignError, from_pretrained
+from llmqat.models.foreign import ForeignError, from_pretrained, local_directory
 from llmqat.nn.kv_cache import quantize_kv
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.attach import attach
-
-
-def local_directory(name: str | Path) -> Path:
-    """A local model directory as it is, or a Hub repository downloaded.
-
-    Raises:
-        LlmqatError: if there is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(name)))
-    except Exception as error:  # offline, missing and malformed names raise exceptions of several libraries
-        raise LlmqatError(
-            f"model {name} is neither a local directory nor a Hub repository that can be reached"
-        ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

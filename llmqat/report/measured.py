@@ -30,6 +30,7 @@ class Measured:
         size: bytes of the quantized layers, float (in the storage dtype) and packed, and bits per weight of them.
         kernel: implementation that ran the packed layers.
         device: where the codes were derived, and everything was measured.
+        stored_format: of the model's weights, where they were dequantized to begin with; see `llmqat.models.loading`.
         peak_memory_bytes: of the process while it trained.
         peak_device_memory_bytes: likewise of the device, where that is not the CPU.
     """
@@ -47,6 +48,7 @@ class Measured:
     peak_memory_bytes: int | None = None
     peak_device_memory_bytes: int | None = None
     device: str = "cpu"
+    stored_format: str = ""
     verification: Verification | None = None
 
     def on_other_texts(self) -> "Iterator[tuple[str, Measured]]":
@@ -85,6 +87,7 @@ class Measured:
             "format": FORMAT,
             "llmqat": __version__,
             "model": public_name(self.recipe.model),
+            "stored_format": self.stored_format or None,
             "recipe": public_recipe(self.recipe).to_dict(),
             "environment": environment(),
             "device": self.device,

@@ -15,8 +15,9 @@ from llmqat.formats.compressed_tensors import readers
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.models.architectures import blocks_in_words, known_architecture, whole_runs
 from llmqat.models.coverage import CoverageReport, by_expert
+from llmqat.models.dequantized import in_words
 from llmqat.models.experts import experts_in_words
-from llmqat.models.loading import load_empty
+from llmqat.models.loading import load_empty, stored_format
 
 ADAM, GRADIENT = 8, 4  # bytes per parameter: two float32 moments, float32 gradient
 
@@ -32,6 +33,7 @@ class Inspection:
         float_bytes: size of the float model in its stored dtype.
         training_bytes: predicted memory for weights, gradients, optimizer and teacher, activations not counted.
         family: what is known of the model's family, or was found by looking at the model.
+        stored_format: of its weights, where they are dequantized to begin with; see `llmqat.models.loading`.
         tied: whether the output head is the embedding.
         forecast: time and memory of each stage; None where they depend on the data.
     """
@@ -42,6 +44,7 @@ class Inspection:
     float_bytes: int
     training_bytes: int
     family: str
+    stored_format: str
     tied: bool
     forecast: Forecast | None
 
@@ -54,6 +57,7 @@ class Inspection:
         return "\n".join(
             [
                 f"{self.recipe.model}: {self.coverage.total_parameters / 1e6:.2f} M parameters",
+                *([in_words(self.stored_format)] if self.stored_format else []),
                 *layers,
                 self.coverage.summary(),
                 f"output head tied to the embedding: {'yes' if self.tied else 'no'}",
@@ -108,6 +112,7 @@ def inspect(recipe: Recipe) -> Inspection:
         parameters * stored.itemsize,
         training_bytes(resolved, coverage, parameters, stored),
         family_in_words(model),
+        stored_format(recipe.model),
         bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         forecast(resolved, model, coverage, stored) if is_predictable(model) else None,
     )

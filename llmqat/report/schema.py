@@ -219,7 +219,11 @@ REPORT = record(
             },
         ),
     },
-    {"device": text, "also": by_name(record({"tokens": count, "sha256": text, **SCORES}))},
+    {
+        "stored_format": optional(text),
+        "device": text,
+        "also": by_name(record({"tokens": count, "sha256": text, **SCORES})),
+    },
 )
 
 LAYER = record(

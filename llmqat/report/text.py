@@ -6,6 +6,7 @@ from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.verify import Verification
 from llmqat.machine import environment
 from llmqat.metrics.perplexity import bootstrap_difference
+from llmqat.models.dequantized import in_words
 from llmqat.report.measured import Measured
 from llmqat.report.names import is_local, markdown, one_line, public_name
 from llmqat.report.remedies import remedies
@@ -18,6 +19,7 @@ WORTHWHILE_GAP = 0.01
 def facts(measured: Measured) -> list[str]:
     """Lines below the scoreboard: the verdict, then how everything was measured."""
     lines = [verdict(measured), *_interval_lines(measured), f"measured on {measured_on(measured)}"]
+    lines += [f"the model was {in_words(measured.stored_format)}"] if measured.stored_format else []
     lines += [*_size_lines(measured), *_speed_lines(measured), *_training_lines(measured)]
     return [*lines, *_verify_lines(measured.verification)]
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen2Con
 
 from llmqat.errors import LlmqatError
 from llmqat.formats import writer
-from llmqat.formats.reader import is_packed, load_packed, local_directory, read_config
+from llmqat.formats.reader import is_packed, load_packed, read_config
 from llmqat.formats.writer import save_packed
+from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import prepare, quantized_layers, transformers_model
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme

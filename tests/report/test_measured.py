@@ -39,6 +39,7 @@ SCHEMA = {
     "format": None,
     "llmqat": None,
     "model": None,
+    "stored_format": None,
     "recipe": dict.fromkeys(
         ("model", "output", "device", "low_memory", "seed", "quant", "init", "train", "data", "eval")
     ),
@@ -312,6 +313,15 @@ def test_table_and_card(full, capsys, tmp_path):
     assert "CompressedTensorsConfig(dequantize=True))" in model_card(asymmetric)
     write_json(full, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(full.to_dict()))
+
+
+def test_where_the_float_model_comes_from_is_a_fact(full):
+    assert full.to_dict()["stored_format"] is None
+    full.stored_format = "FP8"
+    assert full.to_dict()["stored_format"] == "FP8"
+    assert "- the model was stored in FP8: its dequantized weights, in bfloat16, are the float model" in model_card(
+        full
+    )
 
 
 def test_head_and_cache_are_facts(full):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import is_packed, load_packed, local_directory
+from llmqat.formats.reader import is_packed, load_packed
 from llmqat.models.experts import file_name
+from llmqat.models.foreign import local_directory
 from llmqat.models.ties import shared_ties
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.kv_cache import kv_bits_of

@@ -13,9 +13,9 @@ from llmqat.formats.importing.awq import awq_layer, awq_zero_points, check_awq
 from llmqat.formats.importing.directory import Checkpoint
 from llmqat.formats.importing.gguf import gguf_layers
 from llmqat.formats.importing.gptq import check_gptq, gptq_layer, gptq_zero_points
-from llmqat.formats.reader import local_directory, quantization_of
+from llmqat.formats.reader import quantization_of
 from llmqat.formats.weights import read_mapped
-from llmqat.models.foreign import from_pretrained
+from llmqat.models.foreign import from_pretrained, local_directory
 from llmqat.models.gguf_file import EXTENSION, directory_of
 from llmqat.models.loading import empty_model, load_empty
 from llmqat.scheme import BITS

@@ -1,0 +1,182 @@
+"""Checkpoints in MXFP4 and FP8, as gpt-oss, DeepSeek and Qwen come, dequantized as transformers does it."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    Mxfp4Config,
+    Qwen3Config,
+)
+
+from llmqat.config import Recipe
+from llmqat.errors import LlmqatError
+from llmqat.formats.mapped_model import load_mapped
+from llmqat.mapped import Disk
+from llmqat.models import dequantized
+from llmqat.models.loading import load_empty, load_float, resolve_weights, stored_format
+from llmqat.report import plan
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+BLOCK = 32
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def saved(config, directory, quantization, change):
+    """A random model, its tensors changed by ``change(name, tensor)`` into those of a quantized checkpoint."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    quantized = {key: value for name, tensor in tensors.items() for key, value in change(name, tensor).items()}
+    save_file(quantized, directory / "model.safetensors", {"format": "pt"})
+    told = json.loads((directory / "config.json").read_text()) | {"quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(told))
+    return directory
+
+
+def in_mxfp4(name, tensor):
+    if tensor.ndim < 3:
+        return {name: tensor}
+    experts, inputs, outputs = tensor.shape
+    blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(118, 125, blocks.shape[:-1], dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def in_fp8(name, tensor):
+    if not re.search(r"_(a_|b_|with_mqa)?(proj|mqa)\.weight$", name):
+        return {name: tensor}
+    scale = torch.rand([-(-size // BLOCK) for size in tensor.shape]) / 64
+    return {name: torch.randn(tensor.shape).mul(9).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+@pytest.fixture
+def gpt_oss(tmp_path):
+    config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"])
+    return saved(config, tmp_path / "gpt-oss", {"quant_method": "mxfp4"}, in_mxfp4)
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    return saved(Qwen3Config(**SIZES), tmp_path / "qwen3", FP8, in_fp8)
+
+
+def equals(model, other):
+    own, theirs = model.state_dict(), other.state_dict()
+    return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "format_"), [("gpt_oss", Mxfp4Config, "MXFP4"), ("qwen3", FineGrainedFP8Config, "FP8")]
+)
+def test_the_float_model_is_that_of_transformers(request, monkeypatch, kind, config, format_, capsys):
+    directory = request.getfixturevalue(kind)
+    monkeypatch.setattr(dequantized, "SHARD_BYTES", 1 << 12)
+    model = load_float(str(directory))
+    assert equals(model, AutoModelForCausalLM.from_pretrained(directory, quantization_config=config(dequantize=True)))
+    assert f"reading {directory} in {format_}, once: it stays dequantized in" in capsys.readouterr().err
+    assert stored_format(str(directory)) == format_
+    assert equals(load_float(str(directory)), model)
+    assert "reading" not in capsys.readouterr().err, "it is read once"
+    assert len(list((directory.parent / "cache" / "llmqat").glob("*/model-*.safetensors"))) > 2
+
+
+def test_a_plan_reads_no_weights(qwen3, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "is_predictable", lambda _: False)
+    said = str(plan.inspect(Recipe().with_values({"model": str(qwen3), "quant.group_size": 32})))
+    assert "stored in FP8: its dequantized weights, in bfloat16, are the float model" in said.splitlines()
+    assert load_empty(str(qwen3))[1] == torch.bfloat16
+    assert not (tmp_path / "cache").exists()
+
+
+def test_its_weights_can_stay_in_files(qwen3, tmp_path):
+    assert equals(load_mapped(str(qwen3), Disk(tmp_path)), load_float(str(qwen3)))
+
+
+def test_blocks_may_stick_out(tmp_path):
+    """DeepSeek's projection of keys and values has 576 rows, in blocks of 128."""
+    directory = saved(DeepseekV3Config(**SIZES | LATENT), tmp_path / "deepseek", FP8, in_fp8)
+    stored = load_file(directory / "model.safetensors")
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert stored[name].shape == (48, 64)
+    assert stored[f"{name}_scale_inv"].shape == (2, 2)
+    factors = torch.kron(stored[f"{name}_scale_inv"], torch.ones(BLOCK, BLOCK))[:48]
+    found = load_float(str(directory)).get_parameter(name)
+    assert torch.equal(found, (stored[name].float() * factors).bfloat16())
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([125], dtype=torch.uint8)])
+def test_one_scale_for_the_whole(scale):
+    weight = torch.randn(4, 8).to(torch.float8_e4m3fn)
+    assert torch.equal(dequantized.from_fp8(weight, scale, None, "w"), weight.bfloat16() / 4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "block", "message"),
+    [
+        (torch.zeros(4, 8, dtype=torch.int8), [4, 4], r"w is torch.int8 \[4, 8\] with scales \[1, 2\], not FP8"),
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn), [4, 8], r"with one for each 4 x 8; start from the float model"),
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn), None, r"not FP8 with one for all; start"),
+    ],
+)
+def test_scales_that_do_not_fit(weight, block, message):
+    with pytest.raises(LlmqatError, match=message):
+        dequantized.from_fp8(weight, torch.ones(1, 2), block, "w")
+
+
+def test_a_scale_that_is_missing(qwen3):
+    tensors = load_file(qwen3 / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, qwen3 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LlmqatError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight_scale_inv; copy or download"):
+        load_float(str(qwen3))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("awq", r"quantized already \(awq\); make .* by llmqat import, or"), ("bitsandbytes", "already; start from the")],
+)
+def test_others_are_refused_with_what_to_do(qwen3, method, message):
+    config = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    assert not stored_format(str(qwen3))
+    with pytest.raises(LlmqatError, match=message):
+        load_empty(str(qwen3))
+
+
+def test_weights_are_resolved_by_their_name(qwen3):
+    made = resolve_weights(str(qwen3))
+    assert resolve_weights(made) == made != str(qwen3)
