@@ -16,6 +16,7 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 CAPACITY_GROWTH = 256  # tokens a cache buffer grows by, at least
 HEAD_NORMS = ("q_norm", "k_norm")
 NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", *HEAD_NORMS)
+OF_HEAD, OF_ROTATED_HEAD, OF_ALL_HEADS = range(3)  # `HeadNorm` of csrc/core/steps.h
 UNLIMITED = 1 << 62  # a window that sees every token
 
 
@@ -35,7 +36,7 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
         *((name, ctypes.c_float) for name in ("eps", "norm_offset", "attention_scale", "softcap")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
-        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation", "norm_rounds_once", "head_norm", "neighbours")),
     )
 
 
@@ -44,7 +45,11 @@ class _Cache(ctypes.Structure):
 
 
 class _Rotary(ctypes.Structure):
-    _fields_ = (("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("dim", ctypes.c_int64))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        ("dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
 
 
 Rotary = Sequence[tuple[Tensor, Tensor]]
@@ -54,18 +59,20 @@ def contiguous_tables(rotary: Rotary, tokens: int, dtype: torch.dtype) -> Rotary
     """Contiguous cosines and sines of so many tokens.
 
     Raises:
-        LlmqatError: if a table is not ``(tokens, dim)`` in that dtype.
+        LlmqatError: if a table is not ``(tokens, dim)`` in that dtype or in float32.
     """
     tables = [(cosine.contiguous(), sine.contiguous()) for cosine, sine in rotary]
     for cosine, sine in tables:
+        kind = torch.float32 if cosine.dtype == torch.float32 else dtype
         for table in (cosine, sine):
-            native.check_memory("rotary table", table, (tokens, *cosine.shape[-1:]), dtype)
+            native.check_memory("rotary table", table, (tokens, *cosine.shape[-1:]), kind)
     return tables
 
 
 def rotary_structs(tables: Rotary) -> Any:
     """Ctypes structs of contiguous rotary tables ``(m, dim)``; keep them alive while the library uses them."""
-    return (_Rotary * len(tables))(*(_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in tables))
+    structs = (_Rotary(c.data_ptr(), s.data_ptr(), c.shape[-1], native.DTYPES[c.dtype]) for c, s in tables)
+    return (_Rotary * len(tables))(*structs)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,15 @@ class Shape:
     """Sizes and constants of a decoder.
 
     Attributes:
-        norm_offset: norms multiply by this plus their weight; where it is not 0, only the product is rounded.
+        norm_offset: norms multiply by this plus their weight.
         attention_scale: factor of the attention scores.
         softcap: soft cap of the scaled scores; 0 for none.
         activation: `Activation` of csrc/core/steps.h.
         embedding_scale: factor of the embeddings.
         residual_scale: factor of what a branch adds to the residual.
+        norm_rounds_once: whether norms round the product only, or what they multiply by their weight, too.
+        head_norm: `HeadNorm` of csrc/core/steps.h, of the norms of q and k.
+        neighbours: whether the pairs that are rotated are neighbours, or a feature of each half.
     """
 
     hidden: int
@@ -93,6 +103,16 @@ class Shape:
     activation: int
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    norm_rounds_once: bool = False
+    head_norm: int = OF_HEAD
+    neighbours: bool = False
+
+    def norm_features(self, name: str) -> int:
+        """How many features the norm of this name in `NORMS` scales."""
+        if name not in HEAD_NORMS:
+            return self.hidden
+        heads = self.heads if name == "q_norm" else self.kv_heads
+        return self.head_dim * (heads if self.head_norm == OF_ALL_HEADS else 1)
 
 
 @dataclass(frozen=True)
@@ -155,14 +175,13 @@ class NativeDecoder:
             for name, weight in block.norms.items():
                 if name not in NORMS:
                     raise LlmqatError(f"a block has the norms {', '.join(NORMS)}, not {name}")
-                features = shape.head_dim if name in HEAD_NORMS else shape.hidden
-                native.check_memory(name, weight, (features,), norm.dtype)
+                native.check_memory(name, weight, (shape.norm_features(name),), norm.dtype)
                 setattr(target, name, weight.data_ptr())
             target.window, target.rotary = block.window, block.rotary
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
         scales = (shape.embedding_scale, shape.residual_scale)
-        kinds = (native.DTYPES[norm.dtype], shape.activation)
+        kinds = (native.DTYPES[norm.dtype], shape.activation, shape.norm_rounds_once, shape.head_norm, shape.neighbours)
         self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *scales, *kinds)
 
     def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary) -> Tensor:
@@ -172,8 +191,8 @@ class NativeDecoder:
             hidden: embeddings ``(m, hidden)``, of the dtype of the norms.
             cache: room for `past` + `m` tokens, of which the first `past` are filled; the new ones are appended.
             past: tokens in the cache.
-            rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in the dtype of the norms, for
-                the first features of a head.
+            rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in the dtype of the norms or in
+                float32, for the first features of a head.
         """
         library = native.library()
         assert library is not None

@@ -17,7 +17,6 @@ from llmqat.serve.borrowed import Borrowed
 from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
-    HEAD_NORMS,
     SHARED,
     UNROTATED,
     Family,
@@ -48,6 +47,10 @@ def why_blocks_not_covered(stack: Any) -> str:
     dtype, head_dim = stack.norm.weight.dtype, stack.layers[0].self_attn.head_dim
     if stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return f"the model is on {stack.norm.weight.device} in {dtype}"
+    if getattr(config, family.activation) not in ACTIVATIONS:
+        return f"the kernels do not compute the activation {getattr(config, family.activation)}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"heads of {head_dim} features exceed the {MAX_HEAD_DIM} of the kernels"
     linears = [linear for layer in stack.layers for linear in linears_of(layer, family)]
     # Static activations are quantized by the module, which the native decoder passes by.
     if not all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears):
@@ -63,9 +66,7 @@ def why_blocks_not_covered(stack: Any) -> str:
         return "the zero points of a fused layer begin in the middle of a word"
     if getattr(config, "use_bidirectional_attention", None):
         return "attention looks both ways"
-    if getattr(config, family.activation) not in ACTIVATIONS:
-        return f"the kernels do not compute the activation {getattr(config, family.activation)}"
-    return "" if head_dim <= MAX_HEAD_DIM else f"heads of {head_dim} features exceed the {MAX_HEAD_DIM} of the kernels"
+    return ""
 
 
 def fits_shape(linear: PackedLinear, out_features: int) -> bool:
@@ -80,14 +81,13 @@ def fits_shape(linear: PackedLinear, out_features: int) -> bool:
 
 def _norms_fit(stack: Any, family: Family) -> bool:
     """Whether every norm has a weight for each feature that it scales, in the dtype of the last one."""
-    last, head_dim = stack.norm.weight, stack.layers[0].self_attn.head_dim
+    last, shape = stack.norm.weight, _shape(stack)
     if last.shape != (stack.config.hidden_size,):
         return False
     for layer in stack.layers:
         for name, path in family.norms.items():
             weight = layer.get_submodule(path).weight
-            features = head_dim if name in HEAD_NORMS else last.shape[0]
-            if weight.shape != (features,) or weight.dtype != last.dtype or not weight.is_contiguous():
+            if weight.shape != (shape.norm_features(name),) or weight.dtype != last.dtype or not weight.is_contiguous():
                 return False
     return True
 
@@ -128,9 +128,9 @@ def decoder_of(stack: Any) -> NativeDecoder | str:
     return known.why_not if known.decoder is None else known.decoder
 
 
-def _build(stack: Any) -> NativeDecoder:
+def _shape(stack: Any) -> Shape:
     config, family, attention = stack.config, FAMILIES[stack.config.model_type], stack.layers[0].self_attn
-    shape = Shape(
+    return Shape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -138,13 +138,20 @@ def _build(stack: Any) -> NativeDecoder:
         intermediate=config.intermediate_size,
         eps=config.rms_norm_eps,
         norm_offset=family.norm_offset,
+        norm_rounds_once=family.norm_rounds_once,
+        head_norm=family.head_norm,
+        neighbours=family.neighbours,
         attention_scale=attention.scaling,
         softcap=number_of(config, family.attention_cap, 0.0),
         activation=ACTIVATIONS[getattr(config, family.activation)],
         embedding_scale=number_of(config, family.embedding_scale, 1.0),
         residual_scale=number_of(config, family.residual_scale, 1.0),
     )
-    rows, kinds = rows_of(family, config, attention.head_dim), rotary_kinds(stack)
+
+
+def _build(stack: Any) -> NativeDecoder:
+    family, shape, kinds = FAMILIES[stack.config.model_type], _shape(stack), rotary_kinds(stack)
+    rows = rows_of(family, stack.config, shape.head_dim)
     tables = sorted(set(kinds))
     blocks = [_block(layer, family, rows, tables.index(kind)) for layer, kind in zip(stack.layers, kinds, strict=True)]
     return NativeDecoder(blocks, stack.norm.weight.detach(), shape)
@@ -164,14 +171,15 @@ def _rotary_table(stack: Any, embeds: Tensor, position_ids: Tensor, kind: str) -
 
 
 def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
-    """Whether the tables have a row for each token, and rotate pairs of features, no more than a head has."""
+    """Whether the tables have a row for each token, and rotate pairs of features, no more than a head has, in a dtype
+    that the library reads."""
     head_dim, dtype = stack.layers[0].self_attn.head_dim, stack.norm.weight.dtype
     return all(
         table.ndim == 2
         and table.shape[0] == tokens
         and table.shape[1] <= head_dim
         and table.shape[1] % 2 == 0
-        and table.dtype == dtype
+        and table.dtype in (dtype, torch.float32)
         for pair in tables
         for table in pair
     )

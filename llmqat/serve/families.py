@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+from llmqat.kernels.decoder import OF_ALL_HEADS, OF_HEAD, OF_ROTATED_HEAD
 from llmqat.nn.packed_linear import PackedLinear
 
 # Path of a layer in a block -> what its rows are, in order (csrc/core/decoder.h).
@@ -23,9 +24,18 @@ FUSED = {
     "mlp.gate_up_proj": ("gate", "up"),
     "mlp.down_proj": ("down",),
 }
+FUSED_GATE = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": ("down",),
+}
 NORMS = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+NORMS_OF_OUTPUTS = {"attended_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-NORMS_OF_OUTPUTS = {
+SANDWICH_NORMS = {
     "input_norm": "input_layernorm",
     "attended_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -45,14 +55,25 @@ def _always(_: Any) -> bool:
     return True
 
 
+def _exaone4_window(attention: Any) -> int | None:
+    return attention.sliding_window if attention.is_sliding else None
+
+
+def _exaone4_rotates(attention: Any) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
+
+
 @dataclass(frozen=True)
 class Family:
-    """One model family: norm, q k v (with q and k norms or not), rotary halves, causal attention, o, norm, gated MLP.
+    """One model family: q k v, rotary embedding, causal attention, o; gated MLP; and norms wherever there are some.
 
     Attributes:
         linears: path of a layer in a block -> what its rows are.
         norms: norm of csrc/core/decoder.h -> its path in a block.
         norm_offset: 1 where a norm multiplies by 1 + weight.
+        norm_rounds_once: whether norms round only their product with the weight.
+        head_norm: which norms those of q and k are (csrc/core/steps.h).
+        neighbours: whether the rotary embedding turns pairs of neighbours; else a feature of each half.
         window: from an attention module to how many tokens a query sees, itself included; None for all.
         rotates: from an attention module to whether it rotates queries and keys.
         activation: name in the config of the activation of the gate.
@@ -66,6 +87,9 @@ class Family:
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     norm_offset: float = 0.0
+    norm_rounds_once: bool = False
+    head_norm: int = OF_HEAD
+    neighbours: bool = False
     window: Callable[[Any], int | None] = _sees_all
     rotates: Callable[[Any], bool] = _always
     activation: str = "hidden_act"
@@ -78,9 +102,12 @@ class Family:
 
 LLAMA = Family()
 WINDOWED = replace(LLAMA, window=attrgetter("sliding_window"))
+OLMO2 = Family(norms=NORMS_OF_OUTPUTS | HEAD_NORMS, norm_rounds_once=True, head_norm=OF_ALL_HEADS)
+GLM = Family(FUSED_GATE, neighbours=True)
 GEMMA = Family(
-    norms=NORMS_OF_OUTPUTS,
+    norms=SANDWICH_NORMS,
     norm_offset=1.0,
+    norm_rounds_once=True,
     window=attrgetter("sliding_window"),
     activation="hidden_activation",
     after_head="final_logit_softcapping",
@@ -100,10 +127,30 @@ FAMILIES = {
         embedding_scale="embedding_multiplier",
         residual_scale="residual_multiplier",
     ),
+    "olmo2": OLMO2,
+    "olmo3": replace(OLMO2, window=attrgetter("sliding_window"), rotary_by_layer_type=True),
+    "exaone4": Family(norms=NORMS_OF_OUTPUTS | HEAD_NORMS, window=_exaone4_window, rotates=_exaone4_rotates),
+    "glm": GLM,
+    "glm4": replace(
+        GLM,
+        norms=NORMS | {"attended_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"},
+    ),
+    "helium": replace(LLAMA, norm_rounds_once=True, neighbours=True),
+    "ernie4_5": replace(LLAMA, neighbours=True),
+    "hunyuan_v1_dense": replace(
+        LLAMA,
+        norms=NORMS | {"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"},
+        head_norm=OF_ROTATED_HEAD,
+    ),
     "phi3": Family(FUSED, window=attrgetter("config.sliding_window")),
-    "gemma": replace(LLAMA, norm_offset=1.0),
+    "gemma": replace(LLAMA, norm_offset=1.0, norm_rounds_once=True),
     "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
-    "gemma3_text": replace(GEMMA, norms=NORMS_OF_OUTPUTS | HEAD_NORMS, rotary_by_layer_type=True),
+    "vaultgemma": replace(
+        GEMMA,
+        norms={"input_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"},
+        attention_cap="attn_logit_softcapping",
+    ),
+    "gemma3_text": replace(GEMMA, norms=SANDWICH_NORMS | HEAD_NORMS, rotary_by_layer_type=True),
 }
 
 

@@ -126,6 +126,7 @@ DECODERS = [
     ("kv_heads", 8, "kv_heads is 8, the kernels take 1 to 4"),
     ("dtype", 5, "decoder has dtype number 5"),
     ("activation", 2, "there is no activation 2"),
+    ("head_norm", 3, "number of a kind of norms of q and k is 3, the kernels take 0 to 2"),
     ("count", -1, "number of blocks is -1"),
     ("norm", None, "norm has no memory"),
 ]
@@ -144,8 +145,6 @@ def test_a_decoder_that_does_not_fit(field, value, message):
     [
         ("window", 0, "window is 0, the kernels take 1 to"),
         ("rotary", 1, "number of a rotary table is 1, the kernels take 0 to 0"),
-        ("input_norm", None, "input_norm has no memory"),
-        ("mlp_norm", None, "mlp_norm has no memory"),
     ],
 )
 def test_a_block_that_does_not_fit(field, value, message):
@@ -175,6 +174,14 @@ def test_a_cache_with_half_its_scales():
     cache.pointers[0].key_scale = cache.pointers[0].keys
     with pytest.raises(LlmqatError, match="a cache has scales of keys and of values, or none"):
         decode(small_decoder(), cache)
+
+
+def test_a_rotary_table_of_another_dtype():
+    greedy = GreedyDecoder(small_decoder(), torch.randn(VOCABULARY, HIDDEN), layer(VOCABULARY, HIDDEN))
+    greedy.set_cache(small_cache(), [(torch.ones(ROOM, HEAD_DIM), torch.zeros(ROOM, HEAD_DIM))])
+    greedy._used[1][0].dtype = native.DTYPES[torch.float16]
+    with pytest.raises(LlmqatError, match="a rotary table has dtype number 2, the decoder takes 0 or its own, 0"):
+        greedy(3, 0)
 
 
 @pytest.mark.parametrize("dim", [0, 8])

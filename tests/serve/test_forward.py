@@ -35,8 +35,11 @@ def test_logits(family, act_bits, calls):
     assert calls == [75, 9, 9, 9, 9]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "granite"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.bfloat16) for family in FAMILIES]
+    + [(family, torch.float16) for family in ("qwen3", "gemma2", "olmo2", "glm4")],
+)
 def test_sixteen_bit_activations(dtype, family, calls):
     model = packed_model(family, dtype=dtype)
     assert errors(model, lambda ids: model(ids).logits).max() <= 2

@@ -15,8 +15,6 @@ void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_
     check_layer("gate", b.gate, d.intermediate, d.hidden);
     check_layer("up", b.up, d.intermediate, d.hidden);
     check_layer("down", b.down, d.hidden, d.intermediate);
-    check_pointer("input_norm", b.input_norm);
-    check_pointer("mlp_norm", b.mlp_norm);
     check_size("window", b.window, 1, INT64_MAX);
     check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
 }
@@ -73,6 +71,7 @@ void check_decoder(const llmqat_decoder& d, int64_t rotary_tables) {
     if (d.heads % d.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)d.kv_heads, (long long)d.heads);
     check_dtype("decoder", d.dtype);
     if (d.activation != SILU && d.activation != GELU_TANH) fail("there is no activation %d", int(d.activation));
+    check_size("number of a kind of norms of q and k", d.head_norm, OF_HEAD, OF_ALL_HEADS);
     check_pointer("norm", d.norm);
     if (d.count) check_pointer("blocks", d.blocks);
     for (int64_t i = 0; i < d.count; ++i) check_block(d, d.blocks[i], rotary_tables);
@@ -95,6 +94,8 @@ void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t 
     if (count) check_pointer("rotary", rotary);
     for (int64_t i = 0; i < count; ++i) {
         check_size("dim of a rotary table", rotary[i].dim, 0, d.head_dim);
+        if (rotary[i].dtype != LLMQAT_FLOAT32 && rotary[i].dtype != d.dtype)
+            fail("a rotary table has dtype number %d, the decoder takes 0 or its own, %d", int(rotary[i].dtype), int(d.dtype));
         if (rotary[i].dim % 2) fail("dim of a rotary table is %lld, it must be even", (long long)rotary[i].dim);
         if (rotary[i].dim == 0) continue;
         check_pointer("cosine", rotary[i].cosine);

@@ -45,9 +45,18 @@ struct Pass {
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
 
-    void norm(const void* x, const void* weight, void* y) const {
-        const Norm norm = {x, weight, y, d.hidden, d.eps, d.norm_offset, d.dtype};
+    NormKind kind() const { return {d.eps, d.norm_offset, d.norm_rounds_once != 0}; }
+
+    void norm(const void* x, const void* weight, void* y, int64_t count) const {
+        const Norm norm = {x, weight, y, count, kind(), d.dtype};
         parallel_for(m, [&](int64_t t) { steps.norm(norm, t); });
+    }
+
+    // What a branch reads: the residual, after the norm if it has one.
+    const void* read(const void* weight) const {
+        if (!weight) return hidden;
+        norm(hidden, weight, b.normed, d.hidden);
+        return b.normed;
     }
 
     void scale() const {
@@ -55,7 +64,7 @@ struct Pass {
     }
 
     void add(const void* weight) const {
-        if (weight) norm(b.out, weight, b.out);
+        if (weight) norm(b.out, weight, b.out, d.hidden);
         parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype, d.residual_scale); });
     }
 
@@ -63,15 +72,21 @@ struct Pass {
         const int64_t dim = d.head_dim;
         const llmqat_rotary& table = rotary[block.rotary];
         const int64_t group = d.heads / d.kv_heads;
+        const void *q_norm = block.q_norm, *k_norm = block.k_norm;
+        if (d.head_norm == OF_ALL_HEADS) {
+            if (q_norm) norm(b.q, q_norm, b.q, d.heads * dim);
+            if (k_norm) norm(b.k, k_norm, b.k, d.kv_heads * dim);
+            q_norm = k_norm = nullptr;
+        }
         parallel_for(m * d.kv_heads, [&](int64_t i) {
             const int64_t t = i / d.kv_heads, row = i % d.kv_heads * capacity + past + t;
-            Rope r = {b.q, block.q_norm, table.cosine, table.sine, b.q, 0, 0, t, dim, table.dim, d.eps, d.norm_offset,
-                      d.dtype};
+            Rope r = {b.q, q_norm, table.cosine, table.sine, b.q, 0, 0, t, dim, table.dim, kind(), d.dtype, table.dtype,
+                      d.head_norm == OF_ROTATED_HEAD, d.neighbours != 0};
             for (int64_t h = i * group; h < (i + 1) * group; ++h) {
                 r.from_start = r.to_start = h * dim;
                 steps.rope(r);
             }
-            r.from = r.to = b.k, r.norm = block.k_norm, r.from_start = r.to_start = i * dim;
+            r.from = r.to = b.k, r.norm = k_norm, r.from_start = r.to_start = i * dim;
             steps.rope(r);
             steps.cache(b.k, i * dim, dim, d.dtype, keys(cache), row);
             steps.cache(b.v, i * dim, dim, d.dtype, values(cache), row);
@@ -105,17 +120,17 @@ struct Pass {
     }
 
     void block(const llmqat_block& block, const llmqat_cache& cache) const {
-        norm(hidden, block.input_norm, b.normed);
+        const void* x = read(block.input_norm);
         const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
-        linear(reads, 3, b.normed, m, d.dtype);
+        linear(reads, 3, x, m, d.dtype);
         rope(block, cache);
         attend(cache, block.window);
         const Job output = {&block.o, to(b.out, block.o)};
         linear(&output, 1, b.attended, m, d.dtype);
         add(block.attended_norm);
-        norm(hidden, block.mlp_norm, b.normed);
+        x = read(block.mlp_norm);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
-        linear(gated, 2, b.normed, m, d.dtype);
+        linear(gated, 2, x, m, d.dtype);
         gate();
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
@@ -129,7 +144,7 @@ void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity
     Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, hidden};
     if (d.embedding_scale != 1.0f) pass.scale();
     for (int64_t i = 0; i < d.count; ++i) pass.block(d.blocks[i], cache[i]);
-    pass.norm(hidden, d.norm, hidden);
+    pass.norm(hidden, d.norm, hidden, d.hidden);
 }
 
 void embed(const llmqat_greedy& g, int64_t token) {
@@ -145,8 +160,9 @@ const llmqat_rotary* rotary_at(const llmqat_greedy& g, int64_t position) {
     llmqat_rotary* tables = scratch.get<llmqat_rotary>(size_t(g.rotary_tables));
     for (int64_t i = 0; i < g.rotary_tables; ++i) {
         const llmqat_rotary& all = g.rotary[i];
-        const int64_t bytes = position * all.dim * width(g.decoder->dtype);
-        tables[i] = {static_cast<const char*>(all.cosine) + bytes, static_cast<const char*>(all.sine) + bytes, all.dim};
+        const int64_t bytes = position * all.dim * width(all.dtype);
+        tables[i] = {static_cast<const char*>(all.cosine) + bytes, static_cast<const char*>(all.sine) + bytes, all.dim,
+                     all.dtype};
     }
     return tables;
 }

@@ -3,9 +3,9 @@
 
 #include "llmqat.h"
 
-// One transformer block. Norm weights are (hidden,), or (head_dim,) for the norms of q and k; null where the model has none,
-// which input_norm and mlp_norm never are. attended_norm and mlp_out_norm are applied to the output of a branch before it is
-// added to the residual (Gemma 2 and 3).
+// One transformer block. Norm weights are (hidden,), those of q and k (head_dim,), or as wide as q and k where these have
+// norms of all heads together; null where the model has none. attended_norm and mlp_out_norm are applied to the output of a
+// branch before it is added to the residual (Gemma 2 and 3, OLMo 2).
 struct llmqat_block {
     llmqat_matrix q, k, v, o, gate, up, down;
     const void *input_norm, *attended_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
@@ -20,8 +20,9 @@ struct llmqat_decoder {
     float eps, norm_offset, attention_scale, softcap;  // see steps.h
     float embedding_scale, residual_scale;  // factors of the embeddings, and of what a branch adds to the residual; or 1
     int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
+    int32_t norm_rounds_once, head_norm, neighbours;  // see steps.h; whether rotary pairs are neighbours (GLM), or halves
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 96, "llmqat/kernels/decoder.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 112, "llmqat/kernels/decoder.py lays these out by hand");
 
 // The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
 // (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
@@ -30,11 +31,12 @@ struct llmqat_cache {
     float *key_scale, *value_scale;
 };
 
-// Tables (m, dim) of the new positions, in the model's dtype. `dim` is even and at most head_dim; features of a head beyond
-// it are not rotated.
+// Tables (m, dim) of the new positions, in the model's dtype, or in float32: then only the rotated features are rounded, and
+// not the products (OLMo 2). `dim` is even and at most head_dim; features of a head beyond it are not rotated.
 struct llmqat_rotary {
     const void *cosine, *sine;
     int64_t dim;
+    int32_t dtype;
 };
 
 // Greedy decoding of one sequence: what stays the same from token to token.

@@ -11,22 +11,33 @@ constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 64, ATTEND_HEADS = 4;
 
 enum Activation : int32_t { SILU, GELU_TANH };  // of the gate
 
-struct Rope {
-    const void *from, *norm, *cosine, *sine;
-    void* to;
-    int64_t from_start, to_start, token, head_dim, rotary_dim;  // starts in elements; cosine, sine: (tokens, rotary_dim)
-    float eps, norm_offset;
-    int32_t dtype;
+// Norms of q and k: of each head, before (Qwen 3) or after (HunYuan) it is rotated; or of all heads together (OLMo 2).
+enum HeadNorm : int32_t { OF_HEAD, OF_ROTATED_HEAD, OF_ALL_HEADS };
+
+// RMSNorm: x / sqrt(mean(x^2) + eps) * (offset + weight). Only the product is rounded (Gemma, OLMo 2), or what it multiplies
+// is rounded too (Llama).
+struct NormKind {
+    float eps, offset;
+    bool rounds_once;
 };
 
-// RMSNorm over `count` values of token `token`: x / sqrt(mean(x^2) + eps) * (offset + weight). With an offset, only the
-// product is rounded (Gemma); without, what it multiplies is rounded too (Llama).
+// Norm over `count` values of each token.
 struct Norm {
     const void *x, *weight;
     void* y;
     int64_t count;
-    float eps, offset;
+    NormKind kind;
     int32_t dtype;
+};
+
+// Rotary embedding of one head of one token, and its norm if it has one.
+struct Rope {
+    const void *from, *norm, *cosine, *sine;
+    void* to;
+    int64_t from_start, to_start, token, head_dim, rotary_dim;  // starts in elements; cosine, sine: (tokens, rotary_dim)
+    NormKind kind;
+    int32_t dtype, table_dtype;
+    bool norm_rotated, neighbours;
 };
 
 // Keys or values of all tokens, (kv_heads, capacity, head_dim): of the model's dtype, or int8 codes where there are scales
