@@ -63,7 +63,7 @@ class GreedyDecoder:
         self._used: tuple[Any, ...] = ()
 
     def set_cache(self, cache: CacheBuffers, rotary: Rotary) -> None:
-        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in the decoder's dtype or float32.
+        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in its dtype or float32.
 
         Raises:
             LlmqatError: if the tables are others, or the buffers of the cache are not those of the decoder.

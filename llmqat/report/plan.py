@@ -18,6 +18,7 @@ from llmqat.models.coverage import CoverageReport, by_expert
 from llmqat.models.dequantized import in_words
 from llmqat.models.experts import experts_in_words
 from llmqat.models.loading import load_empty, stored_format
+from llmqat.serve.covered import decoding_in_words
 
 ADAM, GRADIENT = 8, 4  # bytes per parameter: two float32 moments, float32 gradient
 
@@ -34,6 +35,7 @@ class Inspection:
         training_bytes: predicted memory for weights, gradients, optimizer and teacher, activations not counted.
         family: what is known of the model's family, or was found by looking at the model.
         stored_format: of its weights, where they are dequantized to begin with; see `llmqat.models.loading`.
+        decoding: what of the packed model runs natively on a CPU.
         tied: whether the output head is the embedding.
         forecast: time and memory of each stage; None where they depend on the data.
     """
@@ -45,6 +47,7 @@ class Inspection:
     training_bytes: int
     family: str
     stored_format: str
+    decoding: str
     tied: bool
     forecast: Forecast | None
 
@@ -64,6 +67,7 @@ class Inspection:
                 f"key-value cache: {'int8, a scale per token and head' if self.recipe.quant.kv_bits else 'float'}",
                 f"packed as compressed-tensors: {readers(self.coverage)}",
                 f"model family {self.family}",
+                f"decoding on a CPU: {self.decoding}",
                 f"predicted file: {self.packed_bytes / 1e6:.2f} MB (float: {self.float_bytes / 1e6:.2f} MB)",
                 *self._prediction(),
             ]
@@ -113,6 +117,7 @@ def inspect(recipe: Recipe) -> Inspection:
         training_bytes(resolved, coverage, parameters, stored),
         family_in_words(model),
         stored_format(recipe.model),
+        decoding_in_words(model, coverage),
         bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         forecast(resolved, model, coverage, stored) if is_predictable(model) else None,
     )

@@ -14,6 +14,7 @@ from llmqat.kernels.decoder import UNLIMITED, Block, NativeDecoder, Shape, split
 from llmqat.kernels.packed import check_packed
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.borrowed import Borrowed
+from llmqat.serve.covered import unknown_tensors, why_config_not_covered
 from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -28,14 +29,12 @@ from llmqat.serve.families import (
     window_of,
 )
 
-MAX_HEAD_DIM = 256
-
 
 def why_not_covered(model: nn.Module, stack: Any) -> str:
     """Why the native decoder never computes the blocks of `model`; empty if it can."""
-    config: Any = model.config
-    if config.model_type not in FAMILIES or not hasattr(stack, "layers"):
-        return f"the family {config.model_type} has no native blocks"
+    why_not = why_config_not_covered(model.config)
+    if why_not or not hasattr(stack, "layers"):
+        return why_not or f"a {type(model).__name__} has no blocks in model.layers"
     if native.library() is None:
         return native.explain()
     return why_blocks_not_covered(stack)
@@ -44,13 +43,9 @@ def why_not_covered(model: nn.Module, stack: Any) -> str:
 def why_blocks_not_covered(stack: Any) -> str:
     """Why the native decoder does not compute these blocks as they are now; empty if it does."""
     config, family = stack.config, FAMILIES[stack.config.model_type]
-    dtype, head_dim = stack.norm.weight.dtype, stack.layers[0].self_attn.head_dim
+    dtype, attention = stack.norm.weight.dtype, stack.layers[0].self_attn
     if stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return f"the model is on {stack.norm.weight.device} in {dtype}"
-    if getattr(config, family.activation) not in ACTIVATIONS:
-        return f"the kernels do not compute the activation {getattr(config, family.activation)}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"heads of {head_dim} features exceed the {MAX_HEAD_DIM} of the kernels"
     linears = [linear for layer in stack.layers for linear in linears_of(layer, family)]
     # Static activations are quantized by the module, which the native decoder passes by.
     if not all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears):
@@ -58,14 +53,17 @@ def why_blocks_not_covered(stack: Any) -> str:
     probe = torch.empty(0, dtype=dtype)
     if not all(native.supports(probe, linear.weight_scale, linear.in_features) for linear in linears):
         return "the kernels know no groups of this size"
-    rows = rows_of(family, config, head_dim)
+    unknown = next((name for layer in stack.layers for name in unknown_tensors(layer, family)), "")
+    if unknown:
+        return f"the native decoder does not know {unknown} of a block"
+    if any(layer.self_attn.scaling != attention.scaling for layer in stack.layers):
+        return "layers scale the scores of their attention by different factors"
+    rows = rows_of(family, config, attention.head_dim)
     parts = [pair for layer in stack.layers for pair in _parts(layer, family, rows)]
     if not all(fits_shape(linear, sum(counts)) for counts, linear in parts) or not _norms_fit(stack, family):
         return "the shapes of a block are not those of the config"
     if not all(splits(linear, counts) for counts, linear in parts):
         return "the zero points of a fused layer begin in the middle of a word"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "attention looks both ways"
     return ""
 
 

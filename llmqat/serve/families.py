@@ -47,11 +47,13 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 SHARED, UNROTATED = "shared", "unrotated"
 
 
-def _sees_all(_: Any) -> int | None:
+def sees_all(_: Any) -> int | None:
+    """Window of attention modules without one."""
     return None
 
 
-def _always(_: Any) -> bool:
+def rotates_always(_: Any) -> bool:
+    """Rotation of families that rotate queries and keys in every layer."""
     return True
 
 
@@ -90,8 +92,8 @@ class Family:
     norm_rounds_once: bool = False
     head_norm: int = OF_HEAD
     neighbours: bool = False
-    window: Callable[[Any], int | None] = _sees_all
-    rotates: Callable[[Any], bool] = _always
+    window: Callable[[Any], int | None] = sees_all
+    rotates: Callable[[Any], bool] = rotates_always
     activation: str = "hidden_act"
     attention_cap: str = ""
     after_head: str = ""

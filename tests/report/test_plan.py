@@ -8,24 +8,29 @@ from llmqat.report.plan import inspect
 
 
 @pytest.mark.parametrize(
-    ("model_type", "line"),
+    ("model_type", "line", "decoding"),
     [
-        ("llama", "model family known: GPTQ and SmoothQuant apply"),
-        ("gpt2", "model family known: GPTQ and SmoothQuant apply"),
+        ("llama", "model family known: GPTQ and SmoothQuant apply", "blocks and sampling natively"),
+        (
+            "gpt2",
+            "model family known: GPTQ and SmoothQuant apply",
+            "packed layers natively, the rest in torch (the family gpt2 has no native blocks)",
+        ),
         (
             "gpt_neox",
             "model family without a row, blocks found by looking: 2 GPTNeoXLayer in gpt_neox.layers, confirmed by a "
             "probe pass: GPTQ applies, and --smooth tries what it may scale",
+            "packed layers natively, the rest in torch (the family gpt_neox has no native blocks)",
         ),
     ],
 )
-def test_what_applies_to_a_family(tiny, tmp_path, model_type, line):
+def test_what_applies_to_a_family(tiny, tmp_path, model_type, line, decoding):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=128)) if model_type == "gpt_neox" else tiny(model_type)
     model.save_pretrained(tmp_path)
     recipe = Recipe().with_values({"model": str(tmp_path), "quant.group_size": 16})
     text = str(inspect(recipe))
-    assert line in text.splitlines()
+    assert {line, f"decoding on a CPU: {decoding}"} <= set(text.splitlines())
     assert "layers that can be are 9" in text
 
 

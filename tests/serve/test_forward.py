@@ -244,7 +244,6 @@ def test_left_to_transformers_for_a_while(calls):
 
 def test_models_that_do_not_fit(monkeypatch):
     assert not accelerate_forward(packed_model("gpt_neox", head_dim=None))
-    assert not accelerate_forward(packed_model("gemma3_text", use_bidirectional_attention=True))
     assert not accelerate_forward(packed_model("llama", hidden_act="gelu"))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 8)))
     assert not accelerate_forward(packed_model("llama", QuantScheme(4, 32, act_bits=8, act_static=True)))
