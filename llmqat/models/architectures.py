@@ -126,10 +126,12 @@ def check_init(model: PreTrainedModel, init: str) -> str:
     """
     if init == "rtn":
         return ""
-    problem = whole_runs(model) if init == "gptq" else ""
-    if problem:
-        return f"{problem}: GPTQ runs the whole model for each of them"
-    return "" if check_blocks(model) else f"blocks {blocks_in_words(model)}"
+    try:
+        return "" if check_blocks(model) else f"blocks {blocks_in_words(model)}"
+    except NotInARow as error:
+        if init != "gptq":
+            raise
+        return f"{error.problem}: GPTQ runs the whole model for each of them"
 
 
 def blocks_in_words(model: PreTrainedModel) -> str:

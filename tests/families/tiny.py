@@ -84,6 +84,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": ROTARY,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"L_cycles": 1},
     "hunyuan_v1_dense": HEAD,
     "hunyuan_v1_moe": HEAD,
     "inkling2_loop_text": {
