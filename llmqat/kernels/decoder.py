@@ -24,8 +24,7 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, native.Matrix) for name in LINEARS),
         *((name, ctypes.c_void_p) for name in NORMS),
-        ("window", ctypes.c_int64),
-        ("rotary", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("window", "rotary", "query_rotary")),
     )
 
 
@@ -123,13 +122,15 @@ class Block:
         linears: seven packed layers, in the order of `LINEARS`.
         norms: weights by their name in `NORMS`.
         window: how many tokens a query sees, itself included.
-        rotary: index of the rotary tables for its queries and keys.
+        rotary: index of the rotary tables for its keys.
+        query_rotary: index of those for its queries.
     """
 
     linears: Sequence[Packed]
     norms: Mapping[str, Tensor]
     window: int = UNLIMITED
     rotary: int = 0
+    query_rotary: int = 0
 
 
 def split_rows(packed: Packed, rows: Sequence[int]) -> Iterator[Packed]:
@@ -177,7 +178,7 @@ class NativeDecoder:
                     raise LlmqatError(f"a block has the norms {', '.join(NORMS)}, not {name}")
                 native.check_memory(name, weight, (shape.norm_features(name),), norm.dtype)
                 setattr(target, name, weight.data_ptr())
-            target.window, target.rotary = block.window, block.rotary
+            target.window, target.rotary, target.query_rotary = block.window, block.rotary, block.query_rotary
         sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
         scales = (shape.embedding_scale, shape.residual_scale)

@@ -18,11 +18,13 @@ from llmqat.serve.covered import unknown_tensors, why_config_not_covered
 from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
+    QUERIES,
     SHARED,
     UNROTATED,
     Family,
     linears_of,
     number_of,
+    query_kind,
     rotary_kinds,
     rows_of,
     splits,
@@ -94,10 +96,10 @@ def _parts(layer: Any, family: Family, rows: list[list[int]]) -> Iterator[tuple[
     return zip(rows, linears_of(layer, family), strict=True)
 
 
-def _block(layer: Any, family: Family, rows: list[list[int]], rotary: int) -> Block:
+def _block(layer: Any, family: Family, rows: list[list[int]], tables: tuple[int, int]) -> Block:
     linears = [part for parts, linear in _parts(layer, family, rows) for part in split_rows(linear.packed, parts)]
     norms = {name: layer.get_submodule(path).weight.detach() for name, path in family.norms.items()}
-    return Block(linears, norms, window_of(layer, family) or UNLIMITED, rotary)
+    return Block(linears, norms, window_of(layer, family) or UNLIMITED, *tables)
 
 
 @dataclass(frozen=True)
@@ -150,20 +152,33 @@ def _shape(stack: Any) -> Shape:
 def _build(stack: Any) -> NativeDecoder:
     family, shape, kinds = FAMILIES[stack.config.model_type], _shape(stack), rotary_kinds(stack)
     rows = rows_of(family, stack.config, shape.head_dim)
-    tables = sorted(set(kinds))
-    blocks = [_block(layer, family, rows, tables.index(kind)) for layer, kind in zip(stack.layers, kinds, strict=True)]
+    places = {kind: index for index, kind in enumerate(_table_kinds(stack))}
+    tables = [(places[kind], places[query_kind(kind, family)]) for kind in kinds]
+    blocks = [_block(layer, family, rows, pair) for layer, pair in zip(stack.layers, tables, strict=True)]
     return NativeDecoder(blocks, stack.norm.weight.detach(), shape)
 
 
 def rotary_tables(stack: Any, embeds: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Cosines and sines ``(m, dim)`` of these positions ``(1, m)``, for every kind of layer: see `rotary_kinds`."""
-    return [_rotary_table(stack, embeds, position_ids, kind) for kind in sorted(set(rotary_kinds(stack)))]
+    return [_rotary_table(stack, embeds, position_ids, kind) for kind in _table_kinds(stack)]
+
+
+def _table_kinds(stack: Any) -> list[str]:
+    """The kinds of rotary tables of a stack, in the order in which blocks count them."""
+    kinds, family = set(rotary_kinds(stack)), FAMILIES[stack.config.model_type]
+    return sorted(kinds | {query_kind(kind, family) for kind in kinds})
 
 
 def _rotary_table(stack: Any, embeds: Tensor, position_ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == UNROTATED:
         empty = embeds.new_empty(position_ids.shape[1], 0)
         return empty, empty
+    if kind == QUERIES:
+        cosine, sine = _rotary_table(stack, embeds, position_ids, SHARED)
+        scale = FAMILIES[stack.config.model_type].query_scale
+        assert scale is not None
+        factor = scale(stack.config, position_ids[0, :, None]).to(embeds.dtype).float()
+        return cosine * factor, sine * factor
     cosine, sine = stack.rotary_emb(embeds, position_ids, *([] if kind == SHARED else [kind]))
     return cosine[0], sine[0]
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llmqat.kernels.decoder import OF_ALL_HEADS, OF_HEAD, OF_ROTATED_HEAD
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -43,8 +46,9 @@ SANDWICH_NORMS = {
 }
 # Activation of the gate, as configs name it -> `Activation` of csrc/core/steps.h.
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
-# Rotary tables that all layers share, and the empty ones of layers that turn nothing.
-SHARED, UNROTATED = "shared", "unrotated"
+# Rotary tables that all layers share, those of queries that are scaled by position, and the empty ones of layers that
+# turn nothing.
+SHARED, QUERIES, UNROTATED = "shared", "queries", "unrotated"
 
 
 def sees_all(_: Any) -> int | None:
@@ -65,6 +69,13 @@ def _exaone4_rotates(attention: Any) -> bool:
     return attention.sliding_window is None or attention.is_sliding
 
 
+def llama4_scale(config: Any, positions: Tensor) -> Tensor:
+    """Factors of the queries at these positions, for attention over long texts (Llama 4, Ministral 3)."""
+    rope = config.rope_parameters
+    steps = torch.floor(positions / rope["original_max_position_embeddings"])
+    return 1 + rope["llama_4_scaling_beta"] * torch.log(1 + steps)
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family: q k v, rotary embedding, causal attention, o; gated MLP; and norms wherever there are some.
@@ -78,6 +89,7 @@ class Family:
         neighbours: whether the rotary embedding turns pairs of neighbours; else a feature of each half.
         window: from an attention module to how many tokens a query sees, itself included; None for all.
         rotates: from an attention module to whether it rotates queries and keys.
+        query_scale: from the config and positions to factors of the queries, of a family that has no other tables.
         activation: name in the config of the activation of the gate.
         attention_cap: name in the config of the soft cap of attention's scores; empty for none.
         after_head: entry of `AFTER_HEAD` (llmqat/models/output_head.py), a name in the config; empty for none.
@@ -94,6 +106,7 @@ class Family:
     neighbours: bool = False
     window: Callable[[Any], int | None] = sees_all
     rotates: Callable[[Any], bool] = rotates_always
+    query_scale: Callable[[Any, Tensor], Tensor] | None = None
     activation: str = "hidden_act"
     attention_cap: str = ""
     after_head: str = ""
@@ -119,6 +132,7 @@ FAMILIES = {
     "seed_oss": LLAMA,
     "mistral": replace(LLAMA, window=attrgetter("config.sliding_window")),
     "ministral": WINDOWED,
+    "ministral3": replace(LLAMA, window=attrgetter("config.sliding_window"), query_scale=llama4_scale),
     "cwm": WINDOWED,
     "qwen2": WINDOWED,
     "qwen3": replace(WINDOWED, norms=NORMS | HEAD_NORMS),
@@ -168,6 +182,11 @@ def rotary_kinds(stack: Any) -> list[str]:
     kinds = stack.config.layer_types if family.rotary_by_layer_type else [SHARED] * len(layers)
     pairs = zip(layers, kinds, strict=True)
     return [kind if family.rotates(layer.self_attn) else UNROTATED for layer, kind in pairs]
+
+
+def query_kind(kind: str, family: Family) -> str:
+    """Which rotary tables the queries of a layer use whose keys use these."""
+    return QUERIES if family.query_scale is not None else kind
 
 
 def linears_of(layer: Any, family: Family) -> list[Any]:

@@ -145,6 +145,7 @@ def test_a_decoder_that_does_not_fit(field, value, message):
     [
         ("window", 0, "window is 0, the kernels take 1 to"),
         ("rotary", 1, "number of a rotary table is 1, the kernels take 0 to 0"),
+        ("query_rotary", 1, "number of a rotary table is 1, the kernels take 0 to 0"),
     ],
 )
 def test_a_block_that_does_not_fit(field, value, message):

@@ -30,6 +30,15 @@ CONFIGS = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "granite": GRANITE,
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
     "olmo3": WINDOWED,
     "exaone4": WINDOWED,
     "hunyuan_v1_dense": {"eod_token_id": 0},

@@ -17,6 +17,7 @@ void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_
     check_layer("down", b.down, d.hidden, d.intermediate);
     check_size("window", b.window, 1, INT64_MAX);
     check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
+    check_size("number of a rotary table", b.query_rotary, 0, rotary_tables - 1);
 }
 
 }  // namespace

@@ -70,7 +70,6 @@ struct Pass {
 
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t dim = d.head_dim;
-        const llmqat_rotary& table = rotary[block.rotary];
         const int64_t group = d.heads / d.kv_heads;
         const void *q_norm = block.q_norm, *k_norm = block.k_norm;
         if (d.head_norm == OF_ALL_HEADS) {
@@ -78,16 +77,14 @@ struct Pass {
             if (k_norm) norm(b.k, k_norm, b.k, d.kv_heads * dim);
             q_norm = k_norm = nullptr;
         }
+        auto turn = [&](char* x, const void* head_norm, const llmqat_rotary& table, int64_t t, int64_t start) {
+            steps.rope({x, head_norm, table.cosine, table.sine, x, start, start, t, dim, table.dim, kind(), d.dtype,
+                        table.dtype, d.head_norm == OF_ROTATED_HEAD, d.neighbours != 0});
+        };
         parallel_for(m * d.kv_heads, [&](int64_t i) {
             const int64_t t = i / d.kv_heads, row = i % d.kv_heads * capacity + past + t;
-            Rope r = {b.q, q_norm, table.cosine, table.sine, b.q, 0, 0, t, dim, table.dim, kind(), d.dtype, table.dtype,
-                      d.head_norm == OF_ROTATED_HEAD, d.neighbours != 0};
-            for (int64_t h = i * group; h < (i + 1) * group; ++h) {
-                r.from_start = r.to_start = h * dim;
-                steps.rope(r);
-            }
-            r.from = r.to = b.k, r.norm = k_norm, r.from_start = r.to_start = i * dim;
-            steps.rope(r);
+            for (int64_t h = i * group; h < (i + 1) * group; ++h) turn(b.q, q_norm, rotary[block.query_rotary], t, h * dim);
+            turn(b.k, k_norm, rotary[block.rotary], t, i * dim);
             steps.cache(b.k, i * dim, dim, d.dtype, keys(cache), row);
             steps.cache(b.v, i * dim, dim, d.dtype, values(cache), row);
         });

@@ -10,7 +10,7 @@ struct llmqat_block {
     llmqat_matrix q, k, v, o, gate, up, down;
     const void *input_norm, *attended_norm, *mlp_norm, *mlp_out_norm, *q_norm, *k_norm;
     int64_t window;  // tokens that a query sees, itself included
-    int64_t rotary;  // which of the rotary tables
+    int64_t rotary, query_rotary;  // which of the rotary tables turn keys, and which queries
 };
 
 struct llmqat_decoder {
@@ -22,7 +22,7 @@ struct llmqat_decoder {
     int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
     int32_t norm_rounds_once, head_norm, neighbours;  // see steps.h; whether rotary pairs are neighbours (GLM), or halves
 };
-static_assert(sizeof(llmqat_block) == 7 * 80 + 64 && sizeof(llmqat_decoder) == 112, "llmqat/kernels/decoder.py lays these out by hand");
+static_assert(sizeof(llmqat_block) == 7 * 80 + 72 && sizeof(llmqat_decoder) == 112, "llmqat/kernels/decoder.py lays these out by hand");
 
 // The cache of one block: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
 // (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
