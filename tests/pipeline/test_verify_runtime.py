@@ -13,8 +13,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare
-from llmqat.pipeline import run_engine, verify_runtime
-from llmqat.pipeline.engines import worker
+from llmqat.pipeline import other_python, run_engine, verify_runtime, worker
 from llmqat.pipeline.engines.torch_model import TorchModel
 from llmqat.pipeline.export import export
 from llmqat.pipeline.passages import COUNT, Passages
@@ -42,11 +41,11 @@ def dense(packed, tmp_path_factory):
 def in_this_process(monkeypatch):
     """Engines that need no environment of their own, without the seconds in which torch is imported again."""
 
-    def start(python, scratch, failed):
-        monkeypatch.setattr(sys, "argv", ["worker.py", scratch])
+    def start(python, folder, failed):
+        monkeypatch.setattr(sys, "argv", ["worker.py", str(folder)])
         worker.main()
 
-    monkeypatch.setattr(run_engine, "_start", start)
+    monkeypatch.setattr(other_python, "_start", start)
 
 
 @pytest.mark.usefixtures("in_this_process")

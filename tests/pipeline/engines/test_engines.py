@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmqat.pipeline.engines import llama_cpp, mlx, torch_model, transformers, vllm, worker
+from llmqat.pipeline import worker
+from llmqat.pipeline.engines import llama_cpp, mlx, torch_model, transformers, vllm
 from llmqat.pipeline.engines.table import ENGINES
 
-FOLDER = Path(worker.__file__).parent
+FOLDER = Path(vllm.__file__).parent
 LOGITS = np.random.default_rng(0).normal(size=(5, 7))
 RIGHT = torch.from_numpy(LOGITS).log_softmax(-1)[:4].numpy()
 JOB = {"format": "packed", "gguf": "model.gguf", "dtype": "float32", "context": 9}
@@ -25,7 +26,7 @@ def stand_in(monkeypatch, name, **names):
 
 
 def test_every_engine_has_a_file_that_needs_nothing_of_llmqat():
-    own = {"__init__", "table", "worker", "torch_model"}
+    own = {"__init__", "table", "run_passages", "torch_model"}
     assert {path.stem for path in FOLDER.glob("*.py")} - own == {name.replace(".", "_") for name in ENGINES}
     for path in FOLDER.glob("*.py"):
         names = {
@@ -35,15 +36,6 @@ def test_every_engine_has_a_file_that_needs_nothing_of_llmqat():
             for alias in node.names
         }
         assert path.stem in ("table", "llmqat") or not any(str(name).startswith("llmqat") for name in names), path
-
-
-def test_packages_that_are_missing_are_named():
-    assert worker.run({"modules": ["numpy", "no_engine_of_this_name"]}) == ({"missing": ["no_engine_of_this_name"]}, [])
-
-
-def test_versions():
-    assert worker.installed("numpy") == ("numpy", np.__version__)
-    assert worker.installed("llmqat")[0] == "llmqat"
 
 
 class Llama:
@@ -133,7 +125,7 @@ def test_gptqmodel(monkeypatch):
         return SimpleNamespace(model="model", tokenizer="tokenizer")
 
     stand_in(monkeypatch, "gptqmodel", GPTQModel=SimpleNamespace(load=load))
-    found = worker.engine_file("gptqmodel").load("out", JOB)
+    found = worker.module_at(FOLDER / "gptqmodel.py").load("out", JOB)
     assert (found.model, found.tokenizer) == ("model", "tokenizer")
 
 
