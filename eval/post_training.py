@@ -9,9 +9,6 @@ model. --blocks N quantizes the first N blocks and leaves the rest float, in a f
 """
 
 import argparse
-import json
-import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,10 +17,10 @@ from typing import Any
 import torch
 from _peers.environments import from_requirements
 from _results import begun, write
-from safetensors.torch import load_file, save_file
 
 import llmqat
 from llmqat import QuantScheme
+from llmqat.pipeline.measure_baselines import Baselines
 
 HERE = Path(__file__).parent
 TOKENIZED = 8_000_000  # of the training text, as in `llmqat quantize`
@@ -41,7 +38,6 @@ class Comparison:
         tokenizer = llmqat.load_tokenizer(args.model)
         tokenizer.save_pretrained(self.directory)
         self.calibration = self.calibration_rows(tokenizer)
-        save_file({"input_ids": self.calibration}, scratch / "calibration.safetensors")
         self.texts = {
             name: llmqat.scored_windows(name, tokenizer, args.window, args.eval_tokens)
             for name in (args.dataset, *args.also)
@@ -66,8 +62,7 @@ class Comparison:
         """Quantize by a method and score."""
         model, started = self.float_model(), time.perf_counter()
         if method == PEER:
-            found = self.run_peer()
-            model.load_state_dict(load_file(self.scratch / "weights.safetensors"), strict=False)
+            model, found = self.run_peer(model)
         else:
             cpu = time.process_time()
             batches = None if method == "rtn" else list(self.calibration.split(self.args.batch))
@@ -88,18 +83,17 @@ class Comparison:
         result = llmqat.evaluate(model, windows, self.reference)
         return {"perplexity": result.perplexity, "kl": result.kl_to_float, "top1": result.top1_agreement}
 
-    def run_peer(self) -> dict[str, Any]:
-        """AutoRound in its own environment, which leaves the weights of the grid in the scratch folder."""
+    def run_peer(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """AutoRound in its own environment: the model that it makes of the float one, and what it took."""
         python = from_requirements(self.args.peer_env, HERE / "autoround_env.txt")
-        keys = ("bits", "group_size", "asym", "steps", "batch", "blocks", "seed")
-        job = {key: getattr(self.args, key) for key in keys}
-        job |= {"model": str(self.directory), "scratch": str(self.scratch), "threads": torch.get_num_threads()}
-        outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        command = [python, HERE / "_autoround_worker.py", json.dumps(job)]
-        done = subprocess.run(command, env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise SystemExit(f"AutoRound failed on {job}:\n{done.stdout[-4000:]}")
-        return dict(json.loads((self.scratch / "worker.json").read_text()))
+        blocks = model.get_decoder().layers[: self.args.blocks]
+        names = {module: name for name, module in model.named_modules()}
+        linear = [module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        layers = {names[module]: self.scheme for module in linear}
+        rows, cpu = list(self.calibration.split(self.args.batch)), torch.device("cpu")
+        tools = Baselines(str(self.directory), layers, rows, self.scratch, cpu, self.args.seed)
+        tools.quantize(PEER, str(python), steps=self.args.steps, batch=self.args.batch)
+        return tools.quantized_model(PEER), tools.told()[PEER]
 
 
 def show(method: str, row: dict[str, Any], texts: list[str]) -> None:

@@ -18,6 +18,7 @@ from llmqat.config.recipe import (
     resolve,
 )
 from llmqat.config.sections import (
+    BASELINES,
     BOS_RULES,
     INITS,
     LOSSES,
@@ -34,6 +35,7 @@ from llmqat.config.sections import (
 )
 
 __all__ = [
+    "BASELINES",
     "BOS_RULES",
     "DEFAULT_LR",
     "DEFAULT_LR_SCALE",

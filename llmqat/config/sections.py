@@ -4,6 +4,7 @@ One source for the YAML keys, the command-line flags and their help: the `option
 are the defaults: `EvalConfig.window`.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PRECISIONS = ("bf16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 ROWS = ("auto", "text", "chat")
+BASELINES = ("auto-round", "llm-compressor")
 BOS_RULES = ("stream", "window", "tokenizer", "none")
 
 
@@ -95,6 +97,12 @@ class InitConfig:
         "--init",
         choices=INITS,
     )
+    codes_from: str | None = option(
+        None,
+        "start from the codes and scales of this packed directory, on its grid, in place of --init; --model is the "
+        "float model that it was made of; llmqat import makes one of GPTQ, AWQ and GGUF files",
+        "--codes-from",
+    )
     block_steps: int = option(200, "blockwise: training steps for each block", "--block-steps", least=1)
     smooth: float | str | None = option(
         None,
@@ -110,7 +118,12 @@ class InitConfig:
     @property
     def by_blocks(self) -> bool:
         """Whether codes are found block by block on calibration data."""
-        return self.method != "rtn"
+        return self.method != "rtn" and self.codes_from is None
+
+    @property
+    def variant(self) -> str:
+        """The start of training, as the scoreboard names it."""
+        return self.method if self.codes_from is None else "given"
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,12 @@ class EvalConfig:
     )
     prompt: int = option(256, "tokens of the prompt in the throughput measurement", "--prompt-tokens", least=1)
     new_tokens: int = option(64, "tokens generated in it", "--new-tokens", least=1)
+    baselines: str | None = option(
+        None,
+        "also let other tools quantize the float model, on the same grid and calibration tokens, and score that: "
+        f"{', '.join(BASELINES)}, separated by commas; NAME=PYTHON for one that is installed in another environment",
+        "--baselines",
+    )
     control: bool = option(
         False,
         "also train the float model on the same tokens, to tell learning the text from learning the grid",
@@ -237,8 +256,19 @@ class EvalConfig:
         """The datasets that are scored beside the one of the run."""
         return () if self.also is None else tuple(name.strip() for name in self.also.split(","))
 
+    @property
+    def other_tools(self) -> dict[str, str]:
+        """The tools that the run is compared with -> the Python that has them."""
+        pairs = [] if self.baselines is None else [tool.strip().partition("=") for tool in self.baselines.split(",")]
+        return {name: python or sys.executable for name, _, python in pairs}
+
     def __post_init__(self) -> None:
-        """Refuse names that are empty or given twice."""
+        """Refuse names that are empty, unknown or given twice."""
+        tools = self.other_tools
+        twice = self.baselines is not None and self.baselines.count(",") + 1 > len(tools)
+        if twice or not set(tools) <= set(BASELINES):
+            known = ", ".join(BASELINES)
+            raise LlmqatError(f"--baselines takes {known}, each once, separated by commas; got {self.baselines!r}")
         names = self.other_texts
         if not all(names) or len(set(names)) < len(names):
             raise LlmqatError(f"--also takes datasets, each once, separated by commas; got {self.also!r}")

@@ -27,6 +27,7 @@ PROCESS_BYTES = 500_000_000
 # 2.13: evaluation 0.35 to 0.49 for the bundled Llama, 0.59 to 0.62 for SmolLM2-135M; training 0.27 to 0.38.
 EFFICIENCY = {torch.float32: 0.5, torch.bfloat16: 0.33}
 MASTER = 4  # bytes of a float32 weight
+AUTO_ROUND_STEPS, AUTO_ROUND_SEQUENCES = 200, 8  # its defaults
 SCORING_CHUNKS = 2  # as large as a chunk of logits, alive at once while tokens are scored
 
 
@@ -90,11 +91,11 @@ def forecast(
         stages.append(sensitivity(recipe, model, coverage, batch, stored))
     stages += [score("float model"), score("round to nearest")]
     if recipe.init.by_blocks:
-        stages += [
-            gptq(recipe, model, coverage, batch),
-            *reconstruction(recipe, model, coverage, batch),
-            score("first codes"),
-        ]
+        stages += [gptq(recipe, model, coverage, batch), *reconstruction(recipe, model, coverage, batch)]
+    if recipe.init.variant != "rtn":
+        stages.append(score("first codes"))
+    for name in recipe.eval.other_tools:
+        stages += [other_tool(name, recipe, model, coverage, batch), score(name)]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
     always = PROCESS_BYTES + kept_of_float(recipe, model, coverage) - left_in_files(recipe, model, coverage, stored)
@@ -133,7 +134,7 @@ def left_in_files(recipe: Resolved, model: PreTrainedModel, coverage: CoverageRe
     if not recipe.low_memory or blocks is None:
         return 0
     weights = sum(layer.parameters for layer in coverage.quantized if not layer.role)
-    of_weight = stored.itemsize + recipe.init.by_blocks
+    of_weight = stored.itemsize + (recipe.init.variant != "rtn")
     return of_weight * weights * (blocks - 1) / blocks
 
 
@@ -174,7 +175,7 @@ def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, bat
 def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> list[Stage]:
     """Training of the blocks one after the other, if that is asked for, with the float chain beside it."""
     layers, blocks = [layer for layer in coverage.quantized if not layer.role], block_count(model)
-    if recipe.init.method != "blockwise" or blocks is None:
+    if recipe.init.variant != "blockwise" or blocks is None:
         return []
     settings, length = Blockwise(recipe.init.block_steps), recipe.data.length
     weights = sum(layer.parameters for layer in layers)
@@ -186,6 +187,22 @@ def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageR
     # Of a block: latents, their gradients, both moments of the optimizer, and the best state.
     peak = batch.held + chains + activations + 5 * MASTER * weights // blocks
     return [Stage("block-wise reconstruction", 2 * weights * passes, settings.dtype, peak)]
+
+
+def other_tool(name: str, recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
+    """Another tool beside this process, with a float model of its own: GPTQ, or AutoRound's steps of each block,
+    forward and backward."""
+    tokens, own = recipe.init.samples * recipe.data.length, MASTER * total_parameters(model)
+    if name == "llm-compressor":
+        stage = gptq(recipe, model, coverage, batch)
+        return stage._replace(name=name, bytes=stage.bytes + own)
+    weights = sum(layer.parameters for layer in coverage.quantized)
+    in_step = AUTO_ROUND_SEQUENCES * recipe.data.length
+    chains = 2 * MASTER * tokens * model.config.get_text_config().hidden_size
+    # Every step works in all weights of a block, and makes activations of all its layers.
+    activations = MASTER * in_step * sum(sum(layer.shape) for layer in coverage.quantized) // (block_count(model) or 1)
+    flops = 2 * weights * (3 * AUTO_ROUND_STEPS * in_step + 2 * tokens)
+    return Stage(name, flops, torch.bfloat16, batch.held + own + chains + activations)
 
 
 def training(recipe: Resolved, step: Cost, batch: Cost) -> Stage:

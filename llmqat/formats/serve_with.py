@@ -10,6 +10,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.export.check import check_grids
 from llmqat.formats.export.gguf_families import family_of
 from llmqat.formats.export.holds import HOLDS, RUN_PACKED, Holds
+from llmqat.formats.given_grid import with_given_grid
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.planning import checked_plan, resolve_for
 from llmqat.nn.linear_like import is_transposed
@@ -29,13 +30,15 @@ def served_with(recipe: Recipe) -> dict[str, Holds]:
 
 
 def resolve_to_serve(model: PreTrainedModel, recipe: Recipe) -> Resolved:
-    """The recipe with everything chosen that it leaves open; scales of a dtype that all it is served with hold.
+    """The recipe with everything chosen that it leaves open; on the grid of the codes that it starts from, if any are
+    given, and with scales of a dtype that all it is served with hold.
 
     The group sizes that `resolve_for` chooses from are held by all of them.
 
     Raises:
-        LlmqatError: see `served_with` and `resolve_for`.
+        LlmqatError: see `with_given_grid`, `served_with` and `resolve_for`.
     """
+    recipe = with_given_grid(recipe, model)
     dtypes = {holds.scale_dtype for holds in served_with(recipe).values() if holds.scale_dtype}
     if dtypes and recipe.quant.scale_dtype is None:
         recipe = recipe.with_values({"quant.scale_dtype": dtypes.pop()})

@@ -124,7 +124,7 @@ def check_init(model: PreTrainedModel, init: str) -> str:
     Raises:
         LlmqatError: see `check_blocks`; GPTQ needs no row of blocks.
     """
-    if init == "rtn":
+    if init not in ("gptq", "blockwise"):
         return ""
     try:
         return "" if check_blocks(model) else f"blocks {blocks_in_words(model)}"

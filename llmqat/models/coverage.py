@@ -63,6 +63,11 @@ class CoverageReport:
         return [layer for layer in self.layers if layer.scheme is not None]
 
     @property
+    def schemes(self) -> dict[str, QuantScheme]:
+        """Scheme of each layer on the grid, by name."""
+        return {layer.name: layer.scheme for layer in self.layers if layer.scheme is not None}
+
+    @property
     def skipped(self) -> list[LayerCoverage]:
         """Layers that stay float."""
         return [layer for layer in self.layers if layer.scheme is None]

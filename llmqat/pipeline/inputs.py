@@ -16,6 +16,8 @@ from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
 from llmqat.data.tokens import encode, sequences, split_stream
 from llmqat.errors import LlmqatError
+from llmqat.formats.reader import local_directory
+from llmqat.formats.weights import read_tensors
 from llmqat.metrics.perplexity import Windows, windows
 from llmqat.metrics.published import scored_windows
 from llmqat.models.coverage import CoverageReport
@@ -61,9 +63,11 @@ class Inputs:
 
 
 def calibrates(recipe: Resolved, coverage: CoverageReport) -> bool:
-    """Whether a run needs calibration data: for GPTQ and what follows it, SmoothQuant, or static activation ranges."""
+    """Whether a run needs calibration data: for GPTQ and what follows it, SmoothQuant, static activation ranges, or
+    other tools."""
     static = any(layer.scheme is not None and layer.scheme.inputs == "static" for layer in coverage.quantized)
-    return recipe.init.by_blocks or recipe.init.smooth is not None or static
+    by_others = bool(recipe.eval.other_tools)
+    return recipe.init.by_blocks or recipe.init.smooth is not None or static or by_others
 
 
 def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: CoverageReport, train: bool) -> Inputs:
@@ -145,6 +149,11 @@ def calibration(recipe: Resolved, tokenizer: Any, documents: Sequence[Document] 
 def hash_of_weights(model: nn.Module) -> str:
     """SHA-256 of all tensors of a model: names, dtypes, shapes and values."""
     return hash_of_tensors({name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)})
+
+
+def hash_of_files(directory: str) -> str:
+    """SHA-256 of all tensors in the files of a model directory."""
+    return hash_of_tensors(dict(read_tensors(local_directory(directory))))
 
 
 def hash_of_tokenizer(tokenizer: Any) -> str:

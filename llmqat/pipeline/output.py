@@ -1,25 +1,31 @@
 """The output directory of a run: whose it is, what may be replaced in it, and what of an earlier run goes."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
-from llmqat.config import Recipe
+from llmqat.config import BASELINES, Recipe, to_yaml
 from llmqat.errors import LlmqatError
 from llmqat.files import PARTIAL, discard_partial, locked, make_directory, replacing
 from llmqat.models.loading import resolve_name
 from llmqat.pipeline.saved import read_record
 from llmqat.processes import is_first
+from llmqat.report import details
 from llmqat.report.details import NAME as DETAILS
-from llmqat.report.page.render import PAGE, REPORT
+from llmqat.report.measured import Measured, write_json
+from llmqat.report.names import public_recipe
+from llmqat.report.page.render import PAGE, REPORT, write_page
+from llmqat.report.text import model_card
 from llmqat.train import checkpoint
 from llmqat.train.adapter_files import BESIDE
 from llmqat.train.checkpoint import REMEDY
 
 RECIPE, CHECKPOINT, ADAPTER = "recipe.yaml", "checkpoint", "adapter"
-GPTQ, CONTROL = "gptq", "control"  # below the checkpoint
+GPTQ, CONTROL, OTHER_TOOLS = "gptq", "control", "baselines"  # below the checkpoint
 # What a report of a run consists of: stale as soon as another model is in the directory.
 REPORT_FILES = (RECIPE, REPORT, PAGE, DETAILS, "README.md")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", BESIDE, "README.md")
@@ -134,6 +140,34 @@ def save_adapter(model: PeftModel, directory: Path, base: str) -> None:
 
 def forget_earlier(directory: Path) -> None:
     """Remove the state and the adapter of an earlier run; its model goes when another is packed."""
-    for folder in (f"{CHECKPOINT}/{GPTQ}", f"{CHECKPOINT}/{CONTROL}", CHECKPOINT):
-        checkpoint.discard(directory / folder)
+    forget_preparation(directory / CHECKPOINT)
+    checkpoint.discard(directory / CHECKPOINT)
     checkpoint.discard(directory / ADAPTER, ADAPTER_FILES)
+
+
+def forget_preparation(saved: Path) -> None:
+    """Remove from a checkpoint what leads to the training state, and is larger: GPTQ's blocks, the control, and what
+    other tools left."""
+    for name in BASELINES:
+        shutil.rmtree(saved / OTHER_TOOLS / name, ignore_errors=True)
+    for finished in (GPTQ, CONTROL, OTHER_TOOLS):
+        checkpoint.discard(saved / finished)
+
+
+def write_reports(measured: Measured, found: dict[str, Any], directory: Path) -> Path:
+    """Write the report of a finished run in all its forms, with the model card and the recipe to publish.
+
+    Args:
+        measured: its numbers.
+        found: its details.
+        directory: its output.
+
+    Returns:
+        the page, to be looked at in a browser.
+    """
+    with replacing(directory) as scratch:
+        write_json(measured, scratch / REPORT)
+        details.write(found, scratch / DETAILS)
+        (scratch / "README.md").write_text(model_card(measured))
+        (scratch / RECIPE).write_text(to_yaml(public_recipe(measured.recipe)))
+    return write_page(directory)

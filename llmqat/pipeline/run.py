@@ -10,12 +10,12 @@ import torch
 
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.smoothquant import smoothing_summary
-from llmqat.config import Recipe, Resolved, log_cut, to_yaml
+from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device, use_share_of_cores
 from llmqat.errors import LlmqatError
-from llmqat.files import replacing
 from llmqat.forecast.words import announce
 from llmqat.formats.contents import contents_of, layer_sizes
+from llmqat.formats.given_codes import take_codes
 from llmqat.formats.reader import load_packed
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.formats.verify import expected_in, verify_loaded
@@ -28,7 +28,6 @@ from llmqat.models.architectures import check_init
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_as_stored, load_float, load_tokenizer, storage_dtype_of, stored_format
 from llmqat.models.patcher import (
-    check_smoothable,
     gptq_part_count,
     prepare,
     round_float_parts,
@@ -39,21 +38,23 @@ from llmqat.models.patcher import (
 from llmqat.models.widening import compute_in_float32
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.pipeline.bits import with_chosen_bits
-from llmqat.pipeline.inputs import hash_of_tokenizer, hash_of_weights, read, tokenized
+from llmqat.pipeline.inputs import hash_of_files, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.low_memory import LowMemory
+from llmqat.pipeline.measure_baselines import Baselines
 from llmqat.pipeline.output import (
     ADAPTER,
     CHECKPOINT,
     CONTROL,
     GPTQ,
-    RECIPE,
-    REPORT,
+    OTHER_TOOLS,
     REPORT_FILES,
     claimed,
     forget_earlier,
+    forget_preparation,
     save_adapter,
+    write_reports,
 )
-from llmqat.pipeline.refusals import check_device, check_low_memory
+from llmqat.pipeline.refusals import check_asked, check_device, check_plan
 from llmqat.pipeline.saved import (
     Record,
     check_measured,
@@ -65,12 +66,10 @@ from llmqat.pipeline.speed import speeds
 from llmqat.processes import is_first
 from llmqat.progress import log
 from llmqat.report import details
-from llmqat.report.measured import Measured, write_json
-from llmqat.report.names import public_name, public_recipe
-from llmqat.report.page.render import write_page
+from llmqat.report.measured import Measured
+from llmqat.report.names import public_name
 from llmqat.report.scoreboard import LABELS
-from llmqat.report.text import model_card, print_scoreboard
-from llmqat.train import checkpoint
+from llmqat.report.text import print_scoreboard
 from llmqat.train.checkpoint import Checkpoints, SavedBlocks
 from llmqat.train.loop import TrainingData, fit
 from llmqat.train.modes import add_lora, default_alpha, freeze_scales, select_trainable
@@ -109,7 +108,7 @@ class Run:
 
     def execute(self) -> Measured:
         """All stages in order."""
-        check_low_memory(self.asked, self.train)
+        check_asked(self.asked, self.train)
         torch.manual_seed(self.asked.seed)
         self.open_inputs()
         self.plan_layers()
@@ -121,6 +120,7 @@ class Run:
         self.smooth_model()
         self.prepare_model()
         self.initialize_codes()
+        self.measure_baselines()
         if self.train:
             self.train_model()
         if is_first():
@@ -130,7 +130,7 @@ class Run:
             self.pack_model()
             self.measure_packed()
             self.write_report()
-            self.forget_preparation()
+            forget_preparation(self.checkpoint)
         return self.measured
 
     # -- before anything is written -------------------------------------------------------------------------------
@@ -159,10 +159,9 @@ class Run:
         """Plan the grid of every layer, and refuse what this run could not carry out to its end."""
         recipe = self.recipe
         self.coverage = plan_to_serve(self.model, recipe)
-        if unusual := check_init(self.model, recipe.init.method):
+        check_plan(self.model, recipe, self.coverage)
+        if unusual := check_init(self.model, recipe.init.variant):
             log(unusual)
-        if recipe.init.smooth is not None:
-            check_smoothable(self.model)
         if self.train:
             check_tracker(recipe.train.tracker, self.directory)
 
@@ -172,6 +171,8 @@ class Run:
         self.calibration = list(self.inputs.calibration)
         hashes = self.inputs.hashes()
         hashes["float weights"] = hash_of_weights(self.model)
+        if self.recipe.init.codes_from is not None:
+            hashes["codes given"] = hash_of_files(self.recipe.init.codes_from)
         hashes["rules of the tokenizer"] = hash_of_tokenizer(self.tokenizer)
         self.record = Record(self.recipe, hashes, str(self.device))
 
@@ -221,7 +222,7 @@ class Run:
                 "--output"
             )
         check_same_step(self.state["result"], self.recipe)
-        variants = ["float", "rtn"] + ([self.recipe.init.method] if self.recipe.init.by_blocks else [])
+        variants = list(dict.fromkeys(("float", "rtn", self.recipe.init.variant)))
         variants += ["float_finetuned"] if self.recipe.eval.control else []
         check_measured(self.scores, variants, self.checkpoint)
 
@@ -283,20 +284,29 @@ class Run:
         return self.state is not None
 
     def initialize_codes(self) -> None:
-        """Find codes block by block, if asked for, but for those blocks that are saved; then mark what trains."""
+        """Take the codes that were given, or find them block by block, but for those blocks that are saved; then mark
+        what trains."""
         init = self.recipe.init
-        if init.by_blocks:
-            settings = settings_of(init.method, init.damp, self.float_copy is None, init.block_steps)
-            settings = self.low_memory.settings(settings) if self.low_memory else settings
+        settings = settings_of(init.variant, init.damp, self.float_copy is None, init.block_steps)
+        settings = self.low_memory.settings(settings) if self.low_memory else settings
+        if init.codes_from is not None:
+            take_codes(self.model, init.codes_from, settings)
+        elif init.by_blocks:
             self.coverage.errors.update(run_gptq(self.model, self.calibration, settings, self.saved_blocks, self.team))
             log(self.coverage.error_summary())
         if self.train:
             self.mark_trainable()
         self.float_pass.reference = self.float_copy or FloatView(self.model)
-        if init.by_blocks:
-            self.measure(
-                init.method, partial(self.float_pass.compare, self.model, f"perplexity, {LABELS[init.method]}")
-            )
+        name = f"perplexity, {LABELS[init.variant]}"  # measured already where that is rounding to nearest
+        self.measure(init.variant, partial(self.float_pass.compare, self.model, name))
+
+    def measure_baselines(self) -> None:
+        """Measure what other tools make of the float model."""
+        folder, layers = self.checkpoint / OTHER_TOOLS, self.coverage.schemes
+        tools = Baselines(self.recipe.model, layers, self.calibration, folder, self.device, self.recipe.seed)
+        for name, python in self.recipe.eval.other_tools.items():
+            self.measure(name, partial(tools.score, name, python, self.float_pass, self.team))
+        self.measured.baselines = tools.told()
 
     def mark_trainable(self) -> None:
         """Mark what trains; LoRA wraps the model."""
@@ -369,13 +379,8 @@ class Run:
 
     def write_report(self) -> None:
         """Report, model card, and the recipe to publish."""
-        with replacing(self.directory) as scratch:
-            write_json(self.measured, scratch / REPORT)
-            found = details.collect(self.measured, self.contents.layers, self.float_pass.reference.model)
-            details.write(found, scratch / details.NAME)
-            (scratch / "README.md").write_text(model_card(self.measured))
-            (scratch / RECIPE).write_text(to_yaml(public_recipe(self.recipe)))
-        page = write_page(self.directory)
+        found = details.collect(self.measured, self.contents.layers, self.float_pass.reference.model)
+        page = write_reports(self.measured, found, self.directory)
         print_scoreboard(self.measured)
         log(f"look at it in a browser: {page}")
         check = self.measured.verification
@@ -383,11 +388,6 @@ class Run:
             raise LlmqatError(
                 f"{self.directory} does not hold what was trained; this is a bug of llmqat, please report it"
             )
-
-    def forget_preparation(self) -> None:
-        """Remove what a resume came back to the training state by, and is larger: GPTQ's blocks, and the control."""
-        for finished in (GPTQ, CONTROL):
-            checkpoint.discard(self.checkpoint / finished)
 
     # -- measurements ---------------------------------------------------------------------------------------------
 

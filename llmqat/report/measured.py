@@ -14,7 +14,7 @@ from llmqat.metrics.throughput import Throughput
 from llmqat.models.coverage import CoverageReport
 from llmqat.report.names import public_name, public_recipe
 from llmqat.report.schema import FORMAT
-from llmqat.report.scoreboard import VARIANTS
+from llmqat.report.scoreboard import POST_TRAINING, VARIANTS
 from llmqat.train.loop import TrainResult
 from llmqat.version import __version__
 
@@ -25,6 +25,7 @@ class Measured:
 
     Attributes:
         perplexity: result by variant of the model, see `llmqat.report.scoreboard`.
+        baselines: versions and seconds of each other tool that the run is compared with.
         also: windows of other texts that each variant was scored on, by dataset.
         tokens: training, calibration and evaluation tokens used.
         size: bytes of the quantized layers, float (in the storage dtype) and packed, and bits per weight of them.
@@ -39,6 +40,7 @@ class Measured:
     coverage: CoverageReport
     data: Windows
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    baselines: Mapping[str, Any] = field(default_factory=dict)
     also: Mapping[str, Windows] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
@@ -62,8 +64,8 @@ class Measured:
         return self.perplexity[variant].perplexity if variant in self.perplexity else None
 
     def best_ptq(self) -> str | None:
-        """The best of round-to-nearest, GPTQ and block-wise reconstruction; None if none was measured."""
-        variants = [variant for variant in ("rtn", "gptq", "blockwise") if variant in self.perplexity]
+        """The best post-training quantization, by llmqat or another tool; None if none was measured."""
+        variants = [variant for variant in POST_TRAINING if variant in self.perplexity]
         return min(variants, key=lambda variant: self.perplexity[variant].perplexity) if variants else None
 
     def gap(self) -> float | None:
@@ -98,6 +100,7 @@ class Measured:
                 "eval_sha256": self.data.sha256,
             },
             **self._scores(),
+            "baselines": dict(self.baselines),
             "also": {
                 public_name(name): {"tokens": other.data.tokens, "sha256": other.data.sha256, **other._scores()}
                 for name, other in self.on_other_texts()

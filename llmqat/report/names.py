@@ -31,7 +31,8 @@ def public_recipe(recipe: Recipe) -> Recipe:
     calibration = None if recipe.data.calibration is None else public_name(recipe.data.calibration)
     data = replace(recipe.data, dataset=public_name(recipe.data.dataset), calibration=calibration)
     names = [public_name(name) for name in recipe.eval.other_texts]
-    texts = replace(recipe.eval, also=",".join(dict.fromkeys(names)) or None)
+    tools = ",".join(recipe.eval.other_tools) or None
+    texts = replace(recipe.eval, also=",".join(dict.fromkeys(names)) or None, baselines=tools)
     return replace(recipe, model=public_name(recipe.model), output=public_name(recipe.output), data=data, eval=texts)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmqat.config import LOSSES, MODES
+from llmqat.config import BASELINES, LOSSES, MODES
 from llmqat.errors import LlmqatError
 from llmqat.report.scoreboard import LABELS, VARIANTS
 
@@ -13,6 +13,7 @@ from llmqat.report.scoreboard import LABELS, VARIANTS
 Check = Callable[[Any, str], None]
 
 FORMAT = 1
+LATER = ("given", *BASELINES)  # variants that this format had not from the beginning
 MOST = 1e100  # of any number: what a page computes of it stays finite
 DEPTH = 8  # of nested values
 
@@ -150,6 +151,12 @@ def shares(names: tuple[str, ...]) -> Check:
     return record(dict.fromkeys(names, optional(number)))
 
 
+def scores(names: tuple[str, ...], inner: Check) -> Check:
+    """A value or null for each variant of the scoreboard; reports of earlier versions lack the `LATER` ones."""
+    always = [name for name in names if name not in LATER]
+    return record(dict.fromkeys(always, optional(inner)), dict.fromkeys(LATER, optional(inner)))
+
+
 RECIPE = record(
     {
         "train": record({"mode": optional(choice(*MODES)), "loss": choice(*LOSSES)}),
@@ -165,10 +172,10 @@ def recipe(value: Any, place: str) -> None:
 
 
 SCORES: dict[str, Check] = {
-    "perplexity": record(dict.fromkeys(VARIANTS, optional(positive))),
+    "perplexity": scores(VARIANTS, positive),
     "gap_recovered": optional(number),
-    "kl_to_float": shares(VARIANTS[1:]),
-    "top1_agreement": shares(VARIANTS[1:]),
+    "kl_to_float": scores(VARIANTS[1:], number),
+    "top1_agreement": scores(VARIANTS[1:], number),
 }
 
 REPORT = record(
@@ -222,6 +229,7 @@ REPORT = record(
     {
         "stored_format": optional(text),
         "device": text,
+        "baselines": by_name(record({"versions": by_name(text), "seconds": number, "cpu_seconds": number})),
         "also": by_name(record({"tokens": count, "sha256": text, **SCORES})),
     },
 )

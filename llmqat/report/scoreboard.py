@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from llmqat.config import BASELINES
 from llmqat.metrics.perplexity import Perplexity
 
 if TYPE_CHECKING:
@@ -15,10 +16,15 @@ LABELS = {
     "rtn": "round to nearest",
     "gptq": "GPTQ",
     "blockwise": "block-wise reconstruction",
+    "given": "codes given",
+    "auto-round": "AutoRound",
+    "llm-compressor": "llm-compressor, GPTQ",
     "qat": "trained (fake-quant)",
     "packed": "packed file, kernel op",
 }
 VARIANTS = tuple(LABELS)
+# Those of them that quantize after training, by llmqat and by other tools: what training is to beat.
+POST_TRAINING = ("rtn", "gptq", "blockwise", "given", *BASELINES)
 
 
 def score_rows(results: Mapping[str, Perplexity]) -> list[tuple[str, str, str, str, str]]:

@@ -20,7 +20,7 @@ def facts(measured: Measured) -> list[str]:
     """Lines below the scoreboard: the verdict, then how everything was measured."""
     lines = [verdict(measured), *_interval_lines(measured), f"measured on {measured_on(measured)}"]
     lines += [f"the model was {in_words(measured.stored_format)}"] if measured.stored_format else []
-    lines += [*_size_lines(measured), *_speed_lines(measured), *_training_lines(measured)]
+    lines += [*_tool_lines(measured), *_size_lines(measured), *_speed_lines(measured), *_training_lines(measured)]
     return [*lines, *_verify_lines(measured.verification)]
 
 
@@ -35,6 +35,14 @@ def _interval_lines(measured: Measured) -> list[str]:
         return []
     low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
     return [f"perplexity, packed minus {LABELS[best]}: 95 % between {low:+.4f} and {high:+.4f} (paired bootstrap)"]
+
+
+def _tool_lines(measured: Measured) -> list[str]:
+    lines = []
+    for name, told in measured.baselines.items():
+        versions = ", ".join(f"{package} {version}" for package, version in told["versions"].items())
+        lines.append(f"{LABELS[name]}: {told['seconds']:,.0f} s, {versions}; same grid and calibration tokens")
+    return lines
 
 
 def _size_lines(measured: Measured) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import llmqat
-from llmqat.config import from_dict, resolve
+from llmqat.config import BASELINES, from_dict, resolve
 from llmqat.formats.verify import Verification
 from llmqat.machine import PACKAGES, environment
 from llmqat.metrics.perplexity import Perplexity, Windows
@@ -46,10 +46,15 @@ SCHEMA = {
     "environment": dict.fromkeys((*PACKAGES, "python", "cpu", "cores", "threads", "gpu")),
     "device": None,
     "tokens": dict.fromkeys(("train", "calibration", "eval", "eval_sha256")),
-    "perplexity": dict.fromkeys(("float", "float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
+    "perplexity": dict.fromkeys(
+        ("float", "float_finetuned", "rtn", "gptq", "blockwise", "given", *BASELINES, "qat", "packed")
+    ),
     "gap_recovered": None,
-    "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
-    "top1_agreement": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "qat", "packed")),
+    "kl_to_float": dict.fromkeys(("float_finetuned", "rtn", "gptq", "blockwise", "given", *BASELINES, "qat", "packed")),
+    "top1_agreement": dict.fromkeys(
+        ("float_finetuned", "rtn", "gptq", "blockwise", "given", *BASELINES, "qat", "packed")
+    ),
+    "baselines": None,
     "also": None,
     "coverage": dict.fromkeys(("parameters_quantized", "skipped", "kept_round_to_nearest")),
     "size": dict.fromkeys(("float_bytes", "packed_bytes", "bits_per_weight")),

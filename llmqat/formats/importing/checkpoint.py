@@ -59,9 +59,11 @@ def _of_directory(directory: Path, config: Mapping[str, Any]) -> Checkpoint:
     parts = {f"{name}.{part}" for name in names for part in PARTS}
     model_config = from_pretrained(AutoConfig, directory)
     model_config.__dict__.pop("quantization_config", None)
+    declared, model = model_config.dtype, empty_model(model_config)
+    model.config.dtype = declared  # which making it has replaced
     return Checkpoint(
         directory,
-        empty_model(model_config),
+        model,
         {name: partial(read, tensors, name, config, None if symmetric else zeros[name]) for name in names},
         ((name, tensor) for name, tensor in tensors.items() if name not in parts),
     )
@@ -70,7 +72,8 @@ def _of_directory(directory: Path, config: Mapping[str, Any]) -> Checkpoint:
 def _of_gguf(path: Path) -> Checkpoint:
     """A GGUF file; what is on no grid of ours is float, as `directory_of` makes it."""
     directory = directory_of(path)
-    model, _ = load_empty(str(directory))
+    model, stored = load_empty(str(directory))
+    model.config.dtype = stored
     layers = gguf_layers(path, model)
     if not layers:
         raise LlmqatError(f"{path} has no layer in blocks of Q4_0 or Q8_0; use it by --model, as a float model")

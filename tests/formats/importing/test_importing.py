@@ -64,6 +64,8 @@ def test_an_export_comes_back(packed, tmp_path, monkeypatch, call, capsys, to, s
         for ours, theirs in zip(layer.unpack(), right[name].unpack(), strict=True):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
         assert layer.bias is None or torch.equal(layer.bias, right[name].bias)
+    dtypes = [json.loads((directory / "config.json").read_text())["dtype"] for directory in (source, tmp_path / "back")]
+    assert dtypes == ["bfloat16", "bfloat16"]
     assert verify(tmp_path / "back", logits=False).ok
 
 
