@@ -20,7 +20,6 @@ from _results import begun, write
 
 import llmqat
 from llmqat import QuantScheme
-from llmqat.pipeline.measure_baselines import Baselines
 
 HERE = Path(__file__).parent
 TOKENIZED = 8_000_000  # of the training text, as in `llmqat quantize`
@@ -66,9 +65,7 @@ class Comparison:
         else:
             cpu = time.process_time()
             batches = None if method == "rtn" else list(self.calibration.split(self.args.batch))
-            blocks = len(model.get_decoder().layers)
-            rest = "|".join(str(block) for block in range(self.args.blocks or blocks, blocks))
-            overrides = {rf"\.layers\.({rest})\.": "float"} if rest else {}
+            overrides = self.float_rest(model)
             if self.args.average_bits is not None:
                 few = self.calibration[:16].split(4)
                 chosen = llmqat.choose_bits(model, self.scheme, few, self.args.average_bits, overrides=overrides)
@@ -78,6 +75,12 @@ class Comparison:
             found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
         return found | {name: self.score(model, windows) for name, windows in self.texts.items()}
 
+    def float_rest(self, model: Any) -> dict[str, Any]:
+        """Overrides that leave the blocks behind the first ``--blocks`` float."""
+        blocks = len(model.get_decoder().layers)
+        rest = "|".join(str(block) for block in range(self.args.blocks or blocks, blocks))
+        return {rf"\.layers\.({rest})\.": "float"} if rest else {}
+
     def score(self, model: Any, windows: Any) -> dict[str, float]:
         """Perplexity, KL to the float model and top-1 agreement."""
         result = llmqat.evaluate(model, windows, self.reference)
@@ -86,14 +89,18 @@ class Comparison:
     def run_peer(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """AutoRound in its own environment: the model that it makes of the float one, and what it took."""
         python = from_requirements(self.args.peer_env, HERE / "autoround_env.txt")
-        blocks = model.get_decoder().layers[: self.args.blocks]
-        names = {module: name for name, module in model.named_modules()}
-        linear = [module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)]
-        layers = {names[module]: self.scheme for module in linear}
-        rows, cpu = list(self.calibration.split(self.args.batch)), torch.device("cpu")
-        tools = Baselines(str(self.directory), layers, rows, self.scratch, cpu, self.args.seed)
-        tools.quantize(PEER, str(python), steps=self.args.steps, batch=self.args.batch)
-        return tools.quantized_model(PEER), tools.told()[PEER]
+        options = {"steps": self.args.steps, "batch": self.args.batch, "seed": self.args.seed}
+        found = llmqat.quantized_by(
+            PEER,
+            str(self.directory),
+            self.scheme,
+            self.calibration.split(self.args.batch),
+            overrides=self.float_rest(model),
+            python=str(python),
+            **options,
+        )
+        told = {"versions": found.versions, "seconds": found.seconds, "cpu_seconds": found.cpu_seconds}
+        return found.model, told
 
 
 def show(method: str, row: dict[str, Any], texts: list[str]) -> None:

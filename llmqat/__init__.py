@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from llmqat.api import *  # noqa: F403 - names, for tools that read code
 
 __all__ = [
+    "Baseline",
     "CoverageReport",
     "Exported",
     "FloatCopy",
@@ -45,6 +46,8 @@ __all__ = [
     "peak_memory",
     "perplexity",
     "prepare",
+    "prepare_from",
+    "quantized_by",
     "scoreboard",
     "scored_windows",
     "sequences",

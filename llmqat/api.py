@@ -17,6 +17,7 @@ from llmqat.data.corpus import load_corpus
 from llmqat.data.tokens import encode, sequences, split_stream
 from llmqat.devices import find_device
 from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
+from llmqat.formats.given_grid import prepare_from
 from llmqat.formats.reader import load_packed as load
 from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed as pack
@@ -35,6 +36,7 @@ from llmqat.models.sensitivity import choose_bits
 from llmqat.models.widening import compute_in_float32
 from llmqat.pipeline.export import Exported, export
 from llmqat.pipeline.import_checkpoint import Imported, import_checkpoint
+from llmqat.pipeline.measure_baselines import Baseline, quantized_by
 from llmqat.report.page.render import write_page
 from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe

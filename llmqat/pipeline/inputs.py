@@ -16,11 +16,11 @@ from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
 from llmqat.data.tokens import encode, sequences, split_stream
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import local_directory
 from llmqat.formats.weights import read_tensors
 from llmqat.metrics.perplexity import Windows, windows
 from llmqat.metrics.published import scored_windows
 from llmqat.models.coverage import CoverageReport
+from llmqat.models.foreign import local_directory
 from llmqat.processes import process_count
 from llmqat.progress import log
 from llmqat.train.state import hash_of_tensor, hash_of_tensors

@@ -1,11 +1,12 @@
-"""What other tools make of the float model of a run, on the same grid and the same calibration tokens."""
+"""Let other tools quantize the float model of a run, on its grid and its calibration tokens, and score the result."""
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,8 @@ from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
 from llmqat.metrics.float_pass import FloatPasses
 from llmqat.metrics.perplexity import Perplexity
-from llmqat.models.loading import load_float, load_tokenizer
+from llmqat.models.loading import load_empty, load_float, load_tokenizer
+from llmqat.models.planning import Overrides, plan
 from llmqat.pipeline import baselines
 from llmqat.pipeline.other_python import LOG, Tool, check_installed, run_in
 from llmqat.progress import log
@@ -67,6 +69,60 @@ def check_linear(model: nn.Module, layers: Mapping[str, QuantScheme]) -> None:
     for name in layers:
         if name not in known:
             raise LlmqatError(f"--baselines: other tools have no layer {name} of this model; leave it out")
+
+
+class Baseline(NamedTuple):
+    """A float model as another tool has quantized it.
+
+    Attributes:
+        model: with the weights of the grid in its layers, float32.
+        versions: of the tool's packages.
+        seconds: that it took.
+        cpu_seconds: of processor time, all threads together.
+    """
+
+    model: PreTrainedModel
+    versions: dict[str, str]
+    seconds: float
+    cpu_seconds: float
+
+
+def quantized_by(
+    tool: str,
+    model: str,
+    scheme: QuantScheme,
+    calibration: Sequence[Tensor],
+    *,
+    overrides: Overrides | None = None,
+    python: str | None = None,
+    seed: int = 0,
+    **options: int,
+) -> Baseline:
+    """Let another tool quantize a float model, to compare with; in a process of its own, on the CPU.
+
+    Args:
+        tool: auto-round or llm-compressor.
+        model: Hub id, directory, GGUF file or alias.
+        scheme: the grid of every layer, unless overridden.
+        calibration: token ids ``(batch, length)``, all of one shape.
+        overrides: as `prepare` takes them.
+        python: of the environment that has the tool; None for this one.
+        seed: of the tool.
+        options: ``steps`` and ``batch`` of AutoRound, where not its defaults.
+
+    Returns:
+        the model, to be scored by `evaluate`, and what the tool took.
+
+    Raises:
+        LlmqatError: if the tool is not installed there, fails, or does not know a layer.
+    """
+    empty, _ = load_empty(model)
+    layers = plan(empty, scheme, overrides).schemes
+    check_linear(empty, layers)
+    with TemporaryDirectory() as scratch:
+        tools = Baselines(model, layers, calibration, Path(scratch), torch.device("cpu"), seed)
+        tools.quantize(tool, python or sys.executable, **options)
+        return Baseline(tools.quantized_model(tool), **tools.told()[tool])
 
 
 class Baselines:
@@ -150,5 +206,5 @@ class Baselines:
         return found
 
     def told(self) -> dict[str, dict[str, Any]]:
-        """Of each tool that is done, the versions of its packages, and the seconds that it took: wall and processor."""
+        """Versions of the packages of each tool that is done, and the seconds that it took: wall and processor."""
         return {path.parent.name: json.loads(path.read_text("utf-8")) for path in sorted(self.folder.glob(f"*/{TOLD}"))}

@@ -7,7 +7,7 @@ from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import from_dict
 from llmqat.errors import LlmqatError
 from llmqat.formats.given_codes import INSIDE, grids_in, latent_of, take_codes
-from llmqat.formats.given_grid import with_given_grid
+from llmqat.formats.given_grid import prepare_from, with_given_grid
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare, quantized_layers
@@ -72,7 +72,7 @@ def unpacked(directory):
 
 @pytest.mark.parametrize("keep_float", [False, True])
 def test_packed_again_it_is_the_model_that_was_given(given, tiny, tokenizer, tmp_path, keep_float):
-    model = tiny("llama", dtype=torch.bfloat16)
+    model, other = tiny("llama", dtype=torch.bfloat16), tiny("llama", dtype=torch.bfloat16)
     recipe = with_given_grid(from_dict({"init": {"codes_from": str(given)}}), model)
     assert with_given_grid(recipe, model) == recipe
     quant = recipe.quant
@@ -86,6 +86,9 @@ def test_packed_again_it_is_the_model_that_was_given(given, tiny, tokenizer, tmp
     for name, tensors in right.items():
         assert all(a is b or torch.equal(a, b) for a, b in zip(tensors, found[name], strict=True))
         assert found[name][1].dtype == torch.float16  # bfloat16 does not hold these scales
+    prepare_from(other, given, keep_float=keep_float)
+    for own, theirs in zip(quantized_layers(other), quantized_layers(model), strict=True):
+        assert torch.equal(own.codes(), theirs.codes())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from llmqat.errors import LlmqatError
 from llmqat.pipeline import other_python, worker
-from llmqat.pipeline.measure_baselines import check_linear
+from llmqat.pipeline.measure_baselines import check_linear, quantized_by
 from llmqat.pipeline.run import run
 from llmqat.report.schema import REPORT, read
 from llmqat.scheme import QuantScheme
@@ -104,3 +104,14 @@ def test_layers_that_other_tools_do_not_know(tiny_moe):
     layer = "model.layers.0.mlp.experts.0.up_proj"
     with pytest.raises(LlmqatError, match=rf"other tools have no layer {layer} of this model; leave it out"):
         check_linear(tiny_moe("mixtral"), {layer: QuantScheme()})
+
+
+def test_in_python(model_dir, tool):
+    calibration = [torch.arange(64).view(2, 32)]
+    found = quantized_by(
+        "auto-round", str(model_dir), QuantScheme(4, 32), calibration, overrides={"o_proj": "float"}, steps=7
+    )
+    ((python, job),) = tool
+    assert (python, job["steps"], job["batch"], len(job["layers"])) == (sys.executable, 7, None, 12)
+    assert (found.versions, found.seconds) == ({"auto-round": "0.1"}, 0)
+    assert found.model.dtype == torch.float32

@@ -130,7 +130,7 @@ def test_numbers(full):
     assert report["tokens"] == {"train": 1000, "calibration": 200, "eval": 64, "eval_sha256": full.data.sha256}
     assert report["perplexity"] == {row: pytest.approx(full.ppl(row)) for row in SCHEMA["perplexity"]}
     assert report["gap_recovered"] == pytest.approx((10.5 - 10.2) / (10.5 - 10.0))
-    unmeasured = dict.fromkeys(("float_finetuned", "rtn", "blockwise", "qat"))
+    unmeasured = dict.fromkeys(("float_finetuned", "rtn", "blockwise", "given", *BASELINES, "qat"))
     assert report["kl_to_float"] == {**unmeasured, "gptq": 0.02, "packed": 0.01}
     assert report["top1_agreement"] == {**unmeasured, "gptq": 0.9, "packed": 0.95}
     assert report["coverage"] == {
