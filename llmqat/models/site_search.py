@@ -1,13 +1,15 @@
 """Find where SmoothQuant is exact in a family without a row, by trying each writer with its readers on one block.
 
-Readers of one tensor are linears that are given the same object. A norm that returns it may be their writer, or any
-linear that runs before them and writes as many channels, or a head's values for several of theirs. A pair is a site if
-the block returns the same hidden states after random powers of two were moved from the one to the others: whatever else
-reads these channels, or bends them on the way, would show.
+Readers of one tensor are linears that are given the same numbers. A norm that returns it may be their writer, or any
+linear that runs before them and writes as many channels, or a head's values for several of theirs. Experts, which are
+given some of the tokens, read what their router reads and the linears beside it. A pair is a site if the block returns
+the same hidden states after random powers of two were moved from the one to the others: whatever else reads these
+channels, or bends them on the way, would show.
 """
 
 from collections import Counter
 from collections.abc import Container, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from llmqat.algorithms.blocks import BlockInputs, eval_mode
 from llmqat.algorithms.fold import TOLERANCE, Fold
 from llmqat.errors import shortened_list
 from llmqat.models.architectures import blocks_of
-from llmqat.models.smooth_sites import Site, fold_of
+from llmqat.models.smooth_sites import Site, folds_of
 from llmqat.nn.experts import SplitExperts
-from llmqat.nn.linear_like import LINEAR_LAYERS
+from llmqat.nn.linear_like import LINEAR_LAYERS, linear_shape
 from llmqat.progress import log
 
 TRIAL_TOKENS = 8
@@ -57,8 +59,9 @@ def find_sites(model: PreTrainedModel, ids: Tensor) -> list[tuple[Site, ...]]:
 def _log(block: nn.Module, sites: tuple[Site, ...]) -> None:
     """Say what was found in a kind of block, and whose inputs stay as they are."""
     pairs = ", ".join(f"{site.source} -> {' '.join(site.readers)}" for site in sites)
-    read = {path for site in sites for path in site.readers}
-    others = [name for name, module in block.named_modules() if isinstance(module, LINEAR_LAYERS) and name not in read]
+    read = [path for site in sites for path in (*site.readers, *site.routers)]
+    linears = [name for name, module in block.named_modules() if isinstance(module, LINEAR_LAYERS)]
+    others = [name for name in linears if not any(fnmatchcase(name, path) for path in read)]
     left = f"; inputs of {shortened_list(others)} stay as they are" if others else ""
     log(f"SmoothQuant in {type(block).__name__}, found by trying: {pairs or 'nothing'}{left}")
 
@@ -67,11 +70,17 @@ def _sites_of(block: nn.Module, inputs: BlockInputs, config: Any, apart: Contain
     right, groups, norms = _watch(block, inputs, apart)
     for place, (tensor, readers) in enumerate(groups):
         before = [name for _, names in groups[:place] for name in names]
-        for site in _candidates(tuple(readers), norms.get(id(tensor)), before):
-            fold = _fold(block, site, config)
-            if fold is not None and _is_exact(block, inputs, fold, right):
+        norm = next((name for written, name in norms if _are_same(written, tensor)), None)
+        for site in _candidates(tuple(readers), norm, before):
+            if _is_exact(block, inputs, site, config, right):
                 yield site
                 break
+    for name, module in block.named_modules():
+        if isinstance(module, SplitExperts):
+            around = _around_experts(block, name, module, groups, norms)
+            within = [Site(f"{name}.*.up_proj", (f"{name}.*.down_proj",))]
+            for candidates in (around, within):
+                yield from [site for site in candidates if _is_exact(block, inputs, site, config, right)][:1]
 
 
 def _candidates(readers: tuple[str, ...], norm: str | None, linears: list[str]) -> Iterator[Site]:
@@ -82,19 +91,43 @@ def _candidates(readers: tuple[str, ...], norm: str | None, linears: list[str]) 
         yield from (Site(linear, readers, heads=heads) for linear in reversed(linears) for heads in (False, True))
 
 
-def _watch(block: nn.Module, inputs: BlockInputs, apart: Container[int]) -> tuple[Tensor, list[Group], dict[int, str]]:
-    """Run a block: its hidden states, its linears by the tensor that they read, in running order, and the names of its
-    norms by the id of what they return.
+def _around_experts(
+    block: nn.Module, name: str, experts: SplitExperts, groups: list[Group], norms: list[tuple[Tensor, str]]
+) -> Iterator[Site]:
+    """Candidates whose readers are the experts `name`, their router, and the linears that read what a norm returned."""
+    first = [f"{name}.*.{own}" for own in ("gate_proj", "up_proj") if getattr(experts[0], own) is not None]
+    _, hidden = linear_shape(experts.get_submodule("0.up_proj"))
+    parent = name.rpartition(".")[0]
+    routers = [
+        path
+        for path, module in block.get_submodule(parent).named_modules(prefix=parent)
+        if not path.startswith(name) and getattr(getattr(module, "weight", None), "shape", ()) == (len(experts), hidden)
+    ]
+    for written, norm in norms:
+        beside = [path for tensor, names in groups if _are_same(tensor, written) for path in names]
+        readers = (*first, *(path for path in beside if path not in routers))
+        yield from (Site(norm, readers, tuple(routers), offset=offset) for offset in (0.0, 1.0))
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of the same numbers, in rows of one length."""
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.shape[-1] == other.shape[-1]
+
+
+def _watch(
+    block: nn.Module, inputs: BlockInputs, apart: Container[int]
+) -> tuple[Tensor, list[Group], list[tuple[Tensor, str]]]:
+    """Run a block: its hidden states, its linears by the tensor that they read, in running order, and what each of its
+    norms returns.
 
     Experts, which are given some of the tokens, are left out, and modules whose weight is not one of those `apart`,
-    which no other module has.
+    which no other module has. All tensors are kept, or another could lie in the place of one that is gone.
     """
     groups: list[Group] = []
-    norms: dict[int, str] = {}
-    kept: list[Tensor] = []  # or another tensor could have the id of one that is gone
+    norms: list[tuple[Tensor, str]] = []
 
     def read(name: str, x: Tensor) -> None:
-        names = next((names for tensor, names in groups if tensor is x), None)
+        names = next((names for tensor, names in groups if _are_same(tensor, x)), None)
         if names is None:
             groups.append((x, [name]))
         else:
@@ -102,8 +135,7 @@ def _watch(block: nn.Module, inputs: BlockInputs, apart: Container[int]) -> tupl
 
     def wrote(name: str, y: Any) -> None:
         if isinstance(y, Tensor):
-            norms[id(y)] = name
-            kept.append(y)
+            norms.append((y, name))
 
     experts = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, SplitExperts))
     handles = []
@@ -122,25 +154,34 @@ def _watch(block: nn.Module, inputs: BlockInputs, apart: Container[int]) -> tupl
             handle.remove()
 
 
-def _fold(block: nn.Module, site: Site, config: Any) -> Fold | None:
-    """The fold of a candidate; None where sizes do not fit."""
+def _folds(block: nn.Module, site: Site, config: Any) -> list[Fold]:
+    """The folds of a candidate, one for each expert that writes; none where sizes do not fit."""
     try:
-        fold = fold_of(block, "", site, config, lambda _: None)
+        folds = list(folds_of(block, "", (site,), config, lambda _: None))
     except (AttributeError, ValueError, ZeroDivisionError):  # a config that has no heads, or others for each layer
-        return None
-    channels, inputs = len(fold.written[0]), fold.read[0].shape[-1]
-    fits = fold.head_dim and channels % fold.head_dim == 0 and channels * fold.queries == inputs
-    return fold if fits and all(len(tensor) == channels for tensor in fold.written) else None
+        return []
+    return folds if all(map(_fits, folds)) else []
 
 
-def _is_exact(block: nn.Module, inputs: BlockInputs, fold: Fold, right: Tensor) -> bool:
-    """Whether the block returns the same after the fold of random powers of two, which is taken back."""
-    tensors = (*fold.written, *fold.read)
+def _fits(fold: Fold) -> bool:
+    channels = len(fold.written[0])
+    fits = fold.head_dim and channels % fold.head_dim == 0 and all(len(tensor) == channels for tensor in fold.written)
+    return bool(fits and all(tensor.shape[-1] == channels * fold.queries for tensor in fold.read))
+
+
+def _is_exact(block: nn.Module, inputs: BlockInputs, site: Site, config: Any, right: Tensor) -> bool:
+    """Whether the block returns the same after a fold of random powers of two, which is taken back; of all experts at
+    once, some of which tokens reach."""
+    folds = _folds(block, site, config)
+    if not folds:
+        return False
+    tensors = [tensor for fold in folds for tensor in (*fold.written, *fold.read)]
     saved = [tensor.clone() for tensor in tensors]
     random = torch.Generator().manual_seed(0)
-    s = torch.randint(-2, 3, (len(fold.written[0]),), generator=random).float().exp2().to(right.device)
     try:
-        fold.apply(fold.representable(s, fold.written[0].dtype))
+        for fold in folds:
+            s = torch.randint(-2, 3, (len(fold.written[0]),), generator=random).float().exp2().to(right.device)
+            fold.apply(fold.representable(s, fold.written[0].dtype))
         change = (inputs.run(block, 0) - right).abs().max()
         return bool(change <= TOLERANCE * right.abs().max())
     finally:

@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 
+from llmqat.algorithms.fold import TOLERANCE
 from llmqat.models.architectures import ARCHITECTURES
+from llmqat.models.experts import experts_as_linears
 from llmqat.models.patcher import smooth
 from llmqat.models.site_search import find_sites
+from llmqat.models.smooth_sites import ATTENTION, EXPERT_UP, EXPERTS, MLP, UP, VALUE
+from tests.families.tiny import tiny_model
 
 IDS = torch.arange(3, 15)[None]
 
@@ -24,14 +28,39 @@ def test_the_sites_of_a_known_family_are_found(family, tiny):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_experts_are_left_alone(tiny_moe, monkeypatch, capsys):
-    """A norm that they read is no site, for what they are given is not what it returned."""
-    monkeypatch.delitem(ARCHITECTURES, "qwen3_moe")
+def test_the_sites_of_experts_are_found(tiny_moe):
+    """Those of the row, in a block with experts and in one without."""
     model = tiny_moe("qwen3_moe")
+    with experts_as_linears(model):
+        found = find_sites(model, IDS)
+    expected = (ATTENTION, VALUE, EXPERTS, EXPERT_UP), (ATTENTION, VALUE, MLP, UP)
+    for sites, row in zip(found, expected, strict=True):
+        own = {(site.source, site.readers, site.routers) for site in sites}
+        assert own == {(site.source, site.readers, site.routers) for site in row}
+
+
+@pytest.mark.parametrize(
+    ("kind", "around", "within"),
+    [
+        ("gpt_oss", ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), False),  # what is up is cut off
+        (
+            "llama4_text",
+            (
+                *(f"feed_forward.experts.*.{name}_proj" for name in ("gate", "up")),
+                *(f"feed_forward.shared_expert.{name}_proj" for name in ("gate", "up")),
+            ),
+            True,
+        ),
+    ],
+)
+def test_experts_of_families_without_a_row(kind, around, within, capsys):
+    model = tiny_model(kind)
     changes = smooth(model, [IDS])
-    written = {name.removeprefix("model.layers.0.") for name in changes if name.startswith("model.layers.0.")}
-    assert written == {"input_layernorm", "self_attn.v_proj"}
-    assert "inputs of mlp.experts.0.gate_proj, " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"post_attention_layernorm -> {' '.join(around)}" in said
+    assert ("experts.*.up_proj -> " in said) == within
+    assert ("inputs of mlp.experts.0.down_proj, " in said) != within
+    assert max(site.change for site in changes.values()) <= TOLERANCE
 
 
 def test_weights_of_two_blocks_are_left_alone(tiny):
