@@ -22,7 +22,7 @@ INTRODUCTION = """# Kinds of models
 A tiny random model of every kind of causal model that transformers {version} has, on its whole way: GPTQ at 4 bits, a
 training step, packed, loaded by llmqat and by plain transformers with equal weights, logits within the bound of
 `llmqat verify`, and 8 tokens behind a cache equal to those without. `make test-families` writes this page; `make test`
-runs a few kinds.
+runs 25 of them.
 """
 APART = (
     "transformers has no packed experts of {}: it reads the exported model (`llmqat export --to dense`), in which they "
