@@ -20,7 +20,7 @@ from llmqat.serve.cache_views import reserve
 from llmqat.serve.families import FAMILIES
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+FIXED_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
 
 
 def _packed_head(module: Any) -> Packed | None:

@@ -41,7 +41,10 @@ CONFIGS = {
     },
     "olmo3": WINDOWED,
     "exaone4": WINDOWED,
-    "hunyuan_v1_dense": {"eod_token_id": 0},
+    "hunyuan_v1_dense": {
+        "eod_token_id": 0,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0},
+    },
     "vaultgemma": GEMMA2 | {"layer_types": ["sliding_attention", "full_attention"]},
     "ministral": WINDOWED,
     "cwm": WINDOWED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
