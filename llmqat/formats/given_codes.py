@@ -105,6 +105,8 @@ def holds(dtype: torch.dtype, scale: Tensor) -> bool:
 
 def _take_layer(on_grid: OnGrid, theirs: PackedLinear, settings: GptqSettings) -> None:
     layer, (codes, scale, zero_point) = on_grid.layer, theirs.unpack()
+    if layer.scale.dtype.itemsize == 2:  # kept as it is stored, until it trains
+        layer.scale.data = layer.scale.data.to(layer.storage_dtype)
     device = layer.scale.device
     layer.set_grid(scale.to(device), None if zero_point is None else zero_point.to(device))
     weight = layer.weight.detach().to(layer.compute_dtype)

@@ -11,6 +11,7 @@ from llmqat.formats.given_grid import prepare_from, with_given_grid
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare, quantized_layers
+from llmqat.models.widening import compute_in_float32
 from llmqat.quant.affine import choose_scale
 from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Grid, Latent
@@ -80,6 +81,7 @@ def test_packed_again_it_is_the_model_that_was_given(given, tiny, tokenizer, tmp
     assert quant.overrides[r"^model\.layers\.0\.mlp\.down_proj$"] == {"bits": 8}
     scheme = QuantScheme(quant.bits, quant.group_size)
     prepare(model, scheme, overrides=quant.overrides, storage_dtype=torch.bfloat16)
+    compute_in_float32(model, torch.bfloat16)  # as a run does, whose scales then are bfloat16
     take_codes(model, given, GptqSettings(keep_float=keep_float))
     found, right = unpacked(save_packed(model, tmp_path / "again", tokenizer)), unpacked(given)
     assert found.keys() == right.keys()
