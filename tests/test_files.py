@@ -161,7 +161,7 @@ def command(recipe, directory, *flags):
     return main(["finetune", "--recipe", str(directory.with_suffix(".yaml")), "--output", str(directory), *flags])
 
 
-@pytest.mark.parametrize("stage", ["run_gptq", "fit", "write_contents", "write_json"])
+@pytest.mark.parametrize("stage", ["run_gptq", "fit", "write_contents", "write_reports"])
 def test_a_run_out_of_disk(stage, small_recipe, finished, tmp_path, monkeypatch, capsys):
     directory = shutil.copytree(finished, tmp_path / "out")
     original = getattr(pipeline, stage)
@@ -178,7 +178,7 @@ def test_a_run_out_of_disk(stage, small_recipe, finished, tmp_path, monkeypatch,
     assert error.startswith(f"llmqat: cannot write to {directory}")
     assert "free some space" in error
     assert not list(directory.rglob(f"{PARTIAL}*"))
-    if stage != "write_json":
+    if stage != "write_reports":
         assert (directory / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
         assert verify(directory).ok
     assert main(["finetune", "--output", str(directory), "--resume"]) == 0

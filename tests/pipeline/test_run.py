@@ -297,7 +297,7 @@ def test_nothing_to_resume_starts_from_the_beginning(go, capsys):
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "blockwise"])
 def test_quantize(go, method, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "check_blocks", lambda model: False)
+    monkeypatch.setattr("llmqat.models.architectures.check_blocks", lambda model: False)
     steps = {"init.block_steps": 2} if method == "blockwise" else {}
     done = go({"init.method": method, **steps, "quant.bits": 3}, train=False)
     ppl = done.report["perplexity"]
