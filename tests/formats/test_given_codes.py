@@ -119,6 +119,15 @@ def test_another_float_model_or_grid_is_refused(given, tiny):
         take_codes(model, given, GptqSettings())
 
 
+def test_scales_that_the_scale_dtype_of_the_run_does_not_hold(tiny, tokenizer, tmp_path):
+    packed, model = tiny("llama"), tiny("llama")
+    prepare(packed, QuantScheme(4, 16), storage_dtype=torch.float32)
+    save_packed(packed, tmp_path / "given", tokenizer)
+    prepare(model, QuantScheme(4, 16, scale_dtype="float16"))
+    with pytest.raises(LlmqatError, match=r"q_proj: its scales are not all float16; give no --scale-dtype"):
+        take_codes(model, tmp_path / "given", GptqSettings())
+
+
 def test_a_directory_without_codes(tiny, tokenizer, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "float")
     with pytest.raises(LlmqatError, match=r"--codes-from .*float is not packed; llmqat import makes it so"):
