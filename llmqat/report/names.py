@@ -28,12 +28,15 @@ def public_name(name: str) -> str:
 
 def public_recipe(recipe: Recipe) -> Recipe:
     """A recipe without the folders of the machine that ran it."""
-    calibration = None if recipe.data.calibration is None else public_name(recipe.data.calibration)
+    calibration, given = recipe.data.calibration, recipe.init.codes_from
+    calibration = None if calibration is None else public_name(calibration)
+    init = replace(recipe.init, codes_from=None if given is None else public_name(given))
     data = replace(recipe.data, dataset=public_name(recipe.data.dataset), calibration=calibration)
     names = [public_name(name) for name in recipe.eval.other_texts]
     tools = ",".join(recipe.eval.other_tools) or None
     texts = replace(recipe.eval, also=",".join(dict.fromkeys(names)) or None, baselines=tools)
-    return replace(recipe, model=public_name(recipe.model), output=public_name(recipe.output), data=data, eval=texts)
+    model, output = public_name(recipe.model), public_name(recipe.output)
+    return replace(recipe, model=model, output=output, init=init, data=data, eval=texts)
 
 
 def one_line(text: str) -> str:

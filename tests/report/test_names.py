@@ -37,11 +37,14 @@ def test_a_folder_that_exists_is_local(tmp_path, monkeypatch):
 
 def test_a_recipe_is_published_without_folders():
     data = {"dataset": "/home/ada/my.txt", "calibration": "/home/ada/other.txt"}
-    recipe = {"model": "/home/ada/m", "output": "/home/ada/out", "data": data, "eval": {"also": "c4,/home/ada/p.txt"}}
+    evaluation = {"also": "c4,/home/ada/p.txt", "baselines": "auto-round=/home/ada/env/bin/python"}
+    recipe = {"model": "/home/ada/m", "output": "/home/ada/out", "data": data, "eval": evaluation}
+    recipe["init"] = {"codes_from": "/home/ada/theirs"}
     values = public_recipe(from_dict(recipe)).to_dict()
     assert (values["model"], values["output"]) == ("m", "out")
     assert (values["data"]["dataset"], values["data"]["calibration"]) == ("my.txt", "other.txt")
-    assert values["eval"]["also"] == "c4,p.txt"
+    assert (values["eval"]["also"], values["eval"]["baselines"]) == ("c4,p.txt", "auto-round")
+    assert values["init"]["codes_from"] == "theirs"
     assert "home" not in str(values)
     assert public_recipe(from_dict({})).data.calibration is public_recipe(from_dict({})).eval.also is None
 
