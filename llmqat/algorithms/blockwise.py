@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs, layers_of
-from llmqat.algorithms.compensation import compensation_of
+from llmqat.algorithms.compensation import take_latent
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 
 HELD_OUT_EVERY = 8  # of the calibration batches one of so many chooses the best state, and does not train
@@ -132,10 +132,7 @@ def own_latents(layers: list[FakeQuantLinear], keep_float: bool) -> Iterator[lis
     for layer, (weight, dtype) in zip(layers, before, strict=True):
         latent, layer.weight = layer.weight.detach(), weight
         layer.scale.data = layer.stored_scale().to(dtype)
-        if keep_float:
-            layer.compensation = compensation_of(weight.detach().to(latent.dtype), latent, layer.grid)
-        else:
-            weight.data = latent
+        take_latent(layer, latent, keep_float)
 
 
 @contextmanager

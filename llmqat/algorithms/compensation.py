@@ -3,9 +3,19 @@
 import torch
 from torch import Tensor
 
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import grouped, smallest_scale
 from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Compensation, Grid, Latent
+
+
+def take_latent(layer: FakeQuantLinear, latent: Tensor, keep_float: bool) -> None:
+    """Let a layer, on its grid, have the codes of a latent ``(out, in)``: as its weight, or as a change beside the
+    float weight, which stays."""
+    if keep_float:
+        layer.compensation = compensation_of(layer.weight.detach().to(latent.dtype), latent, layer.grid)
+    else:
+        layer.weight.data = latent
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
 from llmqat.algorithms.blockwise import BlockError, Blockwise, own_latents, reconstruct, regrouped
-from llmqat.algorithms.compensation import compensation_of
+from llmqat.algorithms.compensation import take_latent
 from llmqat.algorithms.gptq import check_hessian, gptq
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.algorithms.whole_runs import WholeRuns
@@ -95,10 +95,7 @@ def _quantize_layer(layer: FakeQuantLinear, statistics: Statistics, settings: Gp
     w_hat = dequantize(result.codes, result.scale, result.zero_point, scheme)
     error = LayerError(name, rtn, float(output_power(weight - w_hat.float(), H) / power))
     layer.set_grid(result.scale, result.zero_point)
-    if settings.keep_float:
-        layer.compensation = compensation_of(weight, result.latent, layer.grid)
-    else:
-        layer.weight.data = result.latent
+    take_latent(layer, result.latent, settings.keep_float)
     return error
 
 

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmqat.algorithms.compensation import compensation_of
+from llmqat.algorithms.compensation import take_latent
 from llmqat.algorithms.gptq_model import GptqSettings, stow
 from llmqat.errors import LlmqatError
-from llmqat.formats.reader import load_packed
+from llmqat.formats.reader import load_packed, quantization_of
+from llmqat.formats.skeleton import skeleton
+from llmqat.formats.weights import tensor_headers
+from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import OnGrid, float_parameters, quantized_layers
-from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.affine import grouped
+from llmqat.nn.packed_linear import PackedLinear, packed_layers
+from llmqat.quant.affine import grouped, holds_exactly
 from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Grid, Latent
 from llmqat.scheme import QuantScheme
@@ -29,19 +32,15 @@ INSIDE = 1 / 16  # of a code: how far from the end of its interval a latent is p
 SAME = 2**-6
 
 
-def packed_layers(directory: str | Path) -> tuple[PreTrainedModel, dict[str, PackedLinear]]:
-    """A packed model whose codes stay in its files, and its layers by name."""
-    model = load_packed(directory, native=False, mapped=True)
-    return model, {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-
-
 def grids_in(directory: str | Path) -> dict[str, QuantScheme]:
     """The scheme of each layer of a packed model, by name.
 
     Raises:
-        LlmqatError: see `load_packed`.
+        LlmqatError: see `skeleton`.
     """
-    return {name: layer.scheme for name, layer in packed_layers(directory)[1].items()}
+    path = local_directory(directory)
+    model = skeleton(path, quantization_of(path), tensor_headers(path), None)
+    return {name: layer.scheme for name, layer in packed_layers(model).items()}
 
 
 @torch.no_grad()
@@ -83,7 +82,8 @@ def take_codes(model: PreTrainedModel, directory: str | Path, settings: GptqSett
     Raises:
         LlmqatError: if a layer or a float part is another one there, or codes are not on their grid.
     """
-    packed, layers = packed_layers(directory)
+    packed = load_packed(directory, native=False, mapped=True)
+    layers = packed_layers(packed)
     check_float_parts(model, packed, directory)
     own_layers = quantized_layers(model)
     for on_grid in own_layers:
@@ -92,15 +92,10 @@ def take_codes(model: PreTrainedModel, directory: str | Path, settings: GptqSett
             raise LlmqatError(f"{directory} has {on_grid.name} on another grid, or float; give the grid that it has")
     own_dtype = own_layers[0].layer.storage_dtype
     scales = [layers[on_grid.name].weight_scale for on_grid in own_layers]
-    dtype = own_dtype if all(holds(own_dtype, scale) for scale in scales) else scales[0].dtype
+    dtype = own_dtype if all(holds_exactly(own_dtype, scale) for scale in scales) else scales[0].dtype
     for on_grid in own_layers:
         on_grid.layer.storage_dtype = dtype
         _take_layer(on_grid, layers[on_grid.name], settings)
-
-
-def holds(dtype: torch.dtype, scale: Tensor) -> bool:
-    """Whether a dtype holds all numbers of a scale exactly."""
-    return torch.equal(scale.to(dtype).to(scale.dtype), scale)
 
 
 def _take_layer(on_grid: OnGrid, theirs: PackedLinear, settings: GptqSettings) -> None:
@@ -116,11 +111,9 @@ def _take_layer(on_grid: OnGrid, theirs: PackedLinear, settings: GptqSettings) -
         latent = latent_of(weight, codes.to(device), layer.grid).to(weight.dtype)
     except LlmqatError as error:
         raise LlmqatError(f"{on_grid.name}: {error}; pack the model again") from error
-    if settings.keep_float:
-        layer.compensation = compensation_of(weight, latent, layer.grid)
-        stow(layer, settings)
-    else:
-        layer.weight.data, layer.holds_float = latent, False
+    take_latent(layer, latent, settings.keep_float)
+    stow(layer, settings)
+    layer.holds_float &= settings.keep_float
     on_grid.release()
 
 

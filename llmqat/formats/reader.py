@@ -17,7 +17,7 @@ from llmqat.formats.weights import AGAIN, read_mapped, read_tensors, tensor_head
 from llmqat.models.experts import module_name
 from llmqat.models.foreign import ForeignError, from_pretrained, local_directory
 from llmqat.nn.kv_cache import quantize_kv
-from llmqat.nn.packed_linear import PackedLinear
+from llmqat.nn.packed_linear import PackedLinear, packed_layers
 from llmqat.serve.attach import attach
 
 
@@ -101,7 +101,7 @@ def _fill(model: PreTrainedModel, directory: Path, tensors_of_file: Iterable[tup
     Raises:
         LlmqatError: if a scale is not finite, or a layer says another shape than its codes have.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = packed_layers(model)
     paths = {id(module): name for name, module in model.named_modules()}
     looked_up, head = paths[id(model.get_input_embeddings())], paths.get(id(model.get_output_embeddings()), "")
     state: dict[str, Tensor] = {}

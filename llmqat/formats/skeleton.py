@@ -23,7 +23,7 @@ from llmqat.models.stored import FLOATS, Header
 from llmqat.models.ties import possible_ties, set_tied, shared_ties
 from llmqat.nn.embedding import PackedEmbedding, embed_scale_of
 from llmqat.nn.linear_like import LINEAR_LAYERS, is_transposed, linear_shape
-from llmqat.nn.packed_linear import PackedLinear
+from llmqat.nn.packed_linear import PackedLinear, packed_layers
 from llmqat.scheme import QuantScheme
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
@@ -203,7 +203,7 @@ def _empty_packed(old: nn.Module, scheme: QuantScheme, scale_dtype: torch.dtype)
 def expected_headers(model: PreTrainedModel) -> dict[str, Header]:
     """Dtype and shape of every tensor of `model` as a file holds them."""
     expected = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = packed_layers(model)
     for key, tensor in model.state_dict().items():
         layer, _, part = key.rpartition(".")
         if layer in layers and layers[layer].stored_transposed:

@@ -24,7 +24,7 @@ from llmqat.models.patcher import transformers_model
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.nn.packed_linear import PackedLinear
+from llmqat.nn.packed_linear import PackedLinear, packed_layers
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.quant.affine import dequantize, fake_quantize_input
 
@@ -179,7 +179,7 @@ def quantizes_inputs(model: nn.Module) -> bool:
 
 def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
     """Layers of a packed `model` whose codes, and those whose scales are not the `expected` ones; how many it has."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = packed_layers(model)
     codes_wrong, scales_wrong = set(expected) ^ set(layers), set(expected) ^ set(layers)
     for name in set(expected) & set(layers):
         found, wanted = fingerprint.layer_hashes(*layers[name].unpack(), layers[name].input_scale), expected[name]
@@ -288,7 +288,7 @@ def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
     Only float parts are copied, and a packed embedding, which is looked up in a matrix.
     """
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed = packed_layers(model)
     dense = copy.deepcopy(model, {id(module): module for module in packed.values()})
     for name, module in packed.items():
         dense.set_submodule(name, Dequantized(module, dtype))

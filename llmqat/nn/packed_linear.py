@@ -3,7 +3,7 @@
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmqat.compat.torch import KeepsDtypes, buffers_of
 from llmqat.kernels import native, ops
@@ -124,3 +124,8 @@ class PackedLinear(KeepsDtypes):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Every packed layer of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -183,6 +183,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: 
     return (c * scale.unsqueeze(-1)).flatten(-2)
 
 
+def holds_exactly(dtype: torch.dtype, numbers: Tensor) -> bool:
+    """Whether a dtype holds all of some numbers as they are."""
+    return torch.equal(numbers.to(dtype).to(numbers.dtype), numbers)
+
+
 def on_grid(weight: Tensor, scheme: QuantScheme, storage_dtype: torch.dtype) -> Tensor:
     """`weight` ``(out, in)`` rounded to nearest on the grid of `scheme`, in float32."""
     scale, zero_point = choose_scale(weight, scheme, storage_dtype)

@@ -25,6 +25,7 @@ from llmqat.nn.dtensor import divided, gathered, sharded_like
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.processes import process_count
+from llmqat.quant.affine import holds_exactly
 from llmqat.train.optimizers import make_optimizer
 
 
@@ -90,7 +91,7 @@ def gathering_of(block: nn.Module, autocast: torch.dtype | None) -> MixedPrecisi
     linear = {p for module in block.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     if autocast is None or any(p.requires_grad for p in block.parameters()):
         return MixedPrecisionPolicy()
-    if all(p in linear or torch.equal(p.to(autocast).to(p.dtype), p) for p in block.parameters()):
+    if all(p in linear or holds_exactly(autocast, p) for p in block.parameters()):
         return MixedPrecisionPolicy(param_dtype=autocast, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmqat.errors import LlmqatError
 from llmqat.formats import fingerprint
+from llmqat.quant.affine import holds_exactly
 from llmqat.quant.packing import from_unsigned, pack_rows
 from llmqat.scheme import QuantScheme
 
@@ -32,8 +33,7 @@ class FoundLayer(NamedTuple):
 
     def stored_in(self, dtype: torch.dtype) -> Self:
         """The layer with scales in the dtype of the model, if that holds all of them exactly; as it is, if not."""
-        stored = self.scale.to(dtype)
-        return self._replace(scale=stored) if torch.equal(stored.to(self.scale.dtype), self.scale) else self
+        return self._replace(scale=self.scale.to(dtype)) if holds_exactly(dtype, self.scale) else self
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the packed file, by the last part of their names; see `PackedLinear`."""
