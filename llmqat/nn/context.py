@@ -13,8 +13,12 @@ POSITION_TABLES = ("wpe", "position", "pos_emb")
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many positions the table of `model` holds; None if it computes them (rotary embeddings, ALiBi)."""
-    for name, module in model.named_modules():
+    """How many positions the table of `model` holds; None if it computes them (rotary embeddings, ALiBi).
+
+    Towers have tables of their own, for the patches of an image: what counts is the one of the decoder.
+    """
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    for name, module in decoder.named_modules():
         own = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and "rel" not in own and any(known in own for known in POSITION_TABLES):
             first = 0 if module.padding_idx is None else module.padding_idx + 1

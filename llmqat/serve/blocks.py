@@ -14,7 +14,7 @@ from llmqat.kernels.decoder import UNLIMITED, Block, NativeDecoder, Shape, split
 from llmqat.kernels.packed import check_packed
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.borrowed import Borrowed
-from llmqat.serve.covered import unknown_tensors, why_config_not_covered
+from llmqat.serve.covered import unknown_tensors, why_model_not_covered
 from llmqat.serve.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -34,11 +34,9 @@ from llmqat.serve.families import (
 
 def why_not_covered(model: nn.Module, stack: Any) -> str:
     """Why the native decoder never computes the blocks of `model`; empty if it can."""
-    why_not = why_config_not_covered(model.config)
-    if why_not or not hasattr(stack, "layers"):
-        return why_not or f"a {type(model).__name__} has no blocks in model.layers"
-    if native.library() is None:
-        return native.explain()
+    why_not = why_model_not_covered(model, stack)
+    if why_not or native.library() is None:
+        return why_not or native.explain()
     return why_blocks_not_covered(stack)
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from llmqat.models.coverage import CoverageReport
 from llmqat.serve.families import ACTIVATIONS, FAMILIES, Family, rotates_always, sees_all
+from llmqat.serve.stacks import has_towers, stack_of, why_not_sampled
 
 MAX_HEAD_DIM = 256
 # Options that the decoder follows in any family: read from the config, or found in modules and tables.
@@ -57,6 +58,14 @@ OF_WINDOWS = frozenset(
 OF_ROTATION = frozenset(("no_rope_layers", "no_rope_layer_interval"))
 
 
+def why_model_not_covered(model: Any, stack: Any) -> str:
+    """Why the native decoder computes no model of this config, with this decoder stack or none; empty if it can."""
+    if stack is not None:
+        return why_config_not_covered(stack.config)
+    why_not = why_config_not_covered(model.config.get_text_config())
+    return why_not or f"a {type(model).__name__} has no decoder stack below its head"
+
+
 def why_config_not_covered(config: Any) -> str:
     """Why the native decoder computes no model of this config; empty if it can."""
     family = FAMILIES.get(config.model_type)
@@ -96,16 +105,23 @@ def unknown_tensors(layer: Any, family: Family) -> Iterator[str]:
 
 def decoding_in_words(model: Any, coverage: CoverageReport) -> str:
     """Say what of a packed model of this plan runs natively on a CPU with kernels."""
-    why_not = why_config_not_covered(model.config) or _why_plan_not_covered(model, coverage)
-    return f"packed layers natively, the rest in torch ({why_not})" if why_not else "blocks and sampling natively"
+    stack = stack_of(model)
+    why_not = why_model_not_covered(model, stack) or _why_plan_not_covered(model, stack, coverage)
+    if why_not:
+        return f"packed layers natively, the rest in torch ({why_not})"
+    why_not = why_not_sampled(model)
+    if why_not:
+        return f"blocks natively, sampling in transformers ({why_not})"
+    return "blocks and sampling natively" + (", towers in torch" if has_towers(model) else "")
 
 
-def _why_plan_not_covered(model: Any, coverage: CoverageReport) -> str:
+def _why_plan_not_covered(model: Any, stack: Any, coverage: CoverageReport) -> str:
     """Why blocks with these schemes are not computed; empty if they are."""
     layers = {layer.name: layer for layer in coverage.layers}
-    for index in range(len(model.model.layers)):
-        for path in FAMILIES[model.config.model_type].linears:
-            name = f"model.layers.{index}.{path}"
+    place = next(name for name, module in model.named_modules() if module is stack)
+    for index in range(len(stack.layers)):
+        for path in FAMILIES[stack.config.model_type].linears:
+            name = f"{place}.layers.{index}.{path}"
             planned = layers.get(name)
             if planned is None or planned.scheme is None:
                 return f"{name} stays float"

@@ -96,6 +96,7 @@ class Family:
         embedding_scale: name in the config of a factor of the embeddings; empty for none.
         residual_scale: name in the config of a factor of what a branch adds to the residual; empty for none.
         rotary_by_layer_type: whether layers of each type in the config's `layer_types` have rotary tables of their own.
+        positions_by_axis: whether positions may be given by time, height and width.
     """
 
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
@@ -113,6 +114,7 @@ class Family:
     embedding_scale: str = ""
     residual_scale: str = ""
     rotary_by_layer_type: bool = False
+    positions_by_axis: bool = False
 
 
 LLAMA = Family()
@@ -136,6 +138,9 @@ FAMILIES = {
     "cwm": WINDOWED,
     "qwen2": WINDOWED,
     "qwen3": replace(WINDOWED, norms=NORMS | HEAD_NORMS),
+    "qwen2_vl_text": replace(WINDOWED, positions_by_axis=True),
+    "qwen2_5_vl_text": replace(WINDOWED, positions_by_axis=True),
+    "qwen3_vl_text": replace(LLAMA, norms=NORMS | HEAD_NORMS, positions_by_axis=True),
     "smollm3": replace(WINDOWED, rotates=attrgetter("use_rope")),
     "granite": replace(
         LLAMA,

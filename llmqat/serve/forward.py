@@ -8,7 +8,7 @@ same cache: its layers hold views of the buffers that the native code writes.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +17,16 @@ from transformers import DynamicCache, PreTrainedModel
 from llmqat.compat.caches import cache_name, cache_of, output_with_cache, refuse_unknown_caches
 from llmqat.kernels.decoder import NativeDecoder
 from llmqat.serve.blocks import decoder_of, rotary_fits, rotary_tables, why_not_covered
-from llmqat.serve.cache_views import (
-    buffers_of,
-    is_synced,
-    read_cache,
-    reserve,
-    sync_cache_views,
-    uses_int8_cache,
-    why_cache_unfit,
-)
+from llmqat.serve.cache_views import buffers_of, is_synced, read_cache, reserve, sync_cache_views, uses_int8_cache
+from llmqat.serve.calls import text_positions, why_call_unfit, why_past_unfit
 from llmqat.serve.int8_cache import Int8Cache
 from llmqat.serve.paths import counts_of
-
-FLAGS = ("output_attentions", "output_hidden_states", "return_legacy_cache")
+from llmqat.serve.stacks import stack_of
 
 
 def accelerate_forward(model: PreTrainedModel) -> bool:
     """Let `model` run its blocks natively where it can; False, and nothing changed, where it never can."""
-    stack = getattr(model, "model", None)
+    stack = stack_of(model)
     why_not = why_not_covered(model, stack)
     counts = counts_of(stack if stack is not None else model)
     counts.native, counts.why_not = not why_not, why_not
@@ -47,7 +39,7 @@ def accelerate_forward(model: PreTrainedModel) -> bool:
 @contextmanager
 def through_transformers(model: PreTrainedModel) -> Iterator[None]:
     """Leave the blocks of a model, and so its sampling, to the code of transformers until the ``with`` ends."""
-    stack = getattr(model, "model", None)
+    stack = stack_of(model)
     own = {} if stack is None else vars(stack)
     forward = own.pop("forward", None)
     try:
@@ -74,7 +66,8 @@ def _forward(
     given = input_ids if inputs_embeds is None else inputs_embeds
     ambiguous = (input_ids is None) == (inputs_embeds is None)
     why_not = "not exactly one of ids and embeddings" if ambiguous else why_call_unfit(self, given, cache, kwargs)
-    why_not = why_not or _why_past_unfit(given, attention_mask, position_ids, cache)
+    text = text_positions(self, position_ids)
+    why_not = why_not or why_past_unfit(self, given, attention_mask, text, cache)
     decoder = why_not or decoder_of(self)
     if isinstance(decoder, NativeDecoder) and given is not None:
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -82,7 +75,7 @@ def _forward(
         if use_cache and cache is None:
             cache = (Int8Cache if uses_int8_cache(self) else DynamicCache)(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(past, past + embeds.shape[1])[None] if position_ids is None else position_ids
+        positions = torch.arange(past, past + embeds.shape[1])[None] if text is None else text
         tables = rotary_tables(self, embeds, positions)
         if rotary_fits(self, tables, embeds.shape[1]):
             counts_of(self).native_calls += 1
@@ -120,42 +113,7 @@ def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[
 def why_not_native(stack: Any, ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache: Any) -> str:
     """Why this call cannot run natively; empty for one unpadded sequence without gradients, hidden states only."""
     why_not = "" if "forward" in vars(stack) else "the blocks are left to transformers"
-    why_not = why_not or why_call_unfit(stack, ids, cache, {}) or _why_past_unfit(ids, mask, positions, cache)
+    why_not = why_not or why_call_unfit(stack, ids, cache, {})
+    why_not = why_not or why_past_unfit(stack, ids, mask, positions, cache)
     decoder = why_not or decoder_of(stack)
     return "" if isinstance(decoder, NativeDecoder) else decoder
-
-
-def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> str:
-    """Why ids ``(1, m)`` or embeddings ``(1, m, hidden)`` cannot run natively, apart from mask and positions."""
-    if not lies_on_cpu(given) or given.ndim not in (2, 3):
-        return "the inputs are not ids or embeddings on the CPU"
-    if given.shape[0] != 1 or given.shape[1] == 0:
-        return f"a batch of {given.shape[0]} sequences of {given.shape[1]} tokens"
-    if given.ndim == 3 and (given.dtype != stack.norm.weight.dtype or given.shape[2] != stack.config.hidden_size):
-        return "embeddings of another dtype or width than the model's"
-    if stack.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return "training, gradients, or torch.compile"
-    if any(kwargs.get(name) for name in FLAGS) or kwargs.get("return_dict") is False:
-        return "attention weights, hidden states of all blocks, or tuples were asked for"
-    return why_cache_unfit(stack, cache)
-
-
-def _why_past_unfit(given: Tensor | None, mask: Any, positions: Any, cache: Any) -> str:
-    """Why mask or positions are more than one unpadded sequence behind what the cache holds."""
-    assert given is not None
-    tokens, past = given.shape[1], 0 if cache is None else cache.get_seq_length()
-    if mask is not None and not (lies_on_cpu(mask) and mask.shape == (1, past + tokens) and bool(mask.all())):
-        return "padding, or a mask of one's own"
-    # Positions that start again separate packed sequences, which then do not see each other.
-    return "" if positions is None or is_range(positions, tokens) else "positions are not one range"
-
-
-def is_range(positions: Any, tokens: int) -> bool:
-    """Whether positions are ``(1, tokens)``, each by one more than that before it."""
-    plain = lies_on_cpu(positions) and positions.shape == (1, tokens) and positions.dtype != torch.bool
-    return plain and bool((positions[0, 1:] - positions[0, :-1] == 1).all())
-
-
-def lies_on_cpu(value: Any) -> TypeGuard[Tensor]:
-    """Whether a value is a dense tensor on the CPU."""
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided

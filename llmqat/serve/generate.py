@@ -18,12 +18,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from llmqat.compat.caches import cache_of, generate_cache_name
 from llmqat.kernels import native
 from llmqat.serve.cache_views import sync_cache_views
-from llmqat.serve.forward import is_range, why_not_native
+from llmqat.serve.calls import is_range, text_positions
+from llmqat.serve.forward import why_not_native
 from llmqat.serve.paths import counts_of
+from llmqat.serve.stacks import has_towers, stack_of, why_not_sampled
 from llmqat.serve.step import GreedyStep, Step
 
 # What `generate` hands a sampling loop for a plain text model, besides the cache.
 PLAIN_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# Inputs of models with towers that say which tokens stand for what.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # Arguments of `generate` that a custom loop does not get, or that ask for another loop.
 OTHER_LOOPS = ("custom_generate", "assistant_model", "synced_gpus", "tokenizer", "stop_strings")
 
@@ -41,8 +45,8 @@ def accelerate_generate(model: Any) -> None:
 def _generate(below: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of transformers, with the native loop in it wherever that computes what was asked for."""
     generate = functools.partial(below or type(model).generate, model)
-    counts, streamer = counts_of(model.model), kwargs.get("streamer")
-    reason = _why_other_loop(model, args, kwargs)
+    counts, streamer = counts_of(stack_of(model)), kwargs.get("streamer")
+    reason = why_not_sampled(model) or _why_other_loop(model, args, kwargs)
     if not reason:
         loop = functools.partial(_native_loop, streamer=streamer)
         try:
@@ -58,6 +62,8 @@ def _why_other_loop(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if len(args) > 4:  # inputs, generation_config, logits_processor, stopping_criteria
         return "positional arguments"
     others = [name for name in OTHER_LOOPS if kwargs.get(name) not in (None, False)]
+    if has_towers(model):  # before they run
+        others += sorted(name for name, value in kwargs.items() if _is_of_tower(name, value))
     if others:
         return ", ".join(others)
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -104,7 +110,7 @@ def _native_loop(
                 tokens = _greedy_loop(greedy, native.argmax(logits[0]), input_ids, stopping_criteria, streamer)
         finally:
             sync_cache_views(step.buffers, cache)
-            counts_of(model.model).loop_tokens += step.buffers.length - past
+            counts_of(step.stack).loop_tokens += step.buffers.length - past
     if streamer is not None:
         streamer.end()
     return tokens
@@ -115,7 +121,7 @@ def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str,
     mode = config.get_generation_mode()
     if mode.value not in ("greedy_search", "sample"):
         return mode.value
-    given = {name for name, value in inputs.items() if value is not None}
+    given = {name for name, value in inputs.items() if not (value is None or _is_of_text(name, value))}
     others = sorted(given - PLAIN_INPUTS - {generate_cache_name()})
     if others:
         return ", ".join(others)
@@ -126,18 +132,30 @@ def _why_not_plain(model: Any, input_ids: Tensor, config: Any, inputs: dict[str,
         return "goes on in a filled cache"
     if config.return_dict_in_generate or config.prefill_chunk_size is not None:
         return "return_dict_in_generate or prefill_chunk_size"
-    positions = inputs.get("position_ids")
+    stack = stack_of(model)
+    positions = text_positions(stack, inputs.get("position_ids"))
     if positions is not None and not (is_range(positions, input_ids.shape[1]) and not positions[0, :1].any()):
         return "positions are not one range from 0"
-    if _changes_rotary(model, input_ids.shape[1], config.max_length):
+    if _changes_rotary(stack, input_ids.shape[1], config.max_length):
         return "longrope goes over to its factors for long sequences"
-    return why_not_native(model.model, input_ids, inputs.get("attention_mask"), positions, cache)
+    return why_not_native(stack, input_ids, inputs.get("attention_mask"), positions, cache)
 
 
-def _changes_rotary(model: Any, tokens: int, most: int) -> bool:
+def _is_of_text(name: str, value: Any) -> bool:
+    """Whether an input of a model with towers says that all tokens are text, or has nothing that a tower encoded."""
+    return value == {} if isinstance(value, dict) else name in TOKEN_TYPES and not value.any()
+
+
+def _is_of_tower(name: str, value: Any) -> bool:
+    """Whether an argument of `generate` is what a tower reads, or says which tokens stand for that."""
+    plain = name in PLAIN_INPUTS or name in ("inputs", "input_ids", "inputs_embeds")
+    return isinstance(value, Tensor) and not plain and not _is_of_text(name, value)
+
+
+def _changes_rotary(stack: Any, tokens: int, most: int) -> bool:
     """Whether "longrope" may switch to its factors for long sequences on the way, where Phi-3 drops its cache."""
-    trained = getattr(model.config, "original_max_position_embeddings", most)
-    return model.model.rotary_emb.rope_type == "longrope" and tokens <= trained < most
+    trained = getattr(stack.config, "original_max_position_embeddings", most)
+    return stack.rotary_emb.rope_type == "longrope" and tokens <= trained < most
 
 
 def _general_loop(

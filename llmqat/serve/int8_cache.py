@@ -141,7 +141,7 @@ def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 def _start_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the model below the head: where it would start a cache of its own, give it an `Int8Cache`."""
     use_cache = kwargs.get("use_cache")
-    wanted = module.config.use_cache if use_cache is None else use_cache  # type: ignore[union-attr]
+    wanted = module.config.get_text_config().use_cache if use_cache is None else use_cache  # type: ignore[operator,union-attr]
     if wanted and cache_of(kwargs) is None and not torch.is_grad_enabled() and _enabled(module):
         give_cache(type(module).forward, kwargs, Int8Cache(module.config))
     return args, kwargs

@@ -9,6 +9,7 @@ from torch import nn
 from llmqat.compat.native import why_not_recognised
 from llmqat.kernels import native
 from llmqat.serve.families import FAMILIES
+from llmqat.serve.stacks import stack_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def counts_of(stack: nn.Module) -> Counts:
 
 def path_counts(model: nn.Module) -> PathCounts:
     """Which path the calls of `model` took so far; subtract two of them to know what ran in between."""
-    counts = counts_of(getattr(model, "model", model))
+    stack = stack_of(model)
+    counts = counts_of(model if stack is None else stack)
     why_not = "" if counts.native else counts.why_not
     numbers = counts.loop_tokens, counts.native_calls, counts.reference_calls
     return PathCounts(counts.native, why_not, *numbers, tuple(counts.reasons.most_common()))

@@ -18,6 +18,7 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
 from llmqat.serve.cache_views import reserve
 from llmqat.serve.families import FAMILIES
+from llmqat.serve.stacks import has_towers, stack_of
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
 FIXED_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
@@ -72,13 +73,14 @@ class Step:
     """Runs one token through the model; from call to call only its row of the embedding and its position change."""
 
     def __init__(self, model: Any, cache: Any) -> None:
-        self.stack = model.model
-        self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.lm_head)
+        self.stack = stack_of(model)
+        self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.get_output_embeddings())
         decoder = decoder_of(self.stack)
         assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
         self.decoder, self.buffers = decoder, cache.llmqat_buffers
         config = self.stack.config
-        self.after_head = FAMILIES[config.model_type].after_head
+        # A model with towers leaves the logits as they are, whatever the config of its text model says.
+        self.after_head = "" if has_towers(model) else FAMILIES[config.model_type].after_head
         self.after_value = getattr(config, self.after_head) if self.after_head else None
         types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
         self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
@@ -126,7 +128,8 @@ class GreedyStep:
     @classmethod
     def of(cls, model: Any, step: Step) -> "GreedyStep | None":
         """The greedy step of `model` behind its `step`; None where its ends, logits or positions are not covered."""
-        head, embedding = _packed_head(model.lm_head), _rows(model.model.embed_tokens, step.decoder.dtype)
+        head = _packed_head(model.get_output_embeddings())
+        embedding = _rows(step.stack.embed_tokens, step.decoder.dtype)
         if head is None or embedding is None or not step.keeps_order or not step.fixed:
             return None
         rows = embedding if isinstance(embedding, Tensor) else embedding.codes

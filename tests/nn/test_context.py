@@ -9,6 +9,7 @@ from llmqat.errors import LlmqatError
 from llmqat.metrics.perplexity import Windows, evaluate
 from llmqat.nn.context import check_context, check_sequence, check_token_ids, position_limit
 from llmqat.scheme import QuantScheme
+from tests.serve.helpers import float_model
 
 
 def gpt2():
@@ -22,6 +23,7 @@ def test_the_limit_is_that_of_the_table(tiny_llama):
     assert position_limit(gpt2()) == 16
     assert position_limit(OPTForCausalLM(config)) == 24
     assert position_limit(tiny_llama()) is None
+    assert position_limit(float_model("gemma3_text", "gemma3")) is None, "4 patches of an image have places in a table"
 
 
 def test_positions():

@@ -1,7 +1,7 @@
 """Tiny packed models of every family, and how the tests of serving run them."""
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmqat
@@ -26,7 +26,11 @@ GEMMA3 = {
 }
 WINDOWED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 GRANITE = {"embedding_multiplier": 1.7, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 8.0}
+BY_AXIS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 CONFIGS = {
+    "qwen2_vl_text": BY_AXIS,
+    "qwen2_5_vl_text": BY_AXIS,
+    "qwen3_vl_text": BY_AXIS,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "granite": GRANITE,
@@ -53,12 +57,47 @@ CONFIGS = {
 }
 
 
-def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
-    """A tiny random packed model whose biases and norms are not trivial."""
-    torch.manual_seed(0)
+# Towers for images of patches of 14 pixels.
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+IMAGES = {"image_size": 56, "patch_size": 14}
+TOWERS = {
+    "gemma3": {"vision_config": TOWER | IMAGES, "mm_tokens_per_image": 1, "image_token_id": 120},
+    "mistral3": {"vision_config": TOWER | IMAGES | {"head_dim": 16}, "image_token_id": 120},
+    "qwen2_vl": {"vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}},
+    "qwen2_5_vl": {
+        "vision_config": {"depth": 1, "out_hidden_size": 64, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    },
+    "qwen3_vl": {
+        "vision_config": {"depth": 1, "out_hidden_size": 64, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+        | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    },
+}
+# Families that exist beside towers only -> the models that hold both.
+BESIDE = {"qwen2_vl_text": "qwen2_vl", "qwen2_5_vl_text": "qwen2_5_vl", "qwen3_vl_text": "qwen3_vl"}
+
+
+def tiny_config(family, beside=None, **config):
+    """The config of a tiny model of a family, or of one in which it stands beside towers."""
     plain = {"head_dim": 16, "sliding_window": None, "max_position_embeddings": 512, "pad_token_id": None}
     config = TINY | plain | CONFIGS.get(family, {}) | config
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**config)).eval()
+    if beside is None:
+        return CONFIG_MAPPING[family](**config)
+    shared = {name: config[name] for name in ("tie_word_embeddings", "attn_implementation")}
+    text = CONFIG_MAPPING[family](**config).to_dict()
+    return CONFIG_MAPPING[beside](text_config=text, **TOWERS[beside], **shared)
+
+
+def float_model(family, beside=None, **config):
+    """A tiny random model; with towers where its family exists beside some only."""
+    torch.manual_seed(0)
+    beside = beside or BESIDE.get(family)
+    kind = AutoModelForCausalLM if beside is None else AutoModelForImageTextToText
+    return kind.from_config(tiny_config(family, beside, **config)).eval()
+
+
+def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head_bits=None, **config):
+    """A tiny random packed model whose biases and norms are not trivial."""
+    model = float_model(family, **config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -84,7 +84,7 @@ def test_blocks_that_hold_more(change, reason):
 
 
 def test_a_model_without_blocks_where_they_are_looked_for():
-    assert why_not(packed_model("llama").model) == "a LlamaModel has no blocks in model.layers"
+    assert why_not(packed_model("llama").model) == "a LlamaModel has no decoder stack below its head"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.scheme import QuantScheme
 from llmqat.serve.attach import attach
+from llmqat.serve.calls import is_range
 from llmqat.serve.families import FAMILIES
-from llmqat.serve.forward import accelerate_forward, is_range, through_transformers
+from llmqat.serve.forward import accelerate_forward, through_transformers
 from llmqat.serve.paths import path_counts
 from tests.serve.helpers import both, errors, generate, packed_model
 
