@@ -28,6 +28,7 @@ class Layout(NamedTuple):
         own_gate: the family puts gate and up together in a way of its own, `_apply_gate`.
         sorted: the module is given tokens by expert, as many to each, zeros where it is not chosen; else tokens, and
             the experts that each goes to.
+        swapped: peft takes rows for columns, as the module does not say in `is_transposed` that they are.
     """
 
     gated: bool
@@ -36,6 +37,7 @@ class Layout(NamedTuple):
     biased: bool
     own_gate: bool
     sorted: bool
+    swapped: bool = False
 
     def __str__(self) -> str:
         words = {
@@ -53,25 +55,34 @@ class Layout(NamedTuple):
         """Name of the Parameter in front of the activation."""
         return "gate_up_proj" if self.gated else "up_proj"
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the Parameters in front of the activation and behind it."""
+        return self.first, "down_proj"
+
+    def rows(self, name: str, count: int) -> dict[str, slice]:
+        """The projections whose weights lie in the Parameter `name`, and which of its `count` rows are theirs."""
+        if name != "gate_up_proj":
+            return {name: slice(count)}
+        if self.interleaved:
+            return {"gate_proj": slice(0, count, 2), "up_proj": slice(1, count, 2)}
+        return {"gate_proj": slice(count // 2), "up_proj": slice(count // 2, count)}
+
     def apart(self, fused: Mapping[str, Tensor], expert: int) -> Projections:
         """Weight ``(out, in)`` and bias of each projection of an expert, as views of the `fused` Parameters."""
-        both, down = ((fused[name][expert].T if self.transposed else fused[name][expert]) for name in self._names)
-        bias, down_bias = (fused[f"{name}_bias"][expert] if self.biased else None for name in self._names)
-        if not self.gated:
-            return {"up_proj": (both, bias), "down_proj": (down, down_bias)}
-        half = len(both) // 2
-        gate, up = (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(half), slice(half, None))
-        return {
-            "gate_proj": (both[gate], None if bias is None else bias[gate]),
-            "up_proj": (both[up], None if bias is None else bias[up]),
-            "down_proj": (down, down_bias),
-        }
+        apart: Projections = {}
+        for name in self.names:
+            weight = fused[name][expert].T if self.transposed else fused[name][expert]
+            bias = fused[f"{name}_bias"][expert] if self.biased else None
+            for own, rows in self.rows(name, len(weight)).items():
+                apart[own] = weight[rows], None if bias is None else bias[rows]
+        return apart
 
     def together(self, apart: list[Projections]) -> dict[str, Tensor]:
         """Inverse of `apart`, for all experts."""
         fused: dict[str, Tensor] = {}
-        for name in self._names:
-            halves = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+        for name in self.names:
+            halves = list(self.rows(name, 0))
             weights = torch.stack([self._joined([own[half][0] for half in halves]) for own in apart])
             fused[name] = (weights.mT if self.transposed else weights).contiguous()
             if self.biased:
@@ -97,10 +108,6 @@ class Layout(NamedTuple):
         expected = self.shapes(experts, hidden, intermediate)
         fits = all(fused[name].shape == shape for name, shape in expected.items())
         return (experts, hidden, intermediate) if fits else None
-
-    @property
-    def _names(self) -> tuple[str, str]:
-        return self.first, "down_proj"
 
     def _joined(self, halves: list[Tensor]) -> Tensor:
         return torch.stack(halves, 1).flatten(0, 1) if self.interleaved and len(halves) > 1 else torch.cat(halves)
@@ -129,6 +136,7 @@ def possible_layouts(fused: nn.Module) -> list[Layout]:
         for interleaved in ((False, True) if gated else (False,))
         if getattr(fused, "is_transposed", transposed) == transposed
         if getattr(fused, "is_concatenated", not interleaved) != interleaved
-        for layout in [Layout(gated, transposed, interleaved, biased, own_gate, len(parameters) == 2)]
+        for swapped in [transposed and not hasattr(fused, "is_transposed")]
+        for layout in [Layout(gated, transposed, interleaved, biased, own_gate, len(parameters) == 2, swapped)]
         if layout.sizes_of(own) is not None
     ]

@@ -1,5 +1,6 @@
 """Directories of adapters: what trained beside the adapters lies in a file of its own, next to peft's."""
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ from peft import PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmqat.compat.peft import lost_names, reading_targets
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers, transformers_model
+from llmqat.progress import log
+from llmqat.train.expert_adapters import WEIGHTS, store_together, targets_apart, tensors_apart
 
 BESIDE = "scales_and_norms.safetensors"
 
@@ -30,14 +34,34 @@ def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _SavesAll(PeftModel):
-    """A `PeftModel` whose directories hold what trained beside its adapters, too."""
+    """A `PeftModel` whose directories hold what trained beside its adapters, too; plain peft loads them as well."""
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Write adapters as peft does, and scales and norms beside them."""
+        """Write adapters as peft does, those of experts by fused Parameter, and scales and norms beside them."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            for adapter in self.peft_config:
+                path = Path(save_directory) / ("" if adapter == "default" else adapter) / WEIGHTS
+                if path.exists():
+                    store_together(self, path.parent)
+                    self._say_what_is_lost(path)
             tensors = {name: parameter.detach().cpu() for name, parameter in trained_beside(self).items()}
             save_file(tensors, Path(save_directory) / BESIDE, {"format": "pt"})
+
+    def _say_what_is_lost(self, path: Path) -> None:
+        layers = sorted({name.partition(".lora_")[0] for name in lost_names(self, load_file(path))})
+        if layers:
+            log(
+                f"peft alone does not find the adapters of {len(layers)} layers in {path}, which it renames, the first "
+                f"is {layers[0]}; llmqat.add_lora does"
+            )
+
+    def load_adapter(self, model_id: str | PathLike[Any], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load adapters as peft does, and scales and norms beside them; so trainers resume."""
+        with reading_targets(targets_apart, tensors_apart):
+            loaded = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        load_beside(self, Path(model_id))
+        return loaded
 
 
 class LoraModel(_SavesAll):

@@ -13,13 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.compat.peft import register_layers, targets_by_module
+from llmqat.compat.peft import reading_targets, register_layers
 from llmqat.config import ResolvedTrain
 from llmqat.errors import LlmqatError
 from llmqat.models.patcher import quantized_layers
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.train.adapter_files import is_norm, load_beside, saving_all
+from llmqat.train.expert_adapters import targets_apart, tensors_apart
 
 
 def default_alpha(model: nn.Module, r: int) -> float:
@@ -59,7 +60,7 @@ def add_lora(model: PreTrainedModel, r: int = 32, alpha: float | None = None, ad
     else:
         config = LoraConfig.from_pretrained(adapter)
     register_layers(config, {FakeQuantLinear: LoraFakeQuantLinear})
-    with warnings.catch_warnings(), targets_by_module():
+    with warnings.catch_warnings(), reading_targets(targets_apart, tensors_apart):
         # peft would leave the embedding behind; ours looks up rows of the adapted head.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         if adapter is None:

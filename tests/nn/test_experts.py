@@ -169,7 +169,7 @@ SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_local_ex
 OWN_SIZES = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS}
 LAYOUTS = {
     GptOssExperts: (GptOssConfig(**SIZES), Layout(True, True, True, True, own_gate=True, sorted=False)),
-    Llama4TextExperts: (Llama4TextConfig(**SIZES), Layout(True, True, False, False, own_gate=False, sorted=True)),
+    Llama4TextExperts: (Llama4TextConfig(**SIZES), Layout(True, True, False, False, False, sorted=True, swapped=True)),
     NemotronHExperts: (NemotronHConfig(**OWN_SIZES), Layout(False, False, False, False, own_gate=False, sorted=False)),
 }
 

@@ -53,6 +53,9 @@ def test_scales_and_norms_are_saved_beside_adapters_and_loaded_again(prepared, t
     assert not any("norm" in name or "scale" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     again = add_lora(prepared(), adapter=str(tmp_path))
     assert torch.equal(logits(again), logits(model))
+    resumed = trained(prepared(), scales=scales)  # as a Trainer resumes
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(logits(resumed), logits(model))
     again.save_pretrained(tmp_path / "again")
     assert set(load_file(tmp_path / "again" / BESIDE)) == names
     (tmp_path / BESIDE).unlink()
