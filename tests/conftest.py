@@ -121,6 +121,7 @@ def tiny_moe() -> Callable[..., PreTrainedModel]:
     sizes: dict[str, Any] = {
         "mixtral": {"num_local_experts": 6},
         "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 48, "mlp_only_layers": [1], "head_dim": 16},
+        "gpt_oss": {"num_local_experts": 6, "head_dim": 16, "attn_implementation": "eager"},
     }
 
     def make(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

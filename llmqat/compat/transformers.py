@@ -41,16 +41,25 @@ def save_as_it_is(model: PreTrainedModel) -> None:
     "transformers.core_model_loading.rename_source_key",
     test="tests/pipeline/test_low_memory.py",
 )
-def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name of a tensor in a file -> its name in a model."""
+def names_in_model(model: PreTrainedModel, keys: Iterable[str], apart: bool) -> dict[str, tuple[str, bool]]:
+    """Name of a tensor in a file -> its name in a model, and whether its values are converted on the way.
+
+    Experts that files hold apart stay so if `apart`, under the names that modules have, but for the last.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converters = [
+        entry for entry in mapping if isinstance(entry, WeightConverter) and not (apart and _reads_apart(entry))
+    ]
     state, prefix = model.state_dict(), model.base_model_prefix
-    return {key: rename_source_key(key, renamings, converters, prefix, state)[0] for key in keys}
+    found: dict[str, tuple[str, bool]] = {}
+    for key in keys:
+        own, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        found[key] = (key, False) if own not in state and key in state else (own, pattern is not None)
+    return found
 
 
 @leans_on("transformers.PreTrainedModel._init_weights", test="tests/models/test_replaceable.py")
@@ -108,11 +117,15 @@ def expert_names(model: PreTrainedModel) -> dict[str, str]:
         return {name: name for name in ("gate_proj", "up_proj", "down_proj")}  # apart wherever they are quantized
     names: dict[str, str] = {}
     for entry in get_model_conversion_mapping(model):
-        apart = isinstance(entry, WeightConverter) and all(".experts.*." in f".{s}" for s in entry.source_patterns)
-        for target in entry.target_patterns if apart else ():
+        for target in entry.target_patterns if isinstance(entry, WeightConverter) and _reads_apart(entry) else ():
             last = target.rpartition(".")[2]
             own = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
             files = [source.removesuffix(".weight").rpartition(".")[2] for source in entry.source_patterns]
             if last in ("gate_up_proj", "up_proj", "down_proj") and len(files) == len(own):
                 names |= dict(zip(own, files, strict=True))
     return names if names.keys() >= {"up_proj", "down_proj"} else {}
+
+
+def _reads_apart(converter: Any) -> bool:
+    """Whether a `WeightConverter` reads a tensor of each expert."""
+    return all(".experts.*." in f".{source}" for source in converter.source_patterns)

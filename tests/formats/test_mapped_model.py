@@ -9,25 +9,31 @@ from safetensors.torch import load_file, save_file
 from llmqat.errors import LlmqatError
 from llmqat.formats.mapped_model import load_mapped
 from llmqat.mapped import Disk, is_mapped
+from llmqat.models.experts import split_experts
 from llmqat.models.loading import load_float, storage_dtype_of
+
+EXPERTS = ("mixtral", "gpt_oss")
 
 
 @pytest.fixture
-def saved(tiny, tmp_path):
+def saved(tiny, tiny_moe, tmp_path):
     """``saved(model_type)``: a float model on disk in shards of a few layers."""
 
     def make(model_type="llama"):
-        tiny(model_type).save_pretrained(tmp_path / model_type, max_shard_size="60KB")
+        model = tiny_moe(model_type) if model_type in EXPERTS else tiny(model_type)
+        model.save_pretrained(tmp_path / model_type, max_shard_size="60KB")
         return tmp_path / model_type
 
     return make
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "opt", *EXPERTS])
 def test_the_model_that_is_loaded_otherwise(saved, tmp_path, model_type):
-    """Also with tied embeddings, Conv1D, and shards that split a block."""
+    """Also with tied embeddings, Conv1D, and shards that split a block; with experts that files hold apart, under names
+    of their own, or together, transposed and interleaved."""
     directory = saved(model_type)
     model, expected = load_mapped(str(directory), Disk(tmp_path)), load_float(str(directory), torch.float32)
+    split_experts(expected)
     found, values = model.state_dict(), expected.state_dict()
     assert found.keys() == values.keys()
     assert all(torch.equal(found[key], value) for key, value in values.items())
@@ -56,15 +62,17 @@ def test_lost_and_damaged_weights(saved, tmp_path):
         load_mapped(str(directory), Disk(tmp_path))
 
 
+def test_weights_that_transformers_converts(saved, tmp_path, monkeypatch):
+    """One that keeps its shape, as Inkling 2 has its experts interleaved."""
+    convert = lambda *_, **__: {"lm_head.weight": ("lm_head.weight", True)}  # noqa: E731
+    monkeypatch.setattr("llmqat.formats.mapped_model.names_in_model", convert)
+    with pytest.raises(LlmqatError, match=r"holds lm_head.weight as .*, and transformers converts it: it cannot be"):
+        load_mapped(str(saved()), Disk(tmp_path))
+
+
 def test_weights_of_another_format(saved, tmp_path):
     directory = saved()
     for path in directory.glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     with pytest.raises(LlmqatError, match=r"has no safetensors, .* write it again with save_pretrained"):
         load_mapped(str(directory), Disk(tmp_path))
-
-
-def test_fused_experts(tiny_moe, tmp_path):
-    tiny_moe("mixtral").save_pretrained(tmp_path / "moe")
-    with pytest.raises(LlmqatError, match="does not know how to split fused experts yet: leave --low-memory out"):
-        load_mapped(str(tmp_path / "moe"), Disk(tmp_path))

@@ -20,6 +20,9 @@ from llmqat.pipeline import run as run_module
 from llmqat.pipeline.run import Run, run
 from llmqat.train.loop import Trainer
 
+# Few tokens to decode in the proof.
+EXPERTS = {"qwen3_moe": {"num_experts": 3}, "gpt_oss": {"num_local_experts": 3}}
+FEW, SHORT = {"max_position_embeddings": 12}, {"data.length": 8, "eval.window": 8}
 ALL = {"quant.lm_head_bits": 4, "quant.kv_bits": 8, "quant.act_bits": 8, "quant.act_static": True}
 
 
@@ -37,12 +40,14 @@ def check_same_bytes(ordinary, streamed):
 
 
 @pytest.fixture
-def saved(tiny, tokenizer, tmp_path):
+def saved(tiny, tiny_moe, tokenizer, tmp_path):
     """``saved(model_type)``: a float model on disk in bfloat16, in shards of a few layers."""
 
     def make(model_type):
         directory = tmp_path / model_type
-        tiny(model_type, vocab_size=258).to(torch.bfloat16).save_pretrained(directory, max_shard_size="60KB")
+        make_tiny = tiny_moe if model_type in EXPERTS else tiny
+        model = make_tiny(model_type, vocab_size=258, **FEW, **EXPERTS.get(model_type, {}))
+        model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="60KB")
         tokenizer.save_pretrained(directory)
         return directory
 
@@ -55,12 +60,14 @@ def saved(tiny, tokenizer, tmp_path):
         ("llama", {"train.mode": "lora", "init.method": "gptq", **ALL}, True),
         ("gemma3_text", {"train.mode": "scales", "init.method": "rtn"}, True),
         ("gpt2", {"train.mode": "lora", "init.method": "blockwise", "init.block_steps": 2}, True),
-        ("opt", {"init.method": "gptq"}, False),
+        ("gpt_oss", {"init.method": "gptq"}, False),
+        ("qwen3_moe", {"train.mode": "lora", "init.method": "gptq"}, True),
     ],
 )
 def test_same_bytes_as_the_ordinary_way(saved, small_recipe, tmp_path, model_type, changes, train):
-    """Also with shards that split a block, tied embeddings, and Conv1D; and the same scores and losses."""
-    changes = {"model": str(saved(model_type)), "quant.group_size": 16, "init.samples": 4, **changes}
+    """Also with shards that split a block, tied embeddings, Conv1D, and experts that files hold apart or together, with
+    biases; and the same scores and losses."""
+    changes = {"model": str(saved(model_type)), "quant.group_size": 16, "init.samples": 4, **SHORT, **changes}
     expected = run(small_recipe(tmp_path / "ordinary", changes), train=train)
     streamed = run(small_recipe(tmp_path / "streamed", {**changes, "low_memory": True}), train=train)
     check_same_bytes(tmp_path / "ordinary", tmp_path / "streamed")
@@ -74,7 +81,7 @@ def test_same_bytes_as_the_ordinary_way(saved, small_recipe, tmp_path, model_typ
 
 
 def test_what_a_run_adds_for_each_weight_is_on_the_disk(saved, small_recipe, tmp_path, monkeypatch):
-    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4, "low_memory": True}
+    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4, **SHORT, "low_memory": True}
     found = {}
 
     def look(self, write=Run.write_report):
@@ -96,7 +103,7 @@ def test_what_a_run_adds_for_each_weight_is_on_the_disk(saved, small_recipe, tmp
 
 def test_an_ordinary_run_goes_on_with_less_memory(saved, small_recipe, tmp_path, monkeypatch):
     """Where it ran out of memory in training, from GPTQ's blocks and the last checkpoint; to the same bytes."""
-    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4, "train.mode": "lora"}
+    changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4, **SHORT, "train.mode": "lora"}
     run(small_recipe(tmp_path / "ordinary", changes))
 
     def stop(self, batches, step=Trainer.step):
