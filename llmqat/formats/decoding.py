@@ -35,46 +35,78 @@ class Decoding(NamedTuple):
     greedy: bool
 
 
-def prompts_for(model: PreTrainedModel) -> list[Tensor]:
-    """Random prompts ``(1, length)`` that leave room for `NEW_TOKENS`; none for a model that does not generate."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + NEW_TOKENS
+def prompts_for(model: PreTrainedModel) -> Tensor | None:
+    """Random prompts ``(PROBES, length)`` that leave room for new tokens; None for a model that does not generate."""
+    context = context_of(model)
     if not model.can_generate() or context < 2 or model.config.is_encoder_decoder:
-        return []
-    length = min(PROMPT, context // 2)
+        return None
+    shape = PROBES, min(PROMPT, context // 2)
     vocabulary = model.config.get_text_config().vocab_size
-    prompts = torch.randint(vocabulary, (PROBES, 1, length), generator=torch.Generator().manual_seed(1))
-    return list(prompts.to(model.device))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1)).to(model.device)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens the model takes; one that does not say takes what is asked here."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + NEW_TOKENS
 
 
 @torch.no_grad()
-def greedy_continuations(model: PreTrainedModel, prompts: list[Tensor], logits: bool) -> list[tuple[Tensor, Tensor]]:
-    """Each prompt with its greedy continuation, and the logits of that, ``(1, new, vocabulary)``; without `logits`,
-    which keep a model from its native loop, none."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + NEW_TOKENS
-    results = []
+def greedy_continuations(
+    model: PreTrainedModel, prompts: Tensor, at_once: int, logits: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts with their greedy continuations, ``(prompts, length + new)``, and the logits of these, ``(prompts, new,
+    vocabulary)``, as `generate` finds them for so many prompts at once. Without `logits`, which keep a model from its
+    native loop, None."""
+    sequences, found = [], []
     own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
-        for ids in prompts:
-            new = min(NEW_TOKENS, context - ids.shape[1])
+        for ids in prompts.split(at_once):
             options: dict[str, Any] = {
-                "max_new_tokens": new,
+                "max_new_tokens": min(NEW_TOKENS, context_of(model) - ids.shape[1]),
                 "do_sample": False,
                 "attention_mask": torch.ones_like(ids),
             }
             generate: Any = model.generate
             out = generate(ids, output_logits=logits, return_dict_in_generate=logits, **options)
-            results.append((out.sequences, torch.stack(out.logits, 1)) if logits else (out, torch.empty(0)))
+            sequences.append(out.sequences if logits else out)
+            found += [torch.stack(out.logits, 1)] if logits else []
     finally:
         model.generation_config = own
-    return results
+    return torch.cat(sequences), torch.cat(found).cpu() if logits else None
 
 
 @torch.no_grad()
-def without_cache(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits ``(1, length, vocabulary)`` of a whole sequence at once, in float64 on the CPU."""
+def without_cache(model: nn.Module, ids: Tensor, at_once: int = PROBES) -> Tensor:
+    """Logits ``(sequences, length, vocabulary)`` of whole sequences, so many at once, on the CPU."""
     device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.cpu().double()
+    parts = ids.to(device).split(at_once)
+    return torch.cat([model(input_ids=part, use_cache=False).logits.cpu() for part in parts])
+
+
+def differences(some: Tensor, others: Tensor) -> Tensor:
+    """Largest difference of a logit for each sequence, in float64."""
+    return torch.stack([(a.double() - b).abs().max() for a, b in zip(some, others, strict=True)])
+
+
+class Judge:
+    """Says what is right, without a cache, and how much plain torch errs there; once for the same sequences.
+
+    Args:
+        reference: the trained model, its float parts rounded as the file has them; or a dense copy of the file.
+        plain: dense copies of the file in float32 and float64.
+    """
+
+    def __init__(self, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> None:
+        self.reference, self.plain = reference, plain
+        self.judged: tuple[Tensor, Tensor, float] | None = None
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
+        """Logits ``(sequences, length, vocabulary)``, and four times the largest error of plain torch."""
+        if self.judged is None or not torch.equal(self.judged[0], ids):
+            plain, exact = (without_cache(model, ids) for model in self.plain)
+            error = float(differences(plain, exact).max())
+            self.judged = ids, without_cache(self.reference, ids), 4 * error
+        return self.judged[1:]
 
 
 def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> Decoding | None:
@@ -89,23 +121,25 @@ def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Modul
         the worst of all ways to run; None for a model that does not generate.
     """
     prompts = prompts_for(model)
-    if not prompts:
+    if prompts is None:
         return None
-    errors, bounds, gaps = [], [], []
-    for way in (nullcontext(), through_transformers(model)):
+    judge, errors, bounds = Judge(reference, plain), [], []
+    # Native blocks take one sequence at a time.
+    for way, at_once in ((nullcontext(), 1), (through_transformers(model), PROBES)):
         with way:
-            for ids, logits in greedy_continuations(model, prompts, logits=True):
-                right = without_cache(reference, ids)
-                new = right[:, -logits.shape[1] - 1 : -1]
-                behind_cache = float((logits.cpu().double() - new).abs().max())
-                errors.append(max(behind_cache, float((without_cache(model, ids) - right).abs().max())))
-                bounds.append(4 * float((without_cache(plain[0], ids) - without_cache(plain[1], ids)).abs().max()))
-    for ids, _ in greedy_continuations(model, prompts, logits=False):
-        new = without_cache(reference, ids)[:, prompts[0].shape[1] - 1 : -1]
-        chosen = new.gather(-1, ids[:, prompts[0].shape[1] :, None].cpu())
-        gaps.append(float((new.amax(-1, keepdim=True) - chosen).max()))
-    error = max(sorted(errors[:PROBES])[PROBES // 2], sorted(errors[PROBES:])[PROBES // 2])
-    return Decoding(error, max(bounds), max(gaps) <= 2 * max(bounds))
+            ids, logits = greedy_continuations(model, prompts, at_once, logits=True)
+            whole = without_cache(model, ids, at_once)
+        right, bound = judge(ids)
+        assert logits is not None
+        behind_cache = differences(logits, right[:, -logits.shape[1] - 1 : -1])
+        errors.append(float(torch.maximum(behind_cache, differences(whole, right)).median()))
+        bounds.append(bound)
+    ids, _ = greedy_continuations(model, prompts, 1, logits=False)
+    start = prompts.shape[1]
+    new = judge(ids)[0][:, start - 1 : -1].double()
+    chosen = new.gather(-1, ids[:, start:, None].cpu())
+    gap = float((new.amax(-1, keepdim=True) - chosen).max())
+    return Decoding(max(errors), max(bounds), gap <= 2 * max(bounds))
 
 
 @torch.no_grad()

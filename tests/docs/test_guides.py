@@ -75,6 +75,8 @@ def shell(call, desk, monkeypatch):
     def run(block, where):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\w+", words[0]):
+                monkeypatch.setenv(*words.pop(0).split("="))
             if words[:1] == ["llmqat"]:
                 small = [*SMALL.get(words[1], []), *stand_in_data(words)]
                 small += ["--block-steps", 2] if "blockwise" in words else []

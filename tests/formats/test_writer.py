@@ -33,24 +33,23 @@ def listing(directory):
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_bit_exact(trained, decode, tmp_path, bits, symmetric, group_size, dtype, mode):
     scheme = QuantScheme(bits, group_size, symmetric)
-    for seed in (1, 2):
-        model = trained(scheme, dtype, mode, seed=seed)
-        directory = save_packed(model, tmp_path / str(seed))
-        file, loaded = decode(directory, bits, symmetric), load_packed(directory)
-        layers = list(quantized_layers(model))
-        assert file.keys() == {name for name, _, _ in layers}
-        for name, layer, adapters in layers:
-            codes, scale, zero_point, w_hat = file[name]
-            assert torch.equal(codes.int(), layer.codes(adapters).int() + (1 << (bits - 1)) * symmetric), name
-            assert scale.dtype == dtype
-            assert torch.equal(scale, layer.stored_scale())
-            if not symmetric:
-                assert torch.equal(zero_point.int(), layer.stored_zero_point().int())
-            # The training forward, the file and the loaded layer multiply by the same numbers.
-            assert torch.equal(w_hat_of_forward(layer, dtype, adapters), w_hat), name
-            packed = loaded.get_submodule(name)
-            assert isinstance(packed, PackedLinear)
-            assert torch.equal(w_hat_of_forward(packed, dtype), w_hat), name
+    model = trained(scheme, dtype, mode)
+    directory = save_packed(model, tmp_path)
+    file, loaded = decode(directory, bits, symmetric), load_packed(directory)
+    layers = list(quantized_layers(model))
+    assert file.keys() == {name for name, _, _ in layers}
+    for name, layer, adapters in layers:
+        codes, scale, zero_point, w_hat = file[name]
+        assert torch.equal(codes.int(), layer.codes(adapters).int() + (1 << (bits - 1)) * symmetric), name
+        assert scale.dtype == dtype
+        assert torch.equal(scale, layer.stored_scale())
+        if not symmetric:
+            assert torch.equal(zero_point.int(), layer.stored_zero_point().int())
+        # The training forward, the file and the loaded layer multiply by the same numbers.
+        assert torch.equal(w_hat_of_forward(layer, dtype, adapters), w_hat), name
+        packed = loaded.get_submodule(name)
+        assert isinstance(packed, PackedLinear)
+        assert torch.equal(w_hat_of_forward(packed, dtype), w_hat), name
 
 
 def test_training_moved_what_is_packed(trained, small_llama):

@@ -283,7 +283,7 @@ def bundled():
 
 def greedy(model):
     prompt = torch.tensor([[1, 290, 17, 400]])
-    return model.generate(prompt, max_new_tokens=500, min_new_tokens=500, do_sample=False)
+    return model.generate(prompt, max_new_tokens=200, min_new_tokens=200, do_sample=False)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
 
 # Initial codes and train mode of a cell of the support table.
-CELLS = (("rtn", "full"), ("gptq", "full"), ("gptq", "lora"), ("gptq", "scales"))
+CELLS = (("rtn", "full"), ("gptq", "lora"), ("gptq", "scales"))
 # Codes per step of adapters, a fraction of the weights' size otherwise: a single step has to show.
 ADAPTER_RATE, RATE = 1.0, 0.02
 

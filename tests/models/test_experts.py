@@ -54,10 +54,7 @@ def routers_of(family):
     return lambda model: {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(path)}
 
 
-@pytest.mark.parametrize("mode", ["full", "scales", "lora"])
-@pytest.mark.parametrize(
-    "scheme", [QuantScheme(4, 16), QuantScheme(3, 16, False), QuantScheme(8, -1, True, 8)], ids=str
-)
+@pytest.mark.parametrize(("scheme", "mode"), zip(SCHEMES, ("full", "scales", "lora"), strict=True), ids=str)
 def test_train_pack_load_gives_equal_codes_scales_and_logits(family, scheme, mode, tiny_moe, tokens, tmp_path):
     model = tiny_moe(family)
     prepare(model, scheme, storage_dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
 from tests.conftest import FAMILIES
+from tests.models.conftest import CELLS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 TABLE = re.compile(r"(?<=<!-- support: begin -->\n).*?(?=<!-- support: end -->)", re.DOTALL)
@@ -23,7 +24,7 @@ LAYERS = {"phi3": 4, "gpt2": 4, "opt": 6, "bert": 6, "roberta": 6, "distilbert":
 ENCODERS = ("bert", "roberta", "distilbert")
 
 
-@pytest.mark.parametrize(("init", "mode"), [("rtn", "full"), ("gptq", "full"), ("gptq", "lora"), ("gptq", "scales")])
+@pytest.mark.parametrize(("init", "mode"), CELLS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_family(outcome, model_type, init, mode):
     """Prepare, one step, pack: transformers and llmqat load equal weights, with logits within the bound. Families with
