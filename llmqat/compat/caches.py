@@ -8,11 +8,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from llmqat.compat.register import TESTED
 from llmqat.errors import LlmqatError
@@ -91,9 +92,18 @@ def _known(name: str | None) -> str:
     return name
 
 
-def output_with_cache(hidden: Any, cache: Any) -> Any:
-    """The output of a decoder stack: hidden states, and the cache under the name of this version of transformers."""
-    return BaseModelOutputWithPast(hidden, **{_known(cache_name(BaseModelOutputWithPast)): cache})  # type: ignore[arg-type]
+def output_with_cache(forward: Callable[..., Any], hidden: Any, cache: Any) -> Any:
+    """The output of the forward of a decoder stack: hidden states, and the cache under the name that it has there."""
+    kind = _output_of(forward)
+    return kind(hidden, **{_known(cache_name(kind)): cache})
+
+
+@functools.cache
+def _output_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The class in which `forward` says that it returns hidden states and a cache."""
+    said = inspect.signature(forward).return_annotation
+    kinds = [kind for kind in (said, *get_args(said)) if inspect.isclass(kind) and issubclass(kind, ModelOutput)]
+    return next((kind for kind in kinds if cache_name(kind)), BaseModelOutputWithPast)
 
 
 def max_length_of(layer: Any) -> int:

@@ -3,7 +3,8 @@
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.packed import Packed
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "side_gate", "side_up")
+OPTIONAL = frozenset(("k", "v", "side_gate", "side_up"))  # of a block that reads other keys, or no side input
 CAPACITY_GROWTH = 256  # tokens a cache buffer grows by, at least
-HEAD_NORMS = ("q_norm", "k_norm")
-NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", *HEAD_NORMS)
+HEAD_NORMS = ("q_norm", "k_norm", "v_norm")
+NORMS = ("input_norm", "attended_norm", "mlp_norm", "mlp_out_norm", *HEAD_NORMS, "side_norm")
 OF_HEAD, OF_ROTATED_HEAD, OF_ALL_HEADS = range(3)  # `HeadNorm` of csrc/core/steps.h
 UNLIMITED = 1 << 62  # a window that sees every token
 
@@ -23,8 +25,8 @@ UNLIMITED = 1 << 62  # a window that sees every token
 class _Block(ctypes.Structure):
     _fields_ = (
         *((name, native.Matrix) for name in LINEARS),
-        *((name, ctypes.c_void_p) for name in NORMS),
-        *((name, ctypes.c_int64) for name in ("window", "rotary", "query_rotary")),
+        *((name, ctypes.c_void_p) for name in (*NORMS, "scale")),
+        *((name, ctypes.c_int64) for name in ("kv_heads", "head_dim", "window", "rotary", "query_rotary")),
     )
 
 
@@ -32,7 +34,7 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         ("blocks", ctypes.POINTER(_Block)),
         ("norm", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "heads", "side")),
         *((name, ctypes.c_float) for name in ("eps", "norm_offset", "attention_scale", "softcap")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
         *((name, ctypes.c_int32) for name in ("dtype", "activation", "norm_rounds_once", "head_norm", "neighbours")),
@@ -83,6 +85,7 @@ class Shape:
         attention_scale: factor of the attention scores.
         softcap: soft cap of the scaled scores; 0 for none.
         activation: `Activation` of csrc/core/steps.h.
+        side: features of the side input of each block; 0 for none.
         embedding_scale: factor of the embeddings.
         residual_scale: factor of what a branch adds to the residual.
         norm_rounds_once: whether norms round the product only, or what they multiply by their weight, too.
@@ -92,26 +95,24 @@ class Shape:
 
     hidden: int
     heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
     eps: float
     norm_offset: float
     attention_scale: float
     softcap: float
     activation: int
+    side: int = 0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     norm_rounds_once: bool = False
     head_norm: int = OF_HEAD
     neighbours: bool = False
 
-    def norm_features(self, name: str) -> int:
-        """How many features the norm of this name in `NORMS` scales."""
+    def norm_features(self, name: str, kv_heads: int, head_dim: int) -> int:
+        """How many features the norm of this name in `NORMS` scales, in a block with such heads."""
         if name not in HEAD_NORMS:
             return self.hidden
-        heads = self.heads if name == "q_norm" else self.kv_heads
-        return self.head_dim * (heads if self.head_norm == OF_ALL_HEADS else 1)
+        heads = self.heads if name == "q_norm" else kv_heads
+        return head_dim * (heads if self.head_norm == OF_ALL_HEADS else 1)
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,24 @@ class Block:
     """A transformer block as the library takes it.
 
     Attributes:
-        linears: seven packed layers, in the order of `LINEARS`.
+        linears: packed layers by their name in `LINEARS`; those in `OPTIONAL` may be missing.
         norms: weights by their name in `NORMS`.
+        scale: factor ``(1,)`` of what the block gives, in the dtype of the norms.
         window: how many tokens a query sees, itself included.
         rotary: index of the rotary tables for its keys.
         query_rotary: index of those for its queries.
+        keys_of: number of the block whose keys and values it reads; None for its own.
     """
 
-    linears: Sequence[Packed]
+    linears: Mapping[str, Packed]
     norms: Mapping[str, Tensor]
+    kv_heads: int
+    head_dim: int
+    scale: Tensor | None = None
     window: int = UNLIMITED
     rotary: int = 0
     query_rotary: int = 0
+    keys_of: int | None = None
 
 
 def split_rows(packed: Packed, rows: Sequence[int]) -> Iterator[Packed]:
@@ -160,6 +167,9 @@ class NativeDecoder:
 
     It borrows the tensors of the model: drop it when they are replaced.
 
+    Attributes:
+        caches: what each block stores in a cache.
+
     Raises:
         LlmqatError: for a layer that `native.matrix` refuses, or a norm that the library cannot read.
     """
@@ -167,25 +177,36 @@ class NativeDecoder:
     def __init__(self, blocks: Sequence[Block], norm: Tensor, shape: Shape) -> None:
         native.check_dtype("norm", norm)
         native.check_memory("norm", norm, (shape.hidden,), norm.dtype)
-        self.shape, self.dtype, self._kept = shape, norm.dtype, (blocks, norm)
-        self.blocks = len(blocks)
-        self._blocks = (_Block * len(blocks))()
-        for target, block in zip(self._blocks, blocks, strict=True):
-            for name, packed in zip(LINEARS, block.linears, strict=True):
-                setattr(target, name, native.matrix(packed))
-            for name, weight in block.norms.items():
-                if name not in NORMS:
-                    raise LlmqatError(f"a block has the norms {', '.join(NORMS)}, not {name}")
-                native.check_memory(name, weight, (shape.norm_features(name),), norm.dtype)
-                setattr(target, name, weight.data_ptr())
-            target.window, target.rotary, target.query_rotary = block.window, block.rotary, block.query_rotary
-        sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
+        self.shape, self.dtype, self.blocks, self._norm = shape, norm.dtype, blocks, norm
+        self.caches = [CacheShape(block.kv_heads, block.head_dim, block.keys_of) for block in blocks]
+        self._blocks = (_Block * len(blocks))(*(self._struct(block) for block in blocks))
+        sizes = (shape.hidden, shape.heads, shape.side)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
         scales = (shape.embedding_scale, shape.residual_scale)
         kinds = (native.DTYPES[norm.dtype], shape.activation, shape.norm_rounds_once, shape.head_norm, shape.neighbours)
         self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *scales, *kinds)
 
-    def __call__(self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary) -> Tensor:
+    def _struct(self, block: Block) -> _Block:
+        struct = _Block()
+        for name in LINEARS:
+            if name in block.linears or name not in OPTIONAL:
+                setattr(struct, name, native.matrix(block.linears[name]))
+        for name, weight in block.norms.items():
+            if name not in NORMS:
+                raise LlmqatError(f"a block has the norms {', '.join(NORMS)}, not {name}")
+            features = self.shape.norm_features(name, block.kv_heads, block.head_dim)
+            native.check_memory(name, weight, (features,), self.dtype)
+            setattr(struct, name, weight.data_ptr())
+        if block.scale is not None:
+            native.check_memory("factor of a block", block.scale, (1,), self.dtype)
+            struct.scale = block.scale.data_ptr()
+        for name in ("kv_heads", "head_dim", "window", "rotary", "query_rotary"):
+            setattr(struct, name, getattr(block, name))
+        return struct
+
+    def __call__(
+        self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary, side: Tensor | None = None
+    ) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
 
         Args:
@@ -194,11 +215,15 @@ class NativeDecoder:
             past: tokens in the cache.
             rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in the dtype of the norms or in
                 float32, for the first features of a head.
+            side: side inputs ``(m, blocks, side)`` in the dtype of the norms, where blocks read some.
         """
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
         native.check_memory("hidden states", out, (*hidden.shape[:1], self.shape.hidden), self.dtype)
+        if side is not None:
+            side = side.contiguous()
+            native.check_memory("side inputs", side, (len(hidden), len(self.blocks), self.shape.side), self.dtype)
         tables = contiguous_tables(rotary, len(hidden), self.dtype)
         pointers = self.pointers(cache)
         native.use_threads(library)
@@ -210,6 +235,7 @@ class NativeDecoder:
             ctypes.c_int64(len(hidden)),
             rotary_structs(tables),
             ctypes.c_int64(len(tables)),
+            ctypes.c_void_p(None if side is None else side.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
         )
         return out
@@ -222,18 +248,31 @@ class NativeDecoder:
         """
         if not self.fits(cache):
             raise LlmqatError(
-                f"the buffers of this cache are not those of {self.blocks} blocks with {self.shape.kv_heads} heads of "
-                f"{self.shape.head_dim} features in {self.dtype}; start a new one"
+                f"the buffers of this cache are not those of {len(self.blocks)} blocks with {self._heads} in "
+                f"{self.dtype}; start a new one"
             )
         return cache.pointers
 
+    @property
+    def _heads(self) -> str:
+        kinds = dict.fromkeys((shape.kv_heads, shape.head_dim) for shape in self.caches)
+        return " and ".join(f"{heads} heads of {features} features" for heads, features in kinds)
+
     def fits(self, cache: "CacheBuffers") -> bool:
         """Whether `cache` has buffers for the keys and values of these blocks."""
-        if len(cache.blocks) != self.blocks or not cache.blocks:
-            return len(cache.blocks) == self.blocks
-        keys, dtype = cache.blocks[0][0][0], torch.int8 if cache.int8 else self.dtype
-        shape = (self.shape.kv_heads, cache.capacity, self.shape.head_dim)
-        return (tuple(keys.shape), keys.dtype, len(cache.blocks[0])) == (shape, dtype, 1 + cache.int8)
+        return (cache.shapes, cache.dtype) == (self.caches, self.dtype)
+
+
+class CacheShape(NamedTuple):
+    """Shape of what a block stores in a cache: keys and values ``(kv_heads, tokens, head_dim)``.
+
+    Attributes:
+        keys_of: number of the block before it whose keys and values it reads, and stores none; None for its own.
+    """
+
+    kv_heads: int
+    head_dim: int
+    keys_of: int | None = None
 
 
 @dataclass
@@ -243,13 +282,17 @@ class CacheBuffers:
     Attributes:
         int8: whether it holds codes and scales, on the grid of `llmqat.quant.affine.quantize_activation`.
         blocks: for each, keys and values ``(kv_heads, capacity, head_dim)``; with `int8`, the codes of both, then the
-            float32 scales of both ``(kv_heads, capacity, 1)``.
+            float32 scales of both ``(kv_heads, capacity, 1)``. Blocks that share keys and values share their buffers.
         length: tokens held.
+        shapes: what each block stores.
+        dtype: of what is stored, or of what the codes stand for.
     """
 
     int8: bool = False
     blocks: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     length: int = 0
+    shapes: list[CacheShape] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
     _pointers: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -262,35 +305,42 @@ class CacheBuffers:
         """Ctypes structs of the cache, one for each block.
 
         Raises:
-            LlmqatError: if the buffers of a block are not like those of the first.
+            LlmqatError: if the buffers of a block are not of its shape.
         """
         if self._pointers is None:
-            for block in self.blocks:
-                for pair, (like, _) in zip(block, self.blocks[0], strict=True):
+            for block, shape in zip(self.blocks, self.shapes, strict=True):
+                for pair, (width, kind) in zip(block, self._kinds(shape.head_dim, self.dtype), strict=True):
                     for part in pair:
-                        native.check_memory("buffer of a cache", part, like.shape, like.dtype)
+                        native.check_memory("buffer of a cache", part, (shape.kv_heads, self.capacity, width), kind)
             addresses = ((part.data_ptr() for pair in block for part in pair) for block in self.blocks)
             self._pointers = (_Cache * len(self.blocks))(*(_Cache(*parts) for parts in addresses))
         return self._pointers
+
+    @property
+    def stored(self) -> int:
+        """How many blocks store keys and values of their own."""
+        return sum(shape.keys_of is None for shape in self.shapes)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without ctypes pointers: a copy has tensors of its own, and pickles no pointers."""
         return {**self.__dict__, "_pointers": None}
 
-    def grow(self, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, needed: int) -> None:
-        """Make room for `needed` tokens; those that are filled are copied."""
+    def grow(self, shapes: list[CacheShape], dtype: torch.dtype, needed: int) -> None:
+        """Make room for `needed` tokens of blocks that store these; those that are filled are copied."""
         if self.capacity >= needed:
             return
         capacity, old = max(needed + CAPACITY_GROWTH, 2 * self.capacity), self.blocks
-        pairs = [(head_dim, torch.int8), (1, torch.float32)] if self.int8 else [(head_dim, dtype)]
-
-        def empty(width: int, kind: torch.dtype) -> Tensor:
-            return torch.empty(kv_heads, capacity, width, dtype=kind)
-
-        grown = [[(empty(*pair), empty(*pair)) for pair in pairs] for _ in range(blocks)]
-        for kept, block in zip(old, grown, strict=False):
-            for sources, targets in zip(kept, block, strict=True):
+        grown: list[list[tuple[Tensor, Tensor]]] = []
+        for heads, width, keys_of in shapes:
+            empty = (partial(torch.empty, heads, capacity, w, dtype=kind) for w, kind in self._kinds(width, dtype))
+            grown.append([(one(), one()) for one in empty] if keys_of is None else grown[keys_of])
+        for shape, kept, block in zip(shapes, old, grown, strict=False):
+            for sources, targets in zip(kept, block, strict=True) if shape.keys_of is None else ():
                 for source, target in zip(sources, targets, strict=True):
                     target[:, : self.length] = source[:, : self.length]
         self._pointers = None
-        self.blocks = grown  # at the end: an interruption leaves what was
+        self.blocks, self.shapes, self.dtype = grown, shapes, dtype  # at the end: an interruption leaves what was
+
+    def _kinds(self, width: int, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
+        """Widths and dtypes of the pairs of buffers of a block whose heads have `width` features."""
+        return [(width, torch.int8), (1, torch.float32)] if self.int8 else [(width, dtype)]

@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.decoder import UNLIMITED, Block, NativeDecoder, Shape, split_rows
-from llmqat.kernels.packed import check_packed
+from llmqat.kernels.packed import Packed, check_packed
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.borrowed import Borrowed
-from llmqat.serve.covered import unknown_tensors, why_model_not_covered
-from llmqat.serve.families import (
-    ACTIVATIONS,
-    FAMILIES,
-    QUERIES,
-    SHARED,
-    UNROTATED,
-    Family,
+from llmqat.serve.covered import MAX_HEAD_DIM, unknown_tensors, why_model_not_covered
+from llmqat.serve.families import ACTIVATIONS, FAMILIES, OPTIONAL_NORMS, QUERIES, SHARED, UNROTATED, Family
+from llmqat.serve.parts import (
+    find,
+    heads_of,
+    keys_of,
     linears_of,
     number_of,
     query_kind,
     rotary_kinds,
     rows_of,
+    side_features,
     splits,
     window_of,
 )
@@ -46,7 +45,7 @@ def why_blocks_not_covered(stack: Any) -> str:
     dtype, attention = stack.norm.weight.dtype, stack.layers[0].self_attn
     if stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return f"the model is on {stack.norm.weight.device} in {dtype}"
-    linears = [linear for layer in stack.layers for linear in linears_of(layer, family)]
+    linears = [linear for layer in stack.layers for linear in linears_of(layer, family).values()]
     # Static activations are quantized by the module, which the native decoder passes by.
     if not all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears):
         return "a layer of a block is not packed, or has static activations"
@@ -58,11 +57,10 @@ def why_blocks_not_covered(stack: Any) -> str:
         return f"the native decoder does not know {unknown} of a block"
     if any(layer.self_attn.scaling != attention.scaling for layer in stack.layers):
         return "layers scale the scores of their attention by different factors"
-    rows = rows_of(family, config, attention.head_dim)
-    parts = [pair for layer in stack.layers for pair in _parts(layer, family, rows)]
-    if not all(fits_shape(linear, sum(counts)) for counts, linear in parts) or not _norms_fit(stack, family):
+    parts = [pair for layer in stack.layers for pair in _parts(layer, family, config)]
+    if not all(fits_shape(linear, sum(rows.values())) for linear, rows in parts) or not _norms_fit(stack, family):
         return "the shapes of a block are not those of the config"
-    if not all(splits(linear, counts) for counts, linear in parts):
+    if not all(splits(linear, list(rows.values())) for linear, rows in parts):
         return "the zero points of a fused layer begin in the middle of a word"
     return ""
 
@@ -83,21 +81,45 @@ def _norms_fit(stack: Any, family: Family) -> bool:
     if last.shape != (stack.config.hidden_size,):
         return False
     for layer in stack.layers:
-        for name, path in family.norms.items():
-            weight = layer.get_submodule(path).weight
-            if weight.shape != (shape.norm_features(name),) or weight.dtype != last.dtype or not weight.is_contiguous():
+        heads, norms = heads_of(layer, stack.config), _norms(layer, family, last.dtype)
+        if family.norms.keys() - norms.keys() - set(OPTIONAL_NORMS):
+            return False
+        for name, weight in norms.items():
+            features = shape.norm_features(name, *heads)
+            if weight.shape != (features,) or weight.dtype != last.dtype or not weight.is_contiguous():
                 return False
     return True
 
 
-def _parts(layer: Any, family: Family, rows: list[list[int]]) -> Iterator[tuple[list[int], PackedLinear]]:
-    return zip(rows, linears_of(layer, family), strict=True)
+def _norms(layer: Any, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of the norms that a block has; ones where a norm of heads has none."""
+    norms = {name: find(layer, path) for name, path in family.norms.items()}
+    ones = torch.ones(layer.self_attn.head_dim, dtype=dtype)
+    weights = {name: getattr(norm, "weight", ones) for name, norm in norms.items() if norm is not None}
+    return {name: weight.detach() for name, weight in weights.items()}
 
 
-def _block(layer: Any, family: Family, rows: list[list[int]], tables: tuple[int, int]) -> Block:
-    linears = [part for parts, linear in _parts(layer, family, rows) for part in split_rows(linear.packed, parts)]
-    norms = {name: layer.get_submodule(path).weight.detach() for name, path in family.norms.items()}
-    return Block(linears, norms, window_of(layer, family) or UNLIMITED, *tables)
+def _parts(layer: Any, family: Family, config: Any) -> Iterator[tuple[PackedLinear, dict[str, int]]]:
+    """The linear layers of a block, and how many rows each part of theirs has."""
+    linears = linears_of(layer, family)
+    return ((linears[path], rows) for path, rows in rows_of(layer, family, config).items())
+
+
+def _block(layer: Any, stack: Any, tables: tuple[int, int], keys: int | None) -> Block:
+    family = FAMILIES[stack.config.model_type]
+    linears: dict[str, Packed] = {}
+    for linear, rows in _parts(layer, family, stack.config):
+        linears |= dict(zip(rows, split_rows(linear.packed, list(rows.values())), strict=True))
+    return Block(
+        linears,
+        _norms(layer, family, stack.norm.weight.dtype),
+        *heads_of(layer, stack.config),
+        scale=find(layer, family.scale) if family.scale else None,
+        window=window_of(layer, family) or UNLIMITED,
+        rotary=tables[0],
+        query_rotary=tables[1],
+        keys_of=keys,
+    )
 
 
 @dataclass(frozen=True)
@@ -131,9 +153,6 @@ def _shape(stack: Any) -> Shape:
     return Shape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        intermediate=config.intermediate_size,
         eps=config.rms_norm_eps,
         norm_offset=family.norm_offset,
         norm_rounds_once=family.norm_rounds_once,
@@ -142,6 +161,7 @@ def _shape(stack: Any) -> Shape:
         attention_scale=attention.scaling,
         softcap=number_of(config, family.attention_cap, 0.0),
         activation=ACTIVATIONS[getattr(config, family.activation)],
+        side=side_features(config, family),
         embedding_scale=number_of(config, family.embedding_scale, 1.0),
         residual_scale=number_of(config, family.residual_scale, 1.0),
     )
@@ -149,10 +169,10 @@ def _shape(stack: Any) -> Shape:
 
 def _build(stack: Any) -> NativeDecoder:
     family, shape, kinds = FAMILIES[stack.config.model_type], _shape(stack), rotary_kinds(stack)
-    rows = rows_of(family, stack.config, shape.head_dim)
     places = {kind: index for index, kind in enumerate(_table_kinds(stack))}
     tables = [(places[kind], places[query_kind(kind, family)]) for kind in kinds]
-    blocks = [_block(layer, family, rows, pair) for layer, pair in zip(stack.layers, tables, strict=True)]
+    each = zip(stack.layers, tables, keys_of(stack), strict=True)
+    blocks = [_block(layer, stack, pair, keys) for layer, pair, keys in each]
     return NativeDecoder(blocks, stack.norm.weight.detach(), shape)
 
 
@@ -184,13 +204,17 @@ def _rotary_table(stack: Any, embeds: Tensor, position_ids: Tensor, kind: str) -
 def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
     """Whether the tables have a row for each token, and rotate pairs of features, no more than a head has, in a dtype
     that the library reads."""
-    head_dim, dtype = stack.layers[0].self_attn.head_dim, stack.norm.weight.dtype
+    family, dtype = FAMILIES[stack.config.model_type], stack.norm.weight.dtype
+    widths = dict.fromkeys(_table_kinds(stack), MAX_HEAD_DIM)
+    for layer, kind in zip(stack.layers, rotary_kinds(stack), strict=True):
+        for one in (kind, query_kind(kind, family)):
+            widths[one] = min(widths[one], layer.self_attn.head_dim)
     return all(
         table.ndim == 2
         and table.shape[0] == tokens
-        and table.shape[1] <= head_dim
+        and table.shape[1] <= width
         and table.shape[1] % 2 == 0
         and table.dtype in (dtype, torch.float32)
-        for pair in tables
+        for pair, width in zip(tables, widths.values(), strict=True)
         for table in pair
     )

@@ -9,8 +9,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from llmqat.kernels.decoder import CacheBuffers, NativeDecoder
 from llmqat.nn.kv_cache import quantizes_kv
-from llmqat.serve.families import FAMILIES, window_of
+from llmqat.serve.families import FAMILIES
 from llmqat.serve.int8_cache import Int8Cache, Int8Layer
+from llmqat.serve.parts import heads_of, keys_of, window_of
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -28,17 +29,19 @@ def why_cache_unfit(stack: Any, cache: Any) -> str:
         return f"a {type(cache).__name__} is not stored natively"
     if (type(cache) is Int8Cache) != uses_int8_cache(stack):
         return "keys and values are quantized, but stored as floats, or the other way round"
-    if len(cache.layers) not in (0, len(stack.layers)):
+    family, sources = FAMILIES[stack.config.model_type], keys_of(stack)
+    if len(cache.layers) not in (0, len(stack.layers), sources.count(None)):
         return f"the cache has {len(cache.layers)} layers for {len(stack.layers)} blocks"
-    attention, dtype = stack.layers[0].self_attn, stack.norm.weight.dtype
-    heads, past = (stack.config.num_key_value_heads, attention.head_dim), cache.get_seq_length()
-    family = FAMILIES[stack.config.model_type]
-    for layer, block in zip(cache.layers, stack.layers, strict=False):
+    past, dtype = cache.get_seq_length(), stack.norm.weight.dtype
+    for layer, block, source in zip(cache.layers, stack.layers, sources, strict=False):
+        if source is not None:
+            continue
         plain = layer.codes if isinstance(layer, Int8Layer) else layer
         if type(plain) not in PLAIN_LAYERS or layer.get_seq_length() != past:
             return "the layers of the cache differ from those that the model starts"
         if plain.is_sliding and plain.sliding_window != window_of(block, family):
             return "the cache forgets at another length than the attention"
+        heads = heads_of(block, stack.config)
         if past and not _holds_one_sequence(plain, heads, None if plain is not layer else dtype):
             return "the cache holds another batch, shape, dtype or device than this call"
     return ""
@@ -63,12 +66,12 @@ def buffers_of(cache: Any, decoder: NativeDecoder, int8: bool) -> CacheBuffers:
 
 def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
     """Have room for `tokens` tokens of `decoder`."""
-    buffers.grow(decoder.blocks, decoder.shape.kv_heads, decoder.shape.head_dim, decoder.dtype, tokens)
+    buffers.grow(decoder.caches, decoder.dtype, tokens)
 
 
 def is_synced(buffers: CacheBuffers, cache: Any, length: int) -> bool:
     """Whether `cache` still holds the views of `buffers` that it was given, `length` tokens of them."""
-    if buffers.length != length or len(cache.layers) != len(buffers.blocks):
+    if buffers.length != length or len(cache.layers) < buffers.stored:
         return False
     return all(
         held.keys is not None
@@ -81,7 +84,9 @@ def is_synced(buffers: CacheBuffers, cache: Any, length: int) -> bool:
 
 def _pairs(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Cache layers of transformers, and the buffers for their keys and values."""
-    for layer, block in zip(cache.layers, buffers.blocks, strict=True):
+    for layer, block, shape in zip(cache.layers, buffers.blocks, buffers.shapes, strict=False):
+        if shape.keys_of is not None:
+            continue
         halves = (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
         for held, (k, v) in zip(halves, block, strict=True):
             yield held, k, v
@@ -108,7 +113,7 @@ def read_cache(buffers: CacheBuffers, cache: Any, length: int) -> None:
 
 def sync_cache_views(buffers: CacheBuffers, cache: Any) -> None:
     """Point transformers' cache at the filled part of the native buffers."""
-    for index in range(len(cache.layers), len(buffers.blocks)):
+    for index in range(len(cache.layers), buffers.stored):
         k, v = buffers.blocks[index][0]
         cache.update(k[None, :, :0], v[None, :, :0], index)
     for held, keys, values in _views(buffers, cache):

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from llmqat.kernels.decoder import UNLIMITED
 from llmqat.serve.cache_views import why_cache_unfit
-from llmqat.serve.families import FAMILIES, window_of
+from llmqat.serve.families import FAMILIES, SIDE_ARGUMENT
+from llmqat.serve.parts import side_features, window_of
 
-FLAGS = ("output_attentions", "output_hidden_states", "return_legacy_cache")
+FLAGS = ("output_attentions", "output_hidden_states", "return_legacy_cache", "return_shared_kv_states")
 
 
 def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> str:
@@ -25,7 +26,9 @@ def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[st
         return "training, gradients, or torch.compile"
     if any(kwargs.get(name) for name in FLAGS) or kwargs.get("return_dict") is False:
         return "attention weights, hidden states of all blocks, or tuples were asked for"
+    side = SIDE_ARGUMENT if side_features(stack.config, FAMILIES[stack.config.model_type]) else ""
     others = [name for name, value in kwargs.items() if not (value is None or isinstance(value, bool | int | str))]
+    others = [name for name in others if name != side]
     return f"blocks read {', '.join(others)} too" if others else why_cache_unfit(stack, cache)
 
 

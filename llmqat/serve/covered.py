@@ -8,9 +8,10 @@ from transformers import PreTrainedConfig
 
 from llmqat.models.coverage import CoverageReport
 from llmqat.serve.families import ACTIVATIONS, FAMILIES, Family, rotates_always, sees_all
+from llmqat.serve.parts import linears_of
 from llmqat.serve.stacks import has_towers, stack_of, why_not_sampled
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 # Options that the decoder follows in any family: read from the config, or found in modules and tables.
 FOLLOWED = frozenset(
     [
@@ -72,7 +73,7 @@ def why_config_not_covered(config: Any) -> str:
     if family is None:
         return f"the family {config.model_type} has no native blocks"
     activation = getattr(config, family.activation)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _widest_head(config)
     if activation not in ACTIVATIONS:
         return f"the kernels do not compute the activation {activation}"
     if head_dim > MAX_HEAD_DIM:
@@ -81,17 +82,23 @@ def why_config_not_covered(config: Any) -> str:
     return f"the native decoder does not know {', '.join(unknown)} of the config" if unknown else ""
 
 
+def _widest_head(config: Any) -> int:
+    """The most features that a head has in any layer."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads for one in layers)
+
+
 def _unknown_options(config: Any, family: Family) -> Iterator[tuple[str, Any]]:
     """Options of the config's class that are not at their default, and that the row of the family does not name."""
     default, of_any_model = type(config)(), PreTrainedConfig().to_dict()
     known = FOLLOWED | WITHOUT_EFFECT | {family.activation, family.attention_cap, family.after_head}
-    known |= {family.embedding_scale, family.residual_scale}
+    known |= {family.embedding_scale, family.residual_scale, family.side_size} | family.follows
     if family.window is not sees_all:
         known |= OF_WINDOWS
     if family.rotates is not rotates_always:
         known |= OF_ROTATION
     for name in sorted(default.to_dict().keys() - of_any_model.keys() - known):
-        if getattr(config, name) != getattr(default, name):
+        if getattr(config, name) not in (getattr(default, name), *family.harmless.get(name, ())):
             yield name, getattr(config, name)
 
 
@@ -99,7 +106,7 @@ def unknown_tensors(layer: Any, family: Family) -> Iterator[str]:
     """Names of tensors in a block that belong to no layer of the family's row, and are not the weight of a norm."""
     norms = {f"{path}.weight" for path in family.norms.values()}
     for name, _ in chain(layer.named_parameters(), layer.named_buffers()):
-        if name not in norms and name.rpartition(".")[0] not in family.linears:
+        if name not in {*norms, family.scale} and name.rpartition(".")[0] not in family.linears:
             yield name
 
 
@@ -119,8 +126,8 @@ def _why_plan_not_covered(model: Any, stack: Any, coverage: CoverageReport) -> s
     """Why blocks with these schemes are not computed; empty if they are."""
     layers = {layer.name: layer for layer in coverage.layers}
     place = next(name for name, module in model.named_modules() if module is stack)
-    for index in range(len(stack.layers)):
-        for path in FAMILIES[stack.config.model_type].linears:
+    for index, block in enumerate(stack.layers):
+        for path in linears_of(block, FAMILIES[stack.config.model_type]):
             name = f"{place}.layers.{index}.{path}"
             planned = layers.get(name)
             if planned is None or planned.scheme is None:

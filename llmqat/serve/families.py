@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llmqat.kernels.decoder import OF_ALL_HEADS, OF_HEAD, OF_ROTATED_HEAD
-from llmqat.nn.packed_linear import PackedLinear
 
 # Path of a layer in a block -> what its rows are, in order (csrc/core/decoder.h).
 SEPARATE = {
@@ -21,6 +20,7 @@ SEPARATE = {
     "mlp.up_proj": ("up",),
     "mlp.down_proj": ("down",),
 }
+SIDE = {"per_layer_input_gate": ("side_gate",), "per_layer_projection": ("side_up",)}
 FUSED = {
     "self_attn.qkv_proj": ("q", "k", "v"),
     "self_attn.o_proj": ("o",),
@@ -44,6 +44,10 @@ SANDWICH_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
+# Norms of what a block may lack.
+OPTIONAL_NORMS = ("k_norm", "v_norm", "side_norm")
+# The argument of a stack for the side inputs of its blocks, where these have some.
+SIDE_ARGUMENT = "per_layer_inputs"
 # Activation of the gate, as configs name it -> `Activation` of csrc/core/steps.h.
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 # Rotary tables that all layers share, those of queries that are scaled by position, and the empty ones of layers that
@@ -54,6 +58,11 @@ SHARED, QUERIES, UNROTATED = "shared", "queries", "unrotated"
 def sees_all(_: Any) -> int | None:
     """Window of attention modules without one."""
     return None
+
+
+def never(_: Any) -> bool:
+    """Sharing of keys and values, in families whose blocks have their own."""
+    return False
 
 
 def rotates_always(_: Any) -> bool:
@@ -83,6 +92,10 @@ class Family:
     Attributes:
         linears: path of a layer in a block -> what its rows are.
         norms: norm of csrc/core/decoder.h -> its path in a block.
+        scale: path in a block of a factor of what it gives; empty for none.
+        shares: from an attention module to whether it reads keys and values of the last block of its type before it.
+        side_size: name in the config of how many features the side input of a block has, which the stack makes by
+            `get_per_layer_inputs` and `project_per_layer_inputs`; empty for none.
         norm_offset: 1 where a norm multiplies by 1 + weight.
         norm_rounds_once: whether norms round only their product with the weight.
         head_norm: which norms those of q and k are (csrc/core/steps.h).
@@ -96,11 +109,16 @@ class Family:
         embedding_scale: name in the config of a factor of the embeddings; empty for none.
         residual_scale: name in the config of a factor of what a branch adds to the residual; empty for none.
         rotary_by_layer_type: whether layers of each type in the config's `layer_types` have rotary tables of their own.
+        follows: options of the config that only this family has, and that show in its modules.
+        harmless: options of the config -> values of theirs that change nothing here.
         positions_by_axis: whether positions may be given by time, height and width.
     """
 
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
+    scale: str = ""
+    shares: Callable[[Any], bool] = never
+    side_size: str = ""
     norm_offset: float = 0.0
     norm_rounds_once: bool = False
     head_norm: int = OF_HEAD
@@ -115,6 +133,8 @@ class Family:
     residual_scale: str = ""
     rotary_by_layer_type: bool = False
     positions_by_axis: bool = False
+    follows: frozenset[str] = frozenset()
+    harmless: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 LLAMA = Family()
@@ -128,6 +148,28 @@ GEMMA = Family(
     window=attrgetter("sliding_window"),
     activation="hidden_activation",
     after_head="final_logit_softcapping",
+)
+GEMMA4 = Family(
+    SEPARATE | SIDE,
+    norms=SANDWICH_NORMS | HEAD_NORMS | {"v_norm": "self_attn.v_norm", "side_norm": "post_per_layer_input_norm"},
+    scale="layer_scalar",
+    shares=attrgetter("is_kv_shared_layer"),
+    side_size="hidden_size_per_layer_input",
+    norm_rounds_once=True,
+    window=attrgetter("sliding_window"),
+    activation="hidden_activation",
+    after_head="final_logit_softcapping",
+    rotary_by_layer_type=True,
+    follows=frozenset(
+        [
+            "attention_k_eq_v",
+            "num_kv_shared_layers",
+            "use_double_wide_mlp",
+            "vocab_size_per_layer_input",
+            "per_layer_config",
+        ]
+    ),
+    harmless={"use_bidirectional_attention": (None, "vision")},  # it comes as a mask
 )
 FAMILIES = {
     "llama": LLAMA,
@@ -172,47 +214,6 @@ FAMILIES = {
         attention_cap="attn_logit_softcapping",
     ),
     "gemma3_text": replace(GEMMA, norms=SANDWICH_NORMS | HEAD_NORMS, rotary_by_layer_type=True),
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": replace(GEMMA4, linears=SEPARATE, side_size=""),
 }
-
-
-def number_of(config: Any, name: str, otherwise: float) -> float:
-    """A number of the config; `otherwise` where the family has no name for it, or the config no value."""
-    value = getattr(config, name) if name else None
-    return otherwise if value is None else float(value)
-
-
-def rotary_kinds(stack: Any) -> list[str]:
-    """Which rotary tables each layer of a decoder stack uses: those of its type, or shared ones, or empty ones."""
-    family, layers = FAMILIES[stack.config.model_type], stack.layers
-    kinds = stack.config.layer_types if family.rotary_by_layer_type else [SHARED] * len(layers)
-    pairs = zip(layers, kinds, strict=True)
-    return [kind if family.rotates(layer.self_attn) else UNROTATED for layer, kind in pairs]
-
-
-def query_kind(kind: str, family: Family) -> str:
-    """Which rotary tables the queries of a layer use whose keys use these."""
-    return QUERIES if family.query_scale is not None else kind
-
-
-def linears_of(layer: Any, family: Family) -> list[Any]:
-    """The linear layers of a block, in the order of the table."""
-    return [layer.get_submodule(path) for path in family.linears]
-
-
-def window_of(layer: Any, family: Family) -> int | None:
-    """How many tokens a query of this block sees, itself included; None for all."""
-    return family.window(layer.self_attn)
-
-
-def rows_of(family: Family, config: Any, head_dim: int) -> list[list[int]]:
-    """For each linear layer of a block, how many rows its parts have."""
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    sizes = {part: count * head_dim for part, count in heads.items()}
-    sizes |= {"gate": config.intermediate_size, "up": config.intermediate_size}
-    return [[sizes.get(part, config.hidden_size) for part in parts] for parts in family.linears.values()]
-
-
-def splits(linear: PackedLinear, rows: Sequence[int]) -> bool:
-    """Whether these rows of a packed layer begin at whole words of its zero points, which are packed along them."""
-    starts = [sum(rows[:part]) for part in range(len(rows))]
-    return linear.weight_zero_point is None or all(start * linear.scheme.bits % 32 == 0 for start in starts)

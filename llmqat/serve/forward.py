@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from llmqat.compat.caches import cache_name, cache_of, output_with_cache, refuse_unknown_caches
-from llmqat.kernels.decoder import NativeDecoder
+from llmqat.kernels.decoder import NativeDecoder, Rotary
 from llmqat.serve.blocks import decoder_of, rotary_fits, rotary_tables, why_not_covered
 from llmqat.serve.cache_views import buffers_of, is_synced, read_cache, reserve, sync_cache_views, uses_int8_cache
 from llmqat.serve.calls import text_positions, why_call_unfit, why_past_unfit
+from llmqat.serve.families import SIDE_ARGUMENT
 from llmqat.serve.int8_cache import Int8Cache
+from llmqat.serve.parts import side_inputs
 from llmqat.serve.paths import counts_of
 from llmqat.serve.stacks import stack_of
 
@@ -64,7 +66,8 @@ def _forward(
     cache = cache_of({"cache": cache, "past_key_values": past_key_values})
     refuse_unknown_caches(kwargs)
     given = input_ids if inputs_embeds is None else inputs_embeds
-    ambiguous = (input_ids is None) == (inputs_embeds is None)
+    side = kwargs.get(SIDE_ARGUMENT)
+    ambiguous = (input_ids is None) == (inputs_embeds is None) or not (input_ids is None or side is None)
     why_not = "not exactly one of ids and embeddings" if ambiguous else why_call_unfit(self, given, cache, kwargs)
     text = text_positions(self, position_ids)
     why_not = why_not or why_past_unfit(self, given, attention_mask, text, cache)
@@ -79,7 +82,9 @@ def _forward(
         tables = rotary_tables(self, embeds, positions)
         if rotary_fits(self, tables, embeds.shape[1]):
             counts_of(self).native_calls += 1
-            return output_with_cache(_run(self, decoder, embeds, tables, cache), cache)
+            side = side_inputs(self, input_ids, embeds, side)
+            hidden = _run(self, decoder, embeds, cache, (tables, side))
+            return output_with_cache(type(self).forward, hidden, cache)
         decoder = "rotary embeddings rotate more features than a head has"
     counts_of(self).left_to_transformers(str(decoder))
     return type(self).forward(
@@ -94,7 +99,9 @@ def _forward(
     )
 
 
-def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[Tensor, Tensor]], cache: Any) -> Tensor:
+def _run(
+    stack: Any, decoder: NativeDecoder, embeds: Tensor, cache: Any, beside: tuple[Rotary, Tensor | None]
+) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
     tokens, past = embeds.shape[1], 0 if cache is None else cache.get_seq_length()
     buffers = buffers_of(cache, decoder, uses_int8_cache(stack))
@@ -102,7 +109,7 @@ def _run(stack: Any, decoder: NativeDecoder, embeds: Tensor, tables: list[tuple[
     reserve(buffers, decoder, past + tokens)
     if not synced and past:
         read_cache(buffers, cache, past)
-    hidden = decoder(embeds[0], buffers, past, tables)
+    hidden = decoder(embeds[0], buffers, past, *beside)
     if cache is not None:
         buffers.length = past + tokens
         sync_cache_views(buffers, cache)

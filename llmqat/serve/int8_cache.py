@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -112,12 +113,12 @@ class Int8Cache(Cache):
     def __init__(self, config: Any) -> None:
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
                 raise LlmqatError(
                     f"layer {index} caches in a {type(layer).__name__}: --kv-bits 8 knows full and sliding attention "
                     "only; leave it out"
                 )
-            layers.append(Int8Layer(layer))
+            layers.append(layer if type(layer) is DummyLayer else Int8Layer(layer))  # of keys of another block
         super().__init__(layers=layers)
 
     def nbytes(self) -> int:

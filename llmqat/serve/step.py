@@ -18,10 +18,11 @@ from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
 from llmqat.serve.cache_views import reserve
 from llmqat.serve.families import FAMILIES
-from llmqat.serve.stacks import has_towers, stack_of
+from llmqat.serve.parts import side_inputs
+from llmqat.serve.stacks import around, read_as, stack_of
 
 # Kinds of rotary embedding whose tables do not depend on how long the sequence is.
-FIXED_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha")
+FIXED_ROPES = ("default", "linear", "llama3", "yarn", "ntk_alpha", "proportional")
 
 
 def _packed_head(module: Any) -> Packed | None:
@@ -79,8 +80,10 @@ class Step:
         assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
         self.decoder, self.buffers = decoder, cache.llmqat_buffers
         config = self.stack.config
-        # A model with towers leaves the logits as they are, whatever the config of its text model says.
-        self.after_head = "" if has_towers(model) else FAMILIES[config.model_type].after_head
+        known = around(model)
+        assert known is not None, "the loop asked for it"
+        self.after_head = FAMILIES[config.model_type].after_head if known.follows_head else ""
+        self.read_as = read_as(model)
         self.after_value = getattr(config, self.after_head) if self.after_head else None
         types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
         self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
@@ -101,9 +104,12 @@ class Step:
     def __call__(self, token: Tensor) -> Tensor:
         """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
         past = self.buffers.length
+        if self.read_as:
+            token = torch.tensor([[self.read_as.get(int(token), int(token))]])
         reserve(self.buffers, self.decoder, past + 1)
         embeds = self.embed(token[0])
-        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past))
+        side = side_inputs(self.stack, token, embeds[None])
+        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past), side)
         self.buffers.length = past + 1
         logits: Tensor = self.head(hidden)
         return logits if self.after_value is None else AFTER_HEAD[self.after_head](logits, self.after_value)
@@ -131,6 +137,8 @@ class GreedyStep:
         head = _packed_head(model.get_output_embeddings())
         embedding = _rows(step.stack.embed_tokens, step.decoder.dtype)
         if head is None or embedding is None or not step.keeps_order or not step.fixed:
+            return None
+        if step.decoder.shape.side or step.read_as:
             return None
         rows = embedding if isinstance(embedding, Tensor) else embedding.codes
         return cls(step, GreedyDecoder(step.decoder, embedding, head)) if len(rows) >= len(head.codes) else None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma4TextModel, LlamaModel
 
 from llmqat.compat.caches import (
     CACHE_NAMES,
@@ -58,6 +58,8 @@ def test_what_looks_like_a_cache_is_refused(arguments):
 
 def test_outputs_carry_the_cache():
     hidden, cache = torch.ones(1, 1, 2), DynamicCache()
-    output = output_with_cache(hidden, cache)
-    assert output.last_hidden_state is hidden
-    assert output[generate_cache_name()] is cache
+    for stack in (LlamaModel, Gemma4TextModel):
+        output = output_with_cache(stack.forward, hidden, cache)
+        assert output.last_hidden_state is hidden
+        assert output[generate_cache_name()] is cache
+    assert output.shared_kv_states is None, "the class that Gemma 4 asks for it"

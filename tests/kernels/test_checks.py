@@ -5,20 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
-from llmqat.kernels.decoder import LINEARS, Block, CacheBuffers, NativeDecoder, Shape
+from llmqat.kernels.decoder import Block, CacheBuffers, CacheShape, NativeDecoder, Shape
 from llmqat.kernels.greedy import GreedyDecoder
 from llmqat.kernels.packed import Packed
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_ops import packed_layer
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, ROOM = 64, 4, 2, 16, 96, 50, 8
-SHAPE = Shape(HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, 1e-5, 0.0, 0.25, 0.0, 0)
+SHAPE = Shape(HIDDEN, HEADS, 1e-5, 0.0, 0.25, 0.0, 0)
+SIDE = 32
 
 
 def layer(out: int, in_features: int) -> Packed:
@@ -94,17 +97,22 @@ def test_bandwidth_of_too_little_memory():
         native.read_bandwidth(torch.ones(8))
 
 
-def small_decoder() -> NativeDecoder:
+def small_block(side: int = 0, **options: Any) -> Block:
     queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes = dict.fromkeys(("gate", "up"), (INTERMEDIATE, HIDDEN)) | dict.fromkeys(("k", "v"), (keys, HIDDEN))
     shapes |= {"q": (queries, HIDDEN), "o": (HIDDEN, queries), "down": (HIDDEN, INTERMEDIATE)}
+    shapes |= {"side_gate": (side, HIDDEN), "side_up": (HIDDEN, side)} if side else {}
     norms = {name: torch.ones(HIDDEN) for name in ("input_norm", "mlp_norm")}
-    return NativeDecoder([Block([layer(*shapes[name]) for name in LINEARS], norms)], torch.ones(HIDDEN), SHAPE)
+    return Block({name: layer(*shape) for name, shape in shapes.items()}, norms, KV_HEADS, HEAD_DIM, **options)
+
+
+def small_decoder() -> NativeDecoder:
+    return NativeDecoder([small_block()], torch.ones(HIDDEN), SHAPE)
 
 
 def small_cache() -> CacheBuffers:
     pair = torch.zeros(KV_HEADS, ROOM, HEAD_DIM), torch.zeros(KV_HEADS, ROOM, HEAD_DIM)
-    return CacheBuffers(blocks=[[(pair[0], pair[1])]])
+    return CacheBuffers(blocks=[[(pair[0], pair[1])]], shapes=[CacheShape(KV_HEADS, HEAD_DIM)])
 
 
 def decode(decoder, cache=None, past=0, tokens=2, dim=HEAD_DIM):
@@ -119,11 +127,8 @@ def test_a_decoder_in_order():
 DECODERS = [
     ("hidden", 0, "hidden is 0, the kernels take 1 to"),
     ("hidden", 80, r"q is \(64, 64\), the decoder needs \(64, 80\)"),
-    ("intermediate", 64, r"gate is \(96, 64\), the decoder needs \(64, 64\)"),
-    ("head_dim", 257, "head_dim is 257, the kernels take 1 to 256"),
     ("heads", 1 << 40, "heads is 1099511627776, the kernels take 1 to 16777216"),
-    ("kv_heads", 3, "3 kv_heads do not divide 4 heads"),
-    ("kv_heads", 8, "kv_heads is 8, the kernels take 1 to 4"),
+    ("side", -1, "side is -1, the kernels take 0 to"),
     ("dtype", 5, "decoder has dtype number 5"),
     ("activation", 2, "there is no activation 2"),
     ("head_norm", 3, "number of a kind of norms of q and k is 3, the kernels take 0 to 2"),
@@ -143,6 +148,14 @@ def test_a_decoder_that_does_not_fit(field, value, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("head_dim", 513, "head_dim is 513, the kernels take 1 to 512"),
+        ("head_dim", 8, r"q is \(64, 64\), the decoder needs \(32, 64\)"),
+        ("kv_heads", 3, "3 kv_heads do not divide 4 heads"),
+        ("kv_heads", 8, "kv_heads is 8, the kernels take 1 to 4"),
+        ("gate.out", 64, r"up is \(96, 64\), the decoder needs \(64, 64\)"),
+        ("gate.out", 0, "intermediate is 0, the kernels take 1 to"),
+        ("k.codes", None, "a block has values of its own, and no keys"),
+        ("side_gate.codes", 1 << 12, r"out is 0, the kernels take 1 to"),
         ("window", 0, "window is 0, the kernels take 1 to"),
         ("rotary", 1, "number of a rotary table is 1, the kernels take 0 to 0"),
         ("query_rotary", 1, "number of a rotary table is 1, the kernels take 0 to 0"),
@@ -150,7 +163,8 @@ def test_a_decoder_that_does_not_fit(field, value, message):
 )
 def test_a_block_that_does_not_fit(field, value, message):
     decoder = small_decoder()
-    setattr(decoder.struct.blocks[0], field, value)
+    *path, name = field.split(".")
+    setattr(attrgetter(*path)(decoder.struct.blocks[0]) if path else decoder.struct.blocks[0], name, value)
     with pytest.raises(LlmqatError, match=message):
         decode(decoder)
 

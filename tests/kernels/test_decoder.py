@@ -1,10 +1,12 @@
 """Arguments that the Python side of the decoder refuses: the library sees sizes and pointers, not what lies there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmqat.errors import LlmqatError
-from llmqat.kernels.decoder import Block, CacheBuffers, NativeDecoder, split_rows
+from llmqat.kernels.decoder import CacheBuffers, CacheShape, NativeDecoder, split_rows
 from llmqat.kernels.greedy import GreedyDecoder
 from llmqat.kernels.packed import Packed
 from llmqat.scheme import QuantScheme
@@ -14,9 +16,11 @@ from tests.kernels.test_checks import (
     KV_HEADS,
     ROOM,
     SHAPE,
+    SIDE,
     VOCABULARY,
     decode,
     layer,
+    small_block,
     small_cache,
     small_decoder,
 )
@@ -32,7 +36,7 @@ def run(hidden=None, cache=None, rotary=((TABLE, TABLE),)):
 
 def cache_of(heads=KV_HEADS, head_dim=HEAD_DIM, dtype=torch.float32, blocks=1, int8=False):
     cache = CacheBuffers(int8)
-    cache.grow(blocks, heads, head_dim, dtype, ROOM)
+    cache.grow([CacheShape(heads, head_dim)] * blocks, dtype, ROOM)
     return cache
 
 
@@ -91,6 +95,21 @@ def test_a_cache_of_codes():
     assert decode(small_decoder(), cache_of(int8=True)).isfinite().all()
 
 
+def test_the_factor_of_a_block():
+    with pytest.raises(LlmqatError, match=r"factor of a block must be torch.float32 \(1,\), got torch.float32 \(2,\)"):
+        NativeDecoder([small_block(scale=torch.ones(2))], torch.ones(HIDDEN), SHAPE)
+
+
+def test_side_inputs():
+    decoder = NativeDecoder([small_block(SIDE)], torch.ones(HIDDEN), replace(SHAPE, side=SIDE))
+    arguments = torch.randn(2, HIDDEN), small_cache(), 0, [(TABLE, TABLE)]
+    assert decoder(*arguments, torch.randn(2, 1, SIDE)).isfinite().all()
+    with pytest.raises(LlmqatError, match=r"side inputs must be torch.float32 \(2, 1, 32\), got .* \(2, 2, 32\)"):
+        decoder(*arguments, torch.randn(2, 2, SIDE))
+    with pytest.raises(LlmqatError, match="side has no memory"):
+        decoder(*arguments)
+
+
 @pytest.mark.parametrize(
     ("norms", "norm", "message"),
     [
@@ -105,15 +124,18 @@ def test_a_cache_of_codes():
             torch.ones(HIDDEN),
             "mlp_norm must lie on the CPU, contiguous; .* strides",
         ),
-        ({"last_norm": torch.ones(HIDDEN)}, torch.ones(HIDDEN), "has the norms input_norm, .* k_norm, not last_norm"),
+        (
+            {"last_norm": torch.ones(HIDDEN)},
+            torch.ones(HIDDEN),
+            "has the norms input_norm, .* side_norm, not last_norm",
+        ),
         ({}, torch.ones(16), r"the norm must be torch.float32 \(64,\), got torch.float32 \(16,\)"),
         ({}, torch.ones(HIDDEN).double(), "read no norm of torch.float64; cast it to torch.float32"),
     ],
 )
 def test_norms(norms, norm, message):
-    linears = small_decoder()._kept[0][0].linears
     with pytest.raises(LlmqatError, match=message):
-        NativeDecoder([Block(linears, norms)], norm, SHAPE)
+        NativeDecoder([replace(small_block(), norms=norms)], norm, SHAPE)
 
 
 def test_a_float_embedding():

@@ -25,6 +25,21 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 WINDOWED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+# Layers of two shapes, of which the last two read the keys and values of the first two.
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 24,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 128,
+    "pad_token_id": 3,
+    "final_logit_softcapping": 3.0,
+}
 GRANITE = {"embedding_multiplier": 1.7, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 8.0}
 BY_AXIS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 CONFIGS = {
@@ -33,6 +48,8 @@ CONFIGS = {
     "qwen3_vl_text": BY_AXIS,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": {name: value for name, value in GEMMA4.items() if "per_layer" not in name},
     "granite": GRANITE,
     "ministral3": {
         "rope_parameters": {
@@ -62,6 +79,8 @@ TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "
 IMAGES = {"image_size": 56, "patch_size": 14}
 TOWERS = {
     "gemma3": {"vision_config": TOWER | IMAGES, "mm_tokens_per_image": 1, "image_token_id": 120},
+    "gemma4": {"image_token_id": 120, "video_token_id": 121, "audio_token_id": 122},
+    "gemma4_unified": {"image_token_id": 120, "video_token_id": 121, "audio_token_id": 122},
     "mistral3": {"vision_config": TOWER | IMAGES | {"head_dim": 16}, "image_token_id": 120},
     "qwen2_vl": {"vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}},
     "qwen2_5_vl": {
@@ -102,6 +121,9 @@ def packed_model(family, scheme=None, dtype=torch.float32, kv_bits=None, lm_head
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter += 0.3 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer += 0.3 * torch.randn_like(buffer)
     model.to(dtype)
     calibration = [torch.arange(16)[None]]
     scheme = scheme or QuantScheme(4, 32)

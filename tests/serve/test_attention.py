@@ -9,7 +9,7 @@ from tests.serve.helpers import both, packed_model
 LONG = {
     "plain": {"head_dim": 32},
     "wide heads": {"head_dim": 80},
-    "one key head": {"head_dim": 48, "num_key_value_heads": 1},
+    "one key head": {"head_dim": 336, "num_key_value_heads": 1, "num_attention_heads": 2},
     "window": {"head_dim": 64, "sliding_window": 100},
 }
 

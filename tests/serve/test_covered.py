@@ -9,11 +9,11 @@ import torch
 from llmqat.models.planning import plan
 from llmqat.scheme import QuantScheme
 from llmqat.serve import covered
-from llmqat.serve.covered import decoding_in_words
+from llmqat.serve.covered import decoding_in_words, why_config_not_covered
 from llmqat.serve.families import FAMILIES, rotates_always, sees_all
 from llmqat.serve.forward import accelerate_forward
 from llmqat.serve.paths import path_counts
-from tests.serve.helpers import packed_model
+from tests.serve.helpers import packed_model, tiny_config
 
 
 def why_not(model):
@@ -29,6 +29,29 @@ def test_an_option_that_the_row_does_not_name(option, value):
     assert why_not(packed_model("gemma3_text", **{option: value})) == (
         f"the native decoder does not know {option}={value!r} of the config"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}, ""),
+        ("gemma4_unified_text", {"use_bidirectional_attention": None}, ""),
+        (
+            "gemma4_text",
+            {"use_bidirectional_attention": "all"},
+            "the native decoder does not know use_bidirectional_attention='all' of the config",
+        ),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 4},
+            "the native decoder does not know enable_moe_block=True, num_experts=4 of the config",
+        ),
+        ("gemma4_text", {"global_head_dim": 640}, "heads of 640 features exceed the 512 of the kernels"),
+        ("llama", {"head_dim": 640}, "heads of 640 features exceed the 512 of the kernels"),
+    ],
+)
+def test_a_config_alone(family, options, reason):
+    assert why_config_not_covered(tiny_config(family, **options)) == reason
 
 
 def test_an_option_of_tomorrow(monkeypatch):

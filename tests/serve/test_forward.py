@@ -1,6 +1,7 @@
 """The native decoder gives the tokens and logits of the transformers code, and leaves it everything else."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.scheme import QuantScheme
+from llmqat.serve import blocks
 from llmqat.serve.attach import attach
 from llmqat.serve.calls import is_range
 from llmqat.serve.families import FAMILIES
@@ -78,6 +80,50 @@ def test_what_the_config_of_gemma_says(options, calls):
     assert calls == [40]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
+
+
+def without(part):
+    """A change of blocks as the decoder gets them: without a layer, a norm or a factor."""
+
+    def change(block):
+        linears = {name: linear for name, linear in block.linears.items() if name != part}
+        norms = {name: norm for name, norm in block.norms.items() if name != part}
+        return replace(block, linears=linears, norms=norms, scale=None if part == "scale" else block.scale)
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def gemma4():
+    return attach(packed_model("gemma4_text"))
+
+
+@pytest.mark.parametrize("part", ["scale", "v_norm", "side_gate", "side_norm"])
+@torch.no_grad()
+def test_what_gemma4_has_and_others_do_not(part, gemma4, monkeypatch):
+    """Each part matters at this size; the k that are values, and those of another block, have no place without."""
+    ids, built = torch.randint(0, 128, (1, 40)), blocks._block
+    logits = gemma4(ids).logits
+    with through_transformers(gemma4):
+        torch.testing.assert_close(logits, gemma4(ids).logits, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(blocks, "_block", lambda *given: without(part)(built(*given)))
+    monkeypatch.delitem(blocks._built, gemma4.model)
+    assert not torch.allclose(gemma4(ids).logits, logits, rtol=1e-2, atol=1e-2)
+    del blocks._built[gemma4.model]
+
+
+@torch.no_grad()
+def test_side_inputs_that_are_given(gemma4, calls):
+    """With embeddings, as models with towers do, or found by them; with ids they are refused."""
+    ids = torch.randint(0, 128, (1, 9))
+    embeds, logits = gemma4.model.embed_tokens(ids), gemma4(ids).logits
+    side = gemma4.model.get_per_layer_inputs(ids)
+    for given in ({}, {"per_layer_inputs": side}):
+        torch.testing.assert_close(gemma4(inputs_embeds=embeds, **given).logits, logits, rtol=1e-4, atol=1e-4)
+    assert calls == [9, 9, 9]
+    assert not torch.allclose(gemma4(inputs_embeds=embeds, per_layer_inputs=-side).logits, logits, atol=1e-2)
+    with pytest.raises(ValueError, match="cannot specify per_layer_inputs if input_ids is provided"):
+        gemma4(ids, per_layer_inputs=side)
 
 
 WINDOWS = {

@@ -1,7 +1,10 @@
 """Models with towers decode their text natively; what images change of it goes through transformers."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from llmqat.models.planning import plan
 from llmqat.scheme import QuantScheme
@@ -17,6 +20,14 @@ IDS = torch.arange(40)[None] * 7 % 128
 PIXELS = torch.linspace(-1, 1, 3 * 28 * 56).view(1, 3, 28, 56)  # two tokens
 
 
+STACKS = [
+    ("gemma3_text", "gemma3"),
+    ("gemma4_text", "gemma4"),
+    ("gemma4_unified_text", "gemma4_unified"),
+    ("ministral3", "mistral3"),
+]
+
+
 def served(family, beside, **options):
     return attach(packed_model(family, beside=beside, lm_head_bits=8, **options))
 
@@ -28,7 +39,7 @@ def agree(model, run):
         torch.testing.assert_close(logits, run(model), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "beside"), [("gemma3_text", "gemma3"), ("ministral3", "mistral3")])
+@pytest.mark.parametrize(("family", "beside"), STACKS)
 @pytest.mark.parametrize("kv_bits", [None, 8])
 @torch.no_grad()
 def test_text(family, beside, kv_bits):
@@ -86,12 +97,32 @@ def test_what_images_change_for_blocks(calls):
     assert reasons["blocks read visual_pos_masks, deepstack_visual_embeds too"] == 1
 
 
+class Forced(LogitsProcessor):
+    """Chooses the token that stands for an image as the fourth new one."""
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == PROMPT.shape[1] + 3:
+            scores[:, 120] = 1e9
+        return scores
+
+
+def test_a_placeholder_is_read_as_padding(steps):
+    model = served("gemma4_text", "gemma4")
+    forced = {"logits_processor": LogitsProcessorList([Forced()])}
+    agree(model, lambda model: generate(model, **forced))
+    assert steps[3] == 120
+    steps.clear()
+    tokens, unread = generate(model, **forced), {**vars(stacks.GEMMA4), "placeholders": ()}
+    with patch.dict(stacks.AROUND, gemma4=stacks.Around(**unread)):
+        assert not torch.equal(generate(model, **forced), tokens)
+
+
 UNKNOWN = "the native loop does not know what a model of type mistral3 does around its blocks"
 
 
 def test_what_nobody_knows_around_the_blocks(monkeypatch, steps):
     """The blocks run natively, and transformers samples."""
-    monkeypatch.setattr(stacks, "PLAIN_AROUND", frozenset())
+    monkeypatch.delitem(stacks.AROUND, "mistral3")
     model = served("mistral", "mistral3")
     agree(model, generate)
     assert (path_counts(model).native_calls, steps) == (20, [])
@@ -102,7 +133,7 @@ def test_how_a_plan_will_be_decoded(monkeypatch):
     model = float_model("mistral", "mistral3")
     made = plan(model, QuantScheme(4, 32))
     assert decoding_in_words(model, made) == "blocks and sampling natively, towers in torch"
-    monkeypatch.setattr(stacks, "PLAIN_AROUND", frozenset())
+    monkeypatch.delitem(stacks.AROUND, "mistral3")
     assert decoding_in_words(model, made) == f"blocks natively, sampling in transformers ({UNKNOWN})"
 
 

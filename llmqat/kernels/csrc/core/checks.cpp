@@ -7,14 +7,24 @@ namespace llmqat {
 namespace {
 
 void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_tables) {
-    const int64_t queries = d.heads * d.head_dim, keys = d.kv_heads * d.head_dim;
+    check_size("head_dim", b.head_dim, 1, MAX_HEAD_DIM);
+    check_size("heads", d.heads, 1, MAX_SIZE / b.head_dim);
+    check_size("kv_heads", b.kv_heads, 1, d.heads);
+    if (d.heads % b.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)b.kv_heads, (long long)d.heads);
+    const int64_t queries = d.heads * b.head_dim, keys = b.kv_heads * b.head_dim;
     check_layer("q", b.q, queries, d.hidden);
-    check_layer("k", b.k, keys, d.hidden);
-    check_layer("v", b.v, keys, d.hidden);
+    if (b.k.codes) check_layer("k", b.k, keys, d.hidden);
+    if (b.v.codes) check_layer("v", b.v, keys, d.hidden);
+    if (b.v.codes && !b.k.codes) fail("a block has values of its own, and no keys");
     check_layer("o", b.o, d.hidden, queries);
-    check_layer("gate", b.gate, d.intermediate, d.hidden);
-    check_layer("up", b.up, d.intermediate, d.hidden);
-    check_layer("down", b.down, d.hidden, d.intermediate);
+    check_size("intermediate", b.gate.out, 1);
+    check_layer("gate", b.gate, b.gate.out, d.hidden);
+    check_layer("up", b.up, b.gate.out, d.hidden);
+    check_layer("down", b.down, d.hidden, b.gate.out);
+    if (b.side_gate.codes) {
+        check_layer("side_gate", b.side_gate, d.side, d.hidden);
+        check_layer("side_up", b.side_up, d.hidden, d.side);
+    }
     check_size("window", b.window, 1, INT64_MAX);
     check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
     check_size("number of a rotary table", b.query_rotary, 0, rotary_tables - 1);
@@ -65,11 +75,7 @@ void check_layer(const char* name, const llmqat_matrix& w, int64_t out, int64_t 
 void check_decoder(const llmqat_decoder& d, int64_t rotary_tables) {
     check_size("number of blocks", d.count, 0);
     check_size("hidden", d.hidden, 1);
-    check_size("intermediate", d.intermediate, 1);
-    check_size("head_dim", d.head_dim, 1, MAX_HEAD_DIM);
-    check_size("heads", d.heads, 1, MAX_SIZE / d.head_dim);
-    check_size("kv_heads", d.kv_heads, 1, d.heads);
-    if (d.heads % d.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)d.kv_heads, (long long)d.heads);
+    check_size("side", d.side, 0);
     check_dtype("decoder", d.dtype);
     if (d.activation != SILU && d.activation != GELU_TANH) fail("there is no activation %d", int(d.activation));
     check_size("number of a kind of norms of q and k", d.head_norm, OF_HEAD, OF_ALL_HEADS);
@@ -94,7 +100,7 @@ void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t 
     check_size("number of rotary tables", count, 0);
     if (count) check_pointer("rotary", rotary);
     for (int64_t i = 0; i < count; ++i) {
-        check_size("dim of a rotary table", rotary[i].dim, 0, d.head_dim);
+        check_size("dim of a rotary table", rotary[i].dim, 0, MAX_HEAD_DIM);
         if (rotary[i].dtype != LLMQAT_FLOAT32 && rotary[i].dtype != d.dtype)
             fail("a rotary table has dtype number %d, the decoder takes 0 or its own, %d", int(rotary[i].dtype), int(d.dtype));
         if (rotary[i].dim % 2) fail("dim of a rotary table is %lld, it must be even", (long long)rotary[i].dim);
@@ -102,6 +108,15 @@ void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t 
         check_pointer("cosine", rotary[i].cosine);
         check_pointer("sine", rotary[i].sine);
     }
+    for (const llmqat_block* b = d.blocks; b < d.blocks + d.count; ++b) {
+        check_size("dim of a rotary table", rotary[b->rotary].dim, 0, b->head_dim);
+        check_size("dim of a rotary table", rotary[b->query_rotary].dim, 0, b->head_dim);
+    }
+}
+
+void check_side(const llmqat_decoder& d, const void* side) {
+    for (int64_t i = 0; i < d.count; ++i)
+        if (d.blocks[i].side_gate.codes) check_pointer("side", side);
 }
 
 void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past) {
@@ -113,6 +128,7 @@ void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past) {
     check_decoder(d, g.rotary_tables);
     check_caches(d, g.cache, g.capacity, past, 1);
     check_rotary(d, g.rotary, g.rotary_tables);
+    check_side(d, nullptr);
     check_size("vocabulary", g.vocabulary, 1);
     if (g.embedding) check_layer("embedding", *g.embedding, g.vocabulary, d.hidden);
     else check_pointer("embedding", g.embedding_rows);

@@ -25,8 +25,12 @@ struct Buffers {
 
     Buffers(const llmqat_decoder& d, int64_t m) {
         thread_local Scratch scratch;
-        const int64_t sizes[] = {d.hidden, d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim,
-                                 d.heads * d.head_dim, d.intermediate, d.intermediate, d.hidden};
+        int64_t queries = 0, keys = 0, intermediate = d.side;
+        for (const llmqat_block* b = d.blocks; b < d.blocks + d.count; ++b) {
+            queries = std::max(queries, d.heads * b->head_dim), keys = std::max(keys, b->kv_heads * b->head_dim);
+            intermediate = std::max(intermediate, b->gate.out);
+        }
+        const int64_t sizes[] = {d.hidden, queries, keys, keys, queries, intermediate, intermediate, d.hidden};
         char** const fields[] = {&normed, &q, &k, &v, &attended, &gate, &up, &out};
         int64_t total = 0;
         for (int64_t size : sizes) total += round_up(size * m * width(d.dtype), 64);
@@ -41,6 +45,7 @@ struct Pass {
     Buffers b;
     int64_t m, past, capacity;
     const llmqat_rotary* rotary;
+    const char* side;
     void* hidden;
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
@@ -59,8 +64,8 @@ struct Pass {
         return b.normed;
     }
 
-    void scale() const {
-        parallel_for(m, [&](int64_t t) { steps.scale(hidden, t * d.hidden, d.hidden, d.dtype, d.embedding_scale); });
+    void scale(float factor) const {
+        parallel_for(m, [&](int64_t t) { steps.scale(hidden, t * d.hidden, d.hidden, d.dtype, factor); });
     }
 
     void add(const void* weight) const {
@@ -69,78 +74,100 @@ struct Pass {
     }
 
     void rope(const llmqat_block& block, const llmqat_cache& cache) const {
-        const int64_t dim = d.head_dim;
-        const int64_t group = d.heads / d.kv_heads;
+        const int64_t dim = block.head_dim, heads = block.kv_heads, group = d.heads / heads;
+        const llmqat_rotary still = {};
         const void *q_norm = block.q_norm, *k_norm = block.k_norm;
         if (d.head_norm == OF_ALL_HEADS) {
             if (q_norm) norm(b.q, q_norm, b.q, d.heads * dim);
-            if (k_norm) norm(b.k, k_norm, b.k, d.kv_heads * dim);
+            if (k_norm) norm(b.k, k_norm, b.k, heads * dim);
             q_norm = k_norm = nullptr;
         }
         auto turn = [&](char* x, const void* head_norm, const llmqat_rotary& table, int64_t t, int64_t start) {
             steps.rope({x, head_norm, table.cosine, table.sine, x, start, start, t, dim, table.dim, kind(), d.dtype,
                         table.dtype, d.head_norm == OF_ROTATED_HEAD, d.neighbours != 0});
         };
-        parallel_for(m * d.kv_heads, [&](int64_t i) {
-            const int64_t t = i / d.kv_heads, row = i % d.kv_heads * capacity + past + t;
+        parallel_for(m * heads, [&](int64_t i) {
+            const int64_t t = i / heads, row = i % heads * capacity + past + t;
             for (int64_t h = i * group; h < (i + 1) * group; ++h) turn(b.q, q_norm, rotary[block.query_rotary], t, h * dim);
+            if (!block.k.codes) return;
+            if (!block.v.codes) std::memcpy(at(b.v, i * dim), at(b.k, i * dim), size_t(dim * width(d.dtype)));
+            if (block.v_norm) turn(b.v, block.v_norm, still, t, i * dim);
             turn(b.k, k_norm, rotary[block.rotary], t, i * dim);
             steps.cache(b.k, i * dim, dim, d.dtype, keys(cache), row);
             steps.cache(b.v, i * dim, dim, d.dtype, values(cache), row);
         });
     }
 
-    void attend(const llmqat_cache& cache, int64_t window) const {
-        Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, window, d.heads,
-                       d.kv_heads, d.head_dim, d.attention_scale, d.softcap, d.dtype};
+    char* at(char* x, int64_t element) const { return x + element * width(d.dtype); }
+
+    void attend(const llmqat_block& block, const llmqat_cache& cache) const {
+        const int64_t kv_heads = block.kv_heads;
+        Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, block.window, d.heads,
+                       kv_heads, block.head_dim, d.attention_scale, d.softcap, d.dtype};
         if (m == 1) {
             // Heads that share keys go together.
-            const int64_t group = d.heads / d.kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
-            return parallel_for(d.kv_heads * parts, [&](int64_t i) {
+            const int64_t group = d.heads / kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
+            return parallel_for(kv_heads * parts, [&](int64_t i) {
                 int64_t head = i / parts * group + i % parts * ATTEND_HEADS, end = (i / parts + 1) * group;
                 steps.attend_decode(a, head, std::min(ATTEND_HEADS, end - head));
             });
         }
         const int64_t tiles = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
         // The last queries see the most keys: start with them, so that the threads end together.
-        parallel_for(tiles * d.kv_heads, [&](int64_t i) {
-            steps.attend_prefill(a, i % d.kv_heads, (tiles - 1 - i / d.kv_heads) * ATTEND_QUERIES);
+        parallel_for(tiles * kv_heads, [&](int64_t i) {
+            steps.attend_prefill(a, i % kv_heads, (tiles - 1 - i / kv_heads) * ATTEND_QUERIES);
         });
     }
 
-    void gate() const {
+    void gate(int64_t intermediate) const {
         constexpr int64_t PART = 1024;
-        const int64_t total = m * d.intermediate;
+        const int64_t total = m * intermediate;
         parallel_for((total + PART - 1) / PART, [&](int64_t i) {
             steps.gate(d.activation, b.gate, b.up, i * PART, std::min(PART, total - i * PART), d.dtype);
         });
     }
 
-    void block(const llmqat_block& block, const llmqat_cache& cache) const {
+    // The branch of the side input of block i: a gate for it, which reads the residual as it is.
+    void add_side(const llmqat_block& block, int64_t i) const {
+        const Job gate = {&block.side_gate, to(b.gate, block.side_gate)};
+        linear(&gate, 1, hidden, m, d.dtype);
+        parallel_for(m, [&](int64_t t) {
+            const char* own = side + (t * d.count + i) * d.side * width(d.dtype);
+            steps.gate(d.activation, at(b.gate, t * d.side), own, 0, d.side, d.dtype);
+        });
+        const Job up = {&block.side_up, to(b.out, block.side_up)};
+        linear(&up, 1, b.gate, m, d.dtype);
+        add(block.side_norm);
+    }
+
+    void block(int64_t i, const llmqat_cache& cache) const {
+        const llmqat_block& block = d.blocks[i];
         const void* x = read(block.input_norm);
         const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
-        linear(reads, 3, x, m, d.dtype);
+        linear(reads, block.v.codes ? 3 : block.k.codes ? 2 : 1, x, m, d.dtype);
         rope(block, cache);
-        attend(cache, block.window);
+        attend(block, cache);
         const Job output = {&block.o, to(b.out, block.o)};
         linear(&output, 1, b.attended, m, d.dtype);
         add(block.attended_norm);
         x = read(block.mlp_norm);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
         linear(gated, 2, x, m, d.dtype);
-        gate();
+        gate(block.gate.out);
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
         add(block.mlp_out_norm);
+        if (block.side_gate.codes) add_side(block, i);
+        if (block.scale) scale(load(block.scale, 0, d.dtype));
     }
 };
 
 // Embeddings in, last norm out: see llmqat_decode.
 void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-            const llmqat_rotary* rotary, void* hidden) {
-    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, hidden};
-    if (d.embedding_scale != 1.0f) pass.scale();
-    for (int64_t i = 0; i < d.count; ++i) pass.block(d.blocks[i], cache[i]);
+            const llmqat_rotary* rotary, const void* side, void* hidden) {
+    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, static_cast<const char*>(side), hidden};
+    if (d.embedding_scale != 1.0f) pass.scale(d.embedding_scale);
+    for (int64_t i = 0; i < d.count; ++i) pass.block(i, cache[i]);
     pass.norm(hidden, d.norm, hidden, d.hidden);
 }
 
@@ -186,7 +213,7 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
     const int32_t dtype = g.decoder->dtype;
     set_threads(g.threads);
     embed(g, token);
-    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), g.hidden);
+    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), nullptr, g.hidden);
     const Job head = {g.head, {g.logits, g.head->out, dtype}};
     linear(&head, 1, g.hidden, 1, dtype);
     return argmax(g.logits, g.head->out, dtype);
@@ -198,13 +225,14 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
 extern "C" {
 
 int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                      const llmqat_rotary* rotary, int64_t rotary_tables, void* hidden) {
+                      const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, void* hidden) {
     return llmqat::guarded([&] {
         llmqat::check_decoder(*model, rotary_tables);
         llmqat::check_caches(*model, cache, capacity, past, m);
         llmqat::check_rotary(*model, rotary, rotary_tables);
+        llmqat::check_side(*model, side);
         if (m) llmqat::check_pointer("hidden", hidden);
-        llmqat::decode(*model, cache, capacity, past, m, rotary, hidden);
+        llmqat::decode(*model, cache, capacity, past, m, rotary, side, hidden);
         return 0;
     });
 }

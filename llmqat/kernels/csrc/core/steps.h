@@ -7,7 +7,7 @@
 
 namespace llmqat {
 
-constexpr int64_t MAX_HEAD_DIM = 256, ATTEND_QUERIES = 64, ATTEND_HEADS = 4;
+constexpr int64_t MAX_HEAD_DIM = 512, ATTEND_QUERIES = 64, ATTEND_HEADS = 4;
 
 enum Activation : int32_t { SILU, GELU_TANH };  // of the gate
 
