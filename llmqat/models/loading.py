@@ -17,6 +17,7 @@ from llmqat.models.architectures import ARCHITECTURES
 from llmqat.models.dequantized import check_format, dequantized, format_of
 from llmqat.models.foreign import ForeignError, from_pretrained, local_directory
 from llmqat.models.gguf_file import DEQUANTIZED, EXTENSION, directory_of, smollm2
+from llmqat.models.quantized_files import quantized_tensors
 from llmqat.models.stored import separate_heads, stored_dtype, stores_only
 from llmqat.models.ties import correct_flag, possible_ties, set_tied
 
@@ -191,7 +192,11 @@ def load_empty(name: str) -> tuple[PreTrainedModel, torch.dtype]:
     model = empty_model(config)
     if directory is None:
         return model, declared or torch.float32
-    stored = DEQUANTIZED if format_of(directory) else stored_dtype(directory, declared)
+    if format_of(directory):
+        quantized_tensors(directory)  # refuses what cannot be dequantized
+        stored = DEQUANTIZED
+    else:
+        stored = stored_dtype(directory, declared)
     if getattr(config, "tie_word_embeddings", False) and any(separate_heads(directory, possible_ties(model))):
         set_tied(config, False)
         model = empty_model(config)

@@ -42,6 +42,21 @@ def headers(path: Path) -> dict[str, Header]:
         return {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in parts}
 
 
+def headers_of(directory: Path) -> Iterator[tuple[Path, dict[str, Header]]]:
+    """The files from which transformers loads a float model, with their headers.
+
+    Raises:
+        LlmqatError: if one is damaged.
+    """
+    for path in float_weight_files(directory):
+        try:
+            yield path, headers(path)
+        except (SafetensorError, OSError) as error:
+            raise LlmqatError(
+                f"cannot load the weights of {path}: {error_text(error)}; copy or download the model again"
+            ) from error
+
+
 def float_weight_files(directory: Path) -> list[Path]:
     """The safetensors files from which transformers loads a float model; none if it has other files."""
     single = directory / "model.safetensors"
@@ -86,13 +101,7 @@ def stores_only(directory: Path, dtype: torch.dtype) -> bool:
 def _float_counts(directory: Path) -> dict[str, int]:
     """How many numbers of a model's weights are stored in each floating dtype, as safetensors spells it."""
     counts: Counter[str] = Counter()
-    for path in float_weight_files(directory):
-        try:
-            found = headers(path)
-        except (SafetensorError, OSError) as error:
-            raise LlmqatError(
-                f"cannot load the weights of {path}: {error_text(error)}; copy or download the model again"
-            ) from error
+    for _, found in headers_of(directory):
         for header in found.values():
             counts[header.dtype] += header.elements
     for path in [] if counts else [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]:

@@ -1,7 +1,8 @@
-"""Checkpoints in MXFP4 and FP8, as gpt-oss, DeepSeek and Qwen come, dequantized as transformers does it."""
+"""Checkpoints in MXFP4 and FP8, as gpt-oss, DeepSeek, Mistral and Qwen come, dequantized as transformers does it."""
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV4Config,
     FineGrainedFP8Config,
     GptOssConfig,
+    Ministral3Config,
     Mxfp4Config,
     Qwen3Config,
 )
@@ -20,7 +23,9 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.mapped_model import load_mapped
 from llmqat.mapped import Disk
 from llmqat.models import dequantized
+from llmqat.models.experts import split_experts
 from llmqat.models.loading import load_empty, load_float, resolve_weights, stored_format
+from llmqat.models.quantized_files import dequantize
 from llmqat.report import plan
 
 SIZES = {
@@ -45,6 +50,19 @@ LATENT = {
     "first_k_dense_replace": 0,
     "n_group": 1,
     "topk_group": 1,
+}
+COMPRESSED = {
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 32,
+    "o_lora_rank": 32,
+    "o_groups": 2,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "layer_types": ["sliding_attention"],
+    "mlp_layer_types": ["moe"],
 }
 BLOCK = 32
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
@@ -76,6 +94,38 @@ def in_mxfp4(name, tensor):
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
+def exponents(*shape):
+    return torch.randint(118, 125, shape, dtype=torch.uint8)
+
+
+def in_v4(name, tensor):
+    """As DeepSeek V4 Flash: scales that are exponents; experts in four bits, each with one for 32 numbers of a row."""
+    layer, (rows, *columns) = name.removesuffix(".weight"), tensor.shape
+    if ".experts." in name:
+        codes = torch.randint(-128, 128, (rows, columns[0] // 2), dtype=torch.int8)
+        return {name: codes, f"{layer}.scale": exponents(rows, columns[0] // 32).view(torch.float8_e8m0fnu)}
+    if not re.search(r"attn\.w(q_.|kv|o_.)\.weight|shared_experts", name):
+        return {name: tensor}
+    scale = exponents(rows // BLOCK, columns[0] // BLOCK).view(torch.float8_e8m0fnu)
+    return {name: torch.randn(tensor.shape).mul(9).to(torch.float8_e4m3fn), f"{layer}.scale": scale}
+
+
+def in_static(name, tensor, of_weight="weight_scale_inv", of_inputs="activation_scale"):
+    """As Ministral 3: a scale for each matrix, and one for its inputs."""
+    if not name.endswith("_proj.weight"):
+        return {name: tensor}
+    layer, scale = name.removesuffix(".weight"), torch.tensor(0.013, dtype=torch.bfloat16)
+    codes = torch.randn(tensor.shape).mul(9).to(torch.float8_e4m3fn)
+    return {name: codes, f"{layer}.{of_weight}": scale, f"{layer}.{of_inputs}": scale.clone()}
+
+
+def in_mxfp8(name, tensor):
+    if not name.endswith("_proj.weight"):
+        return {name: tensor}
+    codes = torch.randn(tensor.shape).mul(9).to(torch.float8_e5m2)
+    return {name: codes, f"{name}_scale_inv": exponents(len(tensor), tensor.shape[1] // 32)}
+
+
 def in_fp8(name, tensor):
     if not re.search(r"_(a_|b_|with_mqa)?(proj|mqa)\.weight$", name):
         return {name: tensor}
@@ -90,6 +140,33 @@ def gpt_oss(tmp_path):
 
 
 @pytest.fixture
+def deepseek_v4(tmp_path):
+    """Its config says beside the quantization that experts are in FP4."""
+    directory = saved(DeepseekV4Config(**SIZES | COMPRESSED), tmp_path / "v4", FP8 | {"scale_fmt": "ue8m0"}, in_v4)
+    told = json.loads((directory / "config.json").read_text()) | {"expert_dtype": "fp4"}
+    (directory / "config.json").write_text(json.dumps(told))
+    return directory
+
+
+@pytest.fixture
+def ministral3(tmp_path):
+    static = FP8 | {"activation_scheme": "static", "weight_block_size": None}
+    return saved(Ministral3Config(**SIZES), tmp_path / "ministral3", static, in_static)
+
+
+@pytest.fixture
+def mistral(tmp_path):
+    names = {"of_weight": "qscale_weight", "of_inputs": "qscale_act"}
+    static = FP8 | {"activation_scheme": "static", "weight_block_size": None}
+    return saved(Ministral3Config(**SIZES), tmp_path / "mistral", static, partial(in_static, **names))
+
+
+@pytest.fixture
+def mxfp8(tmp_path):
+    return saved(Qwen3Config(**SIZES), tmp_path / "mxfp8", {"quant_method": "mxfp8", "scale_fmt": "ue8m0"}, in_mxfp8)
+
+
+@pytest.fixture
 def qwen3(tmp_path):
     return saved(Qwen3Config(**SIZES), tmp_path / "qwen3", FP8, in_fp8)
 
@@ -100,7 +177,12 @@ def equals(model, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "format_"), [("gpt_oss", Mxfp4Config, "MXFP4"), ("qwen3", FineGrainedFP8Config, "FP8")]
+    ("kind", "config", "format_"),
+    [
+        ("gpt_oss", Mxfp4Config, "MXFP4"),
+        ("mxfp8", FineGrainedFP8Config, "MXFP8"),
+        *((kind, FineGrainedFP8Config, "FP8") for kind in ("qwen3", "deepseek_v4", "ministral3", "mistral")),
+    ],
 )
 def test_the_float_model_is_that_of_transformers(request, monkeypatch, kind, config, format_, capsys):
     directory = request.getfixturevalue(kind)
@@ -122,8 +204,10 @@ def test_a_plan_reads_no_weights(qwen3, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_its_weights_can_stay_in_files(qwen3, tmp_path):
-    assert equals(load_mapped(str(qwen3), Disk(tmp_path)), load_float(str(qwen3)))
+def test_its_weights_can_stay_in_files(deepseek_v4, tmp_path):
+    expected = load_float(str(deepseek_v4))
+    split_experts(expected)
+    assert equals(load_mapped(str(deepseek_v4), Disk(tmp_path)), expected)
 
 
 def test_blocks_may_stick_out(tmp_path):
@@ -138,23 +222,43 @@ def test_blocks_may_stick_out(tmp_path):
     assert torch.equal(found, (stored[name].float() * factors).bfloat16())
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.tensor([125], dtype=torch.uint8)])
-def test_one_scale_for_the_whole(scale):
-    weight = torch.randn(4, 8).to(torch.float8_e4m3fn)
-    assert torch.equal(dequantized.from_fp8(weight, scale, None, "w"), weight.bfloat16() / 4)
-
-
 @pytest.mark.parametrize(
-    ("weight", "block", "message"),
+    ("name", "tensor", "message"),
     [
-        (torch.zeros(4, 8, dtype=torch.int8), [4, 4], r"w is torch.int8 \[4, 8\] with scales \[1, 2\], not FP8"),
-        (torch.zeros(4, 8).to(torch.float8_e4m3fn), [4, 8], r"with one for each 4 x 8; start from the float model"),
-        (torch.zeros(4, 8).to(torch.float8_e4m3fn), None, r"not FP8 with one for all; start"),
+        (
+            "mlp.up_proj.weight",
+            torch.zeros(96, 64, dtype=torch.int8),
+            r"as I8 \[96, 64\] with scales \[3, 2\], which is",
+        ),
+        (
+            "mlp.up_proj.weight",
+            torch.zeros(96, 64),
+            r"up_proj.weight as F32 \[96, 64\] with scales \[3, 2\], which is no",
+        ),
+        (
+            "mlp.up_proj.weight_scale_inv",
+            torch.ones(3, 5),
+            r"as F8_E4M3 \[96, 64\] with scales \[3, 5\], which is no form",
+        ),
+        (
+            "mlp.up_proj.weight_scale_inv",
+            torch.ones(3),
+            r"with scales \[3\], which is no format that is known; start from",
+        ),
     ],
 )
-def test_scales_that_do_not_fit(weight, block, message):
-    with pytest.raises(LlmqatError, match=message):
-        dequantized.from_fp8(weight, torch.ones(1, 2), block, "w")
+def test_what_is_in_no_known_format(qwen3, name, tensor, message):
+    """Before any tensor is read, also by a plan."""
+    tensors = load_file(qwen3 / "model.safetensors")
+    save_file(tensors | {f"model.layers.0.{name}": tensor}, qwen3 / "model.safetensors", {"format": "pt"})
+    for load in (load_float, load_empty):
+        with pytest.raises(LlmqatError, match=message):
+            load(str(qwen3))
+
+
+def test_experts_that_share_a_tensor_have_scales_of_their_own():
+    codes, scales = torch.randn(2, 4, 8).to(torch.float8_e4m3fn), torch.tensor([[[0.5]], [[2.0]]])
+    assert torch.equal(dequantize(codes, scales, (4, 8)), codes.bfloat16() * scales.bfloat16())
 
 
 def test_a_scale_that_is_missing(qwen3):
