@@ -84,7 +84,7 @@ def without_cache(model: nn.Module, ids: Tensor, at_once: int = PROBES) -> Tenso
 
 
 def differences(some: Tensor, others: Tensor) -> Tensor:
-    """Largest difference of a logit for each sequence, in float64."""
+    """Largest difference of a logit in each row of two tensors, in float64; a row at a time, which saves memory."""
     return torch.stack([(a.double() - b).abs().max() for a, b in zip(some, others, strict=True)])
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
 from llmqat.formats.contents import Contents, contents_of
-from llmqat.formats.decoding import Decoding, as_stored, decoding, nudge
+from llmqat.formats.decoding import Decoding, as_stored, decoding, differences, nudge
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed
 from llmqat.formats.weights import read_mapped
@@ -322,19 +322,17 @@ def logit_error(model: PreTrainedModel, plain: PreTrainedModel, exact: PreTraine
     length = min(length, getattr(text, "max_position_embeddings", length))
     probes = torch.randint(text.vocab_size, (count, 1, length), generator=generator).to(model.device)
 
-    def logits(candidate: nn.Module) -> list[Tensor]:
+    def logits(candidate: nn.Module, ids: Tensor) -> Tensor:
         with disable_quantizers(candidate):
-            return [candidate(input_ids=ids, use_cache=False).logits.double() for ids in probes]
+            found: Tensor = candidate(input_ids=ids, use_cache=False).logits[0]
+        return found
 
-    with record_routes(exact) as routes:
-        right = logits(exact)
-    with follow_routes(plain, routes):
-        lost = logits(plain)
-    with follow_routes(model, routes):
-        packed = logits(model)
-
-    def error(got: Tensor, right: Tensor) -> float:
-        return float((got - right).abs().max())
-
-    errors = [(error(k, r), 2 * error(p, r)) for k, p, r in zip(packed, lost, right, strict=True)]
+    errors = []
+    for ids in probes:  # one after the other: float64 logits of a large vocabulary take memory
+        with record_routes(exact) as routes:
+            right = logits(exact, ids)
+        with follow_routes(plain, routes):
+            lost = 2 * float(differences(logits(plain, ids), right).max())
+        with follow_routes(model, routes):
+            errors.append((float(differences(logits(model, ids), right).max()), lost))
     return sorted(errors, key=lambda pair: pair[0] / max(pair[1], 1e-30))[len(errors) // 2]

@@ -268,7 +268,7 @@ def test_threads_do_not_change_the_result(isa, tokens, act_bits):
 
 @pytest.fixture(scope="module")
 def bundled():
-    """The bundled model, packed, float32 activations, and 500 greedy tokens of the torch reference."""
+    """The bundled model, packed, float32 activations, and 200 greedy tokens of the torch reference."""
     import llmqat
     from llmqat.models.loading import load_float
     from llmqat.models.patcher import convert
