@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
+from llmqat.kernels.mixing import Mixing
 from llmqat.kernels.packed import Packed
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "side_gate", "side_up")
+ATTENTION = ("q", "k", "v", "o")
+LINEARS = (*ATTENTION, "gate", "up", "down", "side_gate", "side_up")
 OPTIONAL = frozenset(("k", "v", "side_gate", "side_up"))  # of a block that reads other keys, or no side input
 CAPACITY_GROWTH = 256  # tokens a cache buffer grows by, at least
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm")
@@ -38,6 +41,7 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps", "norm_offset", "attention_scale", "softcap")),
         *((name, ctypes.c_float) for name in ("embedding_scale", "residual_scale")),
         *((name, ctypes.c_int32) for name in ("dtype", "activation", "norm_rounds_once", "head_norm", "neighbours")),
+        ("output_gate", ctypes.c_int32),
     )
 
 
@@ -91,6 +95,7 @@ class Shape:
         norm_rounds_once: whether norms round the product only, or what they multiply by their weight, too.
         head_norm: `HeadNorm` of csrc/core/steps.h, of the norms of q and k.
         neighbours: whether the pairs that are rotated are neighbours, or a feature of each half.
+        output_gate: whether q gives a gate of what each head attends, too: ``(heads, 2, head_dim)``.
     """
 
     hidden: int
@@ -106,6 +111,7 @@ class Shape:
     norm_rounds_once: bool = False
     head_norm: int = OF_HEAD
     neighbours: bool = False
+    output_gate: bool = False
 
     def norm_features(self, name: str, kv_heads: int, head_dim: int) -> int:
         """How many features the norm of this name in `NORMS` scales, in a block with such heads."""
@@ -120,7 +126,8 @@ class Block:
     """A transformer block as the library takes it.
 
     Attributes:
-        linears: packed layers by their name in `LINEARS`; those in `OPTIONAL` may be missing.
+        linears: packed layers by their name in `LINEARS`; those in `OPTIONAL` may be missing, and all in `ATTENTION`,
+            where a mixer stands in its place (`Mixing`).
         norms: weights by their name in `NORMS`.
         scale: factor ``(1,)`` of what the block gives, in the dtype of the norms.
         window: how many tokens a query sees, itself included.
@@ -183,13 +190,15 @@ class NativeDecoder:
         sizes = (shape.hidden, shape.heads, shape.side)
         numbers = (shape.eps, shape.norm_offset, shape.attention_scale, shape.softcap)
         scales = (shape.embedding_scale, shape.residual_scale)
-        kinds = (native.DTYPES[norm.dtype], shape.activation, shape.norm_rounds_once, shape.head_norm, shape.neighbours)
-        self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *scales, *kinds)
+        kinds = (native.DTYPES[norm.dtype], shape.activation, shape.norm_rounds_once, shape.head_norm)
+        heads = (shape.neighbours, shape.output_gate)
+        self.struct = _Decoder(self._blocks, norm.data_ptr(), len(blocks), *sizes, *numbers, *scales, *kinds, *heads)
 
     def _struct(self, block: Block) -> _Block:
         struct = _Block()
+        lacks = OPTIONAL if "q" in block.linears else OPTIONAL.union(ATTENTION)
         for name in LINEARS:
-            if name in block.linears or name not in OPTIONAL:
+            if name in block.linears or name not in lacks:
                 setattr(struct, name, native.matrix(block.linears[name]))
         for name, weight in block.norms.items():
             if name not in NORMS:
@@ -205,7 +214,13 @@ class NativeDecoder:
         return struct
 
     def __call__(
-        self, hidden: Tensor, cache: "CacheBuffers", past: int, rotary: Rotary, side: Tensor | None = None
+        self,
+        hidden: Tensor,
+        cache: "CacheBuffers",
+        past: int,
+        rotary: Rotary,
+        side: Tensor | None = None,
+        mixing: Mixing | None = None,
     ) -> Tensor:
         """Hidden states ``(m, hidden)`` of `m` new tokens, after the last norm.
 
@@ -216,6 +231,7 @@ class NativeDecoder:
             rotary: tables of cosines and sines ``(m, dim)`` of the new positions, in the dtype of the norms or in
                 float32, for the first features of a head.
             side: side inputs ``(m, blocks, side)`` in the dtype of the norms, where blocks read some.
+            mixing: computes what stands in the place of attention, where blocks have none.
         """
         library = native.library()
         assert library is not None
@@ -227,17 +243,19 @@ class NativeDecoder:
         tables = contiguous_tables(rotary, len(hidden), self.dtype)
         pointers = self.pointers(cache)
         native.use_threads(library)
-        library.llmqat_decode(
-            ctypes.byref(self.struct),
-            pointers,
-            ctypes.c_int64(cache.capacity),
-            ctypes.c_int64(past),
-            ctypes.c_int64(len(hidden)),
-            rotary_structs(tables),
-            ctypes.c_int64(len(tables)),
-            ctypes.c_void_p(None if side is None else side.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-        )
+        with nullcontext() if mixing is None else mixing.errors():
+            library.llmqat_decode(
+                ctypes.byref(self.struct),
+                pointers,
+                ctypes.c_int64(cache.capacity),
+                ctypes.c_int64(past),
+                ctypes.c_int64(len(hidden)),
+                rotary_structs(tables),
+                ctypes.c_int64(len(tables)),
+                ctypes.c_void_p(None if side is None else side.data_ptr()),
+                ctypes.c_void_p(None if mixing is None else mixing.address),
+                ctypes.c_void_p(out.data_ptr()),
+            )
         return out
 
     def pointers(self, cache: "CacheBuffers") -> Any:
@@ -273,6 +291,11 @@ class CacheShape(NamedTuple):
     kv_heads: int
     head_dim: int
     keys_of: int | None = None
+
+    @property
+    def stores(self) -> bool:
+        """Whether the block stores anything there: attention does, with keys of its own."""
+        return self.keys_of is None and self.kv_heads > 0
 
 
 @dataclass
@@ -317,9 +340,9 @@ class CacheBuffers:
         return self._pointers
 
     @property
-    def stored(self) -> int:
-        """How many blocks store keys and values of their own."""
-        return sum(shape.keys_of is None for shape in self.shapes)
+    def depth(self) -> int:
+        """The number of the last block that stores something, and one: as many layers a cache has at least."""
+        return max((index + 1 for index, shape in enumerate(self.shapes) if shape.stores), default=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without ctypes pointers: a copy has tensors of its own, and pickles no pointers."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmqat.kernels import native
 from llmqat.kernels.decoder import CacheBuffers, NativeDecoder, Rotary, contiguous_tables, rotary_structs
+from llmqat.kernels.mixing import Mixing
 from llmqat.kernels.packed import Packed
 
 
@@ -17,7 +18,7 @@ class _Greedy(ctypes.Structure):
         ("vocabulary", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("head", "cache", "rotary")),
         *((name, ctypes.c_int64) for name in ("rotary_tables", "capacity", "threads")),
-        *((name, ctypes.c_void_p) for name in ("hidden", "logits")),
+        *((name, ctypes.c_void_p) for name in ("mix", "hidden", "logits")),
     )
 
 
@@ -61,20 +62,26 @@ class GreedyDecoder:
         self._address = ctypes.addressof(self._struct)
         self._decoder, self._kept = decoder, (embedding, packed, head, hidden, logits)
         self._used: tuple[Any, ...] = ()
+        self._mixing: Mixing | None = None
 
-    def set_cache(self, cache: CacheBuffers, rotary: Rotary) -> None:
-        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in its dtype or float32.
+    def set_cache(self, cache: CacheBuffers, rotary: Rotary, mixing: Mixing | None = None) -> None:
+        """Decode into `cache`, with rotary tables ``(capacity, dim)`` of all its positions, in its dtype or float32;
+        `mixing` as in `NativeDecoder`.
 
         Raises:
             LlmqatError: if the tables are others, or the buffers of the cache are not those of the decoder.
         """
         buffers, tables = self._decoder.pointers(cache), contiguous_tables(rotary, cache.capacity, self._decoder.dtype)
         pointers = rotary_structs(tables)
-        self._used = tables, pointers, buffers, cache.blocks
+        self._used, self._mixing = (tables, pointers, buffers, cache.blocks), mixing
+        self._struct.mix = None if mixing is None else mixing.address
         self._struct.cache, self._struct.capacity = ctypes.addressof(buffers), cache.capacity
         self._struct.rotary, self._struct.rotary_tables = ctypes.addressof(pointers), len(tables)
 
     def __call__(self, token: int, past: int) -> int:
         """The token that follows `token`, which is added to the `past` tokens in the cache: there has to be room."""
-        following: int = self._next(self._address, token, past)
-        return following
+        if self._mixing is None:
+            following: int = self._next(self._address, token, past)
+            return following
+        with self._mixing.errors():
+            return int(self._next(self._address, token, past))

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
 from llmqat.kernels.decoder import UNLIMITED, Block, NativeDecoder, Shape, split_rows
+from llmqat.kernels.mixing import Mixing
 from llmqat.kernels.packed import Packed, check_packed
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.borrowed import Borrowed
 from llmqat.serve.covered import MAX_HEAD_DIM, unknown_tensors, why_model_not_covered
 from llmqat.serve.families import ACTIVATIONS, FAMILIES, OPTIONAL_NORMS, QUERIES, SHARED, UNROTATED, Family
 from llmqat.serve.parts import (
+    attention_of,
     find,
+    first_attention,
     heads_of,
     keys_of,
     linears_of,
@@ -42,9 +45,11 @@ def why_not_covered(model: nn.Module, stack: Any) -> str:
 def why_blocks_not_covered(stack: Any) -> str:
     """Why the native decoder does not compute these blocks as they are now; empty if it does."""
     config, family = stack.config, FAMILIES[stack.config.model_type]
-    dtype, attention = stack.norm.weight.dtype, stack.layers[0].self_attn
+    dtype, first = stack.norm.weight.dtype, first_attention(stack)
     if stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
         return f"the model is on {stack.norm.weight.device} in {dtype}"
+    if first is None:
+        return "no block has attention"
     linears = [linear for layer in stack.layers for linear in linears_of(layer, family).values()]
     # Static activations are quantized by the module, which the native decoder passes by.
     if not all(isinstance(linear, PackedLinear) and linear.input_scale is None for linear in linears):
@@ -55,7 +60,8 @@ def why_blocks_not_covered(stack: Any) -> str:
     unknown = next((name for layer in stack.layers for name in unknown_tensors(layer, family)), "")
     if unknown:
         return f"the native decoder does not know {unknown} of a block"
-    if any(layer.self_attn.scaling != attention.scaling for layer in stack.layers):
+    attentions = (attention_of(layer, family) for layer in stack.layers)
+    if any(attention is not None and attention.scaling != first.scaling for attention in attentions):
         return "layers scale the scores of their attention by different factors"
     parts = [pair for layer in stack.layers for pair in _parts(layer, family, config)]
     if not all(fits_shape(linear, sum(rows.values())) for linear, rows in parts) or not _norms_fit(stack, family):
@@ -94,7 +100,7 @@ def _norms_fit(stack: Any, family: Family) -> bool:
 def _norms(layer: Any, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights of the norms that a block has; ones where a norm of heads has none."""
     norms = {name: find(layer, path) for name, path in family.norms.items()}
-    ones = torch.ones(layer.self_attn.head_dim, dtype=dtype)
+    ones = torch.ones(getattr(attention_of(layer, family), "head_dim", 0), dtype=dtype)
     weights = {name: getattr(norm, "weight", ones) for name, norm in norms.items() if norm is not None}
     return {name: weight.detach() for name, weight in weights.items()}
 
@@ -149,7 +155,7 @@ def decoder_of(stack: Any) -> NativeDecoder | str:
 
 
 def _shape(stack: Any) -> Shape:
-    config, family, attention = stack.config, FAMILIES[stack.config.model_type], stack.layers[0].self_attn
+    config, family, attention = stack.config, FAMILIES[stack.config.model_type], first_attention(stack)
     return Shape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -158,6 +164,7 @@ def _shape(stack: Any) -> Shape:
         norm_rounds_once=family.norm_rounds_once,
         head_norm=family.head_norm,
         neighbours=family.neighbours,
+        output_gate=family.output_gate,
         attention_scale=attention.scaling,
         softcap=number_of(config, family.attention_cap, 0.0),
         activation=ACTIVATIONS[getattr(config, family.activation)],
@@ -207,8 +214,9 @@ def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) ->
     family, dtype = FAMILIES[stack.config.model_type], stack.norm.weight.dtype
     widths = dict.fromkeys(_table_kinds(stack), MAX_HEAD_DIM)
     for layer, kind in zip(stack.layers, rotary_kinds(stack), strict=True):
-        for one in (kind, query_kind(kind, family)):
-            widths[one] = min(widths[one], layer.self_attn.head_dim)
+        _, head_dim = heads_of(layer, stack.config)
+        for one in (kind, query_kind(kind, family)) if head_dim else ():
+            widths[one] = min(widths[one], head_dim)
     return all(
         table.ndim == 2
         and table.shape[0] == tokens
@@ -218,3 +226,19 @@ def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) ->
         for pair, width in zip(tables, widths.values(), strict=True)
         for table in pair
     )
+
+
+def mixing_of(stack: Any, cache: Any) -> Mixing | None:
+    """The mixers of a stack that stand in the place of attention, as the library calls them; None where it has none.
+
+    They keep their state in `cache`, if there is one.
+    """
+    name = FAMILIES[stack.config.model_type].mixer
+    if not name:
+        return None
+
+    def mix(block: int, hidden: Tensor) -> Tensor:
+        mixed: Tensor = getattr(stack.layers[block], name)(hidden[None], cache)
+        return mixed[0]
+
+    return Mixing(mix, stack.config.hidden_size, stack.norm.weight.dtype)

@@ -11,14 +11,14 @@ from llmqat.kernels.decoder import CacheBuffers, NativeDecoder
 from llmqat.nn.kv_cache import quantizes_kv
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.int8_cache import Int8Cache, Int8Layer
-from llmqat.serve.parts import heads_of, keys_of, window_of
+from llmqat.serve.parts import attention_of, first_attention, heads_of, keys_of, window_of
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def uses_int8_cache(stack: Any) -> bool:
     """Whether a cache that `stack` starts holds int8 codes."""
-    return quantizes_kv(stack.layers[-1].self_attn)
+    return quantizes_kv(first_attention(stack))
 
 
 def why_cache_unfit(stack: Any, cache: Any) -> str:
@@ -30,11 +30,12 @@ def why_cache_unfit(stack: Any, cache: Any) -> str:
     if (type(cache) is Int8Cache) != uses_int8_cache(stack):
         return "keys and values are quantized, but stored as floats, or the other way round"
     family, sources = FAMILIES[stack.config.model_type], keys_of(stack)
-    if len(cache.layers) not in (0, len(stack.layers), sources.count(None)):
+    empty = [] if family.mixer else [0]  # transformers makes layers for attention alone
+    if len(cache.layers) not in [len(stack.layers), len(sources) - sources[::-1].index(None), *empty]:
         return f"the cache has {len(cache.layers)} layers for {len(stack.layers)} blocks"
     past, dtype = cache.get_seq_length(), stack.norm.weight.dtype
     for layer, block, source in zip(cache.layers, stack.layers, sources, strict=False):
-        if source is not None:
+        if source is not None or attention_of(block, family) is None:
             continue
         plain = layer.codes if isinstance(layer, Int8Layer) else layer
         if type(plain) not in PLAIN_LAYERS or layer.get_seq_length() != past:
@@ -71,7 +72,7 @@ def reserve(buffers: CacheBuffers, decoder: NativeDecoder, tokens: int) -> None:
 
 def is_synced(buffers: CacheBuffers, cache: Any, length: int) -> bool:
     """Whether `cache` still holds the views of `buffers` that it was given, `length` tokens of them."""
-    if buffers.length != length or len(cache.layers) < buffers.stored:
+    if buffers.length != length or len(cache.layers) < buffers.depth:
         return False
     return all(
         held.keys is not None
@@ -85,7 +86,7 @@ def is_synced(buffers: CacheBuffers, cache: Any, length: int) -> bool:
 def _pairs(buffers: CacheBuffers, cache: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Cache layers of transformers, and the buffers for their keys and values."""
     for layer, block, shape in zip(cache.layers, buffers.blocks, buffers.shapes, strict=False):
-        if shape.keys_of is not None:
+        if not shape.stores:
             continue
         halves = (layer.codes, layer.scales) if isinstance(layer, Int8Layer) else (layer,)
         for held, (k, v) in zip(halves, block, strict=True):
@@ -113,7 +114,7 @@ def read_cache(buffers: CacheBuffers, cache: Any, length: int) -> None:
 
 def sync_cache_views(buffers: CacheBuffers, cache: Any) -> None:
     """Point transformers' cache at the filled part of the native buffers."""
-    for index in range(len(cache.layers), buffers.stored):
+    for index in range(len(cache.layers), buffers.depth):
         k, v = buffers.blocks[index][0]
         cache.update(k[None, :, :0], v[None, :, :0], index)
     for held, keys, values in _views(buffers, cache):

@@ -106,7 +106,8 @@ def unknown_tensors(layer: Any, family: Family) -> Iterator[str]:
     """Names of tensors in a block that belong to no layer of the family's row, and are not the weight of a norm."""
     norms = {f"{path}.weight" for path in family.norms.values()}
     for name, _ in chain(layer.named_parameters(), layer.named_buffers()):
-        if name not in {*norms, family.scale} and name.rpartition(".")[0] not in family.linears:
+        known = name in norms or name == family.scale or name.split(".")[0] == (family.mixer or None)
+        if not known and name.rpartition(".")[0] not in family.linears:
             yield name
 
 
@@ -119,7 +120,9 @@ def decoding_in_words(model: Any, coverage: CoverageReport) -> str:
     why_not = why_not_sampled(model)
     if why_not:
         return f"blocks natively, sampling in transformers ({why_not})"
-    return "blocks and sampling natively" + (", towers in torch" if has_towers(model) else "")
+    mixer = FAMILIES[stack.config.model_type].mixer
+    in_torch = [f"{mixer} in torch"] * bool(mixer) + ["towers in torch"] * has_towers(model)
+    return ", ".join(["blocks and sampling natively", *in_torch])
 
 
 def _why_plan_not_covered(model: Any, stack: Any, coverage: CoverageReport) -> str:

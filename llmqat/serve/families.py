@@ -45,7 +45,7 @@ SANDWICH_NORMS = {
     "mlp_out_norm": "post_feedforward_layernorm",
 }
 # Norms of what a block may lack.
-OPTIONAL_NORMS = ("k_norm", "v_norm", "side_norm")
+OPTIONAL_NORMS = ("q_norm", "k_norm", "v_norm", "side_norm")
 # The argument of a stack for the side inputs of its blocks, where these have some.
 SIDE_ARGUMENT = "per_layer_inputs"
 # Activation of the gate, as configs name it -> `Activation` of csrc/core/steps.h.
@@ -91,6 +91,8 @@ class Family:
 
     Attributes:
         linears: path of a layer in a block -> what its rows are.
+        mixer: name in a block of a module that stands in the place of attention, and that torch runs; empty for none.
+        output_gate: whether q gives a gate of what each head attends, too.
         norms: norm of csrc/core/decoder.h -> its path in a block.
         scale: path in a block of a factor of what it gives; empty for none.
         shares: from an attention module to whether it reads keys and values of the last block of its type before it.
@@ -115,6 +117,8 @@ class Family:
     """
 
     linears: Mapping[str, Sequence[str]] = field(default_factory=lambda: SEPARATE)
+    mixer: str = ""
+    output_gate: bool = False
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     scale: str = ""
     shares: Callable[[Any], bool] = never
@@ -183,6 +187,23 @@ FAMILIES = {
     "qwen2_vl_text": replace(WINDOWED, positions_by_axis=True),
     "qwen2_5_vl_text": replace(WINDOWED, positions_by_axis=True),
     "qwen3_vl_text": replace(LLAMA, norms=NORMS | HEAD_NORMS, positions_by_axis=True),
+    "qwen3_5_text": Family(
+        mixer="linear_attn",
+        output_gate=True,
+        norms=NORMS | HEAD_NORMS,
+        norm_offset=1.0,
+        norm_rounds_once=True,
+        positions_by_axis=True,
+        follows=frozenset(
+            [
+                "linear_conv_kernel_dim",
+                "linear_key_head_dim",
+                "linear_value_head_dim",
+                "linear_num_key_heads",
+                "linear_num_value_heads",
+            ]
+        ),
+    ),
     "smollm3": replace(WINDOWED, rotates=attrgetter("use_rope")),
     "granite": replace(
         LLAMA,

@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llmqat.compat.caches import cache_name, cache_of, output_with_cache, refuse_unknown_caches
 from llmqat.kernels.decoder import NativeDecoder, Rotary
-from llmqat.serve.blocks import decoder_of, rotary_fits, rotary_tables, why_not_covered
+from llmqat.kernels.mixing import Mixing
+from llmqat.serve.blocks import decoder_of, mixing_of, rotary_fits, rotary_tables, why_not_covered
 from llmqat.serve.cache_views import buffers_of, is_synced, read_cache, reserve, sync_cache_views, uses_int8_cache
 from llmqat.serve.calls import text_positions, why_call_unfit, why_past_unfit
 from llmqat.serve.families import SIDE_ARGUMENT
@@ -83,7 +84,7 @@ def _forward(
         if rotary_fits(self, tables, embeds.shape[1]):
             counts_of(self).native_calls += 1
             side = side_inputs(self, input_ids, embeds, side)
-            hidden = _run(self, decoder, embeds, cache, (tables, side))
+            hidden = _run(self, decoder, embeds, cache, (tables, side, mixing_of(self, cache)))
             return output_with_cache(type(self).forward, hidden, cache)
         decoder = "rotary embeddings rotate more features than a head has"
     counts_of(self).left_to_transformers(str(decoder))
@@ -100,7 +101,7 @@ def _forward(
 
 
 def _run(
-    stack: Any, decoder: NativeDecoder, embeds: Tensor, cache: Any, beside: tuple[Rotary, Tensor | None]
+    stack: Any, decoder: NativeDecoder, embeds: Tensor, cache: Any, beside: tuple[Rotary, Tensor | None, Mixing | None]
 ) -> Tensor:
     """Hidden states ``(1, m, hidden)`` after the last norm; `cache` then holds the new tokens too."""
     tokens, past = embeds.shape[1], 0 if cache is None else cache.get_seq_length()

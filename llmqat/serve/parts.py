@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmqat.kernels.decoder import OPTIONAL
+from llmqat.kernels.decoder import ATTENTION, OPTIONAL
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.serve.families import FAMILIES, QUERIES, SHARED, UNROTATED, Family
 
@@ -20,8 +20,8 @@ def rotary_kinds(stack: Any) -> list[str]:
     """Which rotary tables each layer of a decoder stack uses: those of its type, or shared ones, or empty ones."""
     family, layers = FAMILIES[stack.config.model_type], stack.layers
     kinds = stack.config.layer_types if family.rotary_by_layer_type else [SHARED] * len(layers)
-    pairs = zip(layers, kinds, strict=True)
-    return [kind if family.rotates(layer.self_attn) else UNROTATED for layer, kind in pairs]
+    pairs = zip((attention_of(layer, family) for layer in layers), kinds, strict=True)
+    return [kind if attention is None or family.rotates(attention) else UNROTATED for attention, kind in pairs]
 
 
 def query_kind(kind: str, family: Family) -> str:
@@ -36,21 +36,38 @@ def find(layer: Any, path: str) -> Any:
     return layer
 
 
+def attention_of(layer: Any, family: Family) -> Any:
+    """The attention of a block; None where the mixer of its family stands in its place."""
+    return None if family.mixer and hasattr(layer, family.mixer) else layer.self_attn
+
+
+def first_attention(stack: Any) -> Any:
+    """The attention of the first block that has one; None if none has."""
+    family = FAMILIES[stack.config.model_type]
+    found = (attention_of(layer, family) for layer in stack.layers)
+    return next((attention for attention in found if attention is not None), None)
+
+
 def linears_of(layer: Any, family: Family) -> dict[str, Any]:
     """The linear layers of a block by their path, without those that it may lack and does."""
     found = {path: find(layer, path) for path in family.linears}
-    optional = {path for path, parts in family.linears.items() if OPTIONAL.issuperset(parts)}
+    lacks = OPTIONAL if attention_of(layer, family) is not None else OPTIONAL.union(ATTENTION)
+    optional = {path for path, parts in family.linears.items() if lacks.issuperset(parts)}
     return {path: linear for path, linear in found.items() if linear is not None or path not in optional}
 
 
 def window_of(layer: Any, family: Family) -> int | None:
     """How many tokens a query of this block sees, itself included; None for all."""
-    return family.window(layer.self_attn)
+    attention = attention_of(layer, family)
+    return None if attention is None else family.window(attention)
 
 
 def heads_of(layer: Any, config: Any) -> tuple[int, int]:
-    """How many heads the keys and values of a block have, and how many features a head."""
-    return config.num_attention_heads // layer.self_attn.num_key_value_groups, layer.self_attn.head_dim
+    """How many heads the keys and values of a block have, and how many features a head; none without attention."""
+    attention = attention_of(layer, FAMILIES[config.model_type])
+    if attention is None:
+        return 0, 0
+    return config.num_attention_heads // attention.num_key_value_groups, attention.head_dim
 
 
 def side_features(config: Any, family: Family) -> int:
@@ -74,7 +91,8 @@ def keys_of(stack: Any) -> list[int | None]:
     last: dict[str, int | None] = {}
     kinds = getattr(stack.config, "layer_types", None) or [SHARED] * len(stack.layers)
     for index, (layer, kind) in enumerate(zip(stack.layers, kinds, strict=True)):
-        if family.shares(layer.self_attn):
+        attention = attention_of(layer, family)
+        if attention is not None and family.shares(attention):
             numbers.append(last[kind])
         else:
             numbers.append(None)
@@ -88,6 +106,7 @@ def rows_of(layer: Any, family: Family, config: Any) -> dict[str, dict[str, int]
     intermediate = next(linears[path].in_features for path, parts in family.linears.items() if "down" in parts)
     heads = {"q": config.num_attention_heads, "k": kv_heads, "v": kv_heads}
     sizes = {part: count * head_dim for part, count in heads.items()}
+    sizes["q"] *= 2 if family.output_gate else 1
     sizes |= {"gate": intermediate, "up": intermediate, "side_gate": side_features(config, family)}
     return {path: {part: sizes.get(part, config.hidden_size) for part in family.linears[path]} for path in linears}
 

@@ -15,7 +15,7 @@ from llmqat.kernels.packed import Packed
 from llmqat.models.output_head import AFTER_HEAD
 from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.serve.blocks import decoder_of, fits_shape, rotary_tables
+from llmqat.serve.blocks import decoder_of, fits_shape, mixing_of, rotary_tables
 from llmqat.serve.cache_views import reserve
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.parts import side_inputs
@@ -78,7 +78,7 @@ class Step:
         self.embed, self.head = _embed(self.stack.embed_tokens), _head(model.get_output_embeddings())
         decoder = decoder_of(self.stack)
         assert isinstance(decoder, NativeDecoder), "the prefill before it ran natively"
-        self.decoder, self.buffers = decoder, cache.llmqat_buffers
+        self.decoder, self.buffers, self.mixing = decoder, cache.llmqat_buffers, mixing_of(self.stack, cache)
         config = self.stack.config
         known = around(model)
         assert known is not None, "the loop asked for it"
@@ -109,7 +109,7 @@ class Step:
         reserve(self.buffers, self.decoder, past + 1)
         embeds = self.embed(token[0])
         side = side_inputs(self.stack, token, embeds[None])
-        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past), side)
+        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past), side, self.mixing)
         self.buffers.length = past + 1
         logits: Tensor = self.head(hidden)
         return logits if self.after_value is None else AFTER_HEAD[self.after_head](logits, self.after_value)
@@ -154,5 +154,6 @@ class GreedyStep:
 
     def _make_room(self, tokens: int) -> None:
         reserve(self.buffers, self.step.decoder, tokens)
-        self.greedy.set_cache(self.buffers, self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype)))
+        tables = self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype))
+        self.greedy.set_cache(self.buffers, tables, self.step.mixing)
         self.room = self.buffers.capacity

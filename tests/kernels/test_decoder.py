@@ -1,13 +1,15 @@
 """Arguments that the Python side of the decoder refuses: the library sees sizes and pointers, not what lies there."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from llmqat.errors import LlmqatError
-from llmqat.kernels.decoder import CacheBuffers, CacheShape, NativeDecoder, split_rows
+from llmqat.kernels.decoder import ATTENTION, CacheBuffers, CacheShape, NativeDecoder, split_rows
 from llmqat.kernels.greedy import GreedyDecoder
+from llmqat.kernels.mixing import Mixing
 from llmqat.kernels.packed import Packed
 from llmqat.scheme import QuantScheme
 from tests.kernels.test_checks import (
@@ -108,6 +110,37 @@ def test_side_inputs():
         decoder(*arguments, torch.randn(2, 2, SIDE))
     with pytest.raises(LlmqatError, match="side has no memory"):
         decoder(*arguments)
+
+
+def mixed_decoder():
+    block = small_block()
+    linears = {name: linear for name, linear in block.linears.items() if name not in ATTENTION}
+    plain = replace(block, linears=linears, kv_heads=0, head_dim=0)
+    return NativeDecoder([plain, small_block()], torch.ones(HIDDEN), SHAPE)
+
+
+def test_what_stands_in_the_place_of_attention(monkeypatch):
+    decoder, cache, seen = mixed_decoder(), CacheBuffers(), []
+    cache.grow(decoder.caches, torch.float32, ROOM)
+    assert (cache.depth, [len(pair[0]) for (pair,) in cache.blocks]) == (2, [0, KV_HEADS])
+
+    def mix(block, hidden):
+        seen.append(block)
+        return hidden * 2
+
+    arguments = torch.randn(2, HIDDEN), cache, 0, [(TABLE, TABLE)], None
+    doubled = decoder(*arguments, Mixing(mix, HIDDEN, torch.float32))
+    kept = decoder(*arguments, Mixing(lambda block, hidden: hidden, HIDDEN, torch.float32))
+    assert not torch.allclose(doubled, kept)
+    assert seen == [0]
+    with pytest.raises(LlmqatError, match="block 0 has no attention, and nothing stands in its place"):
+        decoder(*arguments)
+    wrong = Mixing(lambda block, hidden: hidden[:, :3], HIDDEN, torch.float32)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        decoder(*arguments, wrong)
+    monkeypatch.setattr(wrong, "errors", nullcontext)
+    with pytest.raises(LlmqatError, match="what stands in the place of attention in block 0 failed"):
+        decoder(*arguments, wrong)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ CONFIGS = {
             "llama_4_scaling_beta": 0.5,
         }
     },
+    "qwen3_5_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "rope_parameters": BY_AXIS["rope_parameters"] | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
     "olmo3": WINDOWED,
     "exaone4": WINDOWED,
     "hunyuan_v1_dense": {

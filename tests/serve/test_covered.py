@@ -13,7 +13,7 @@ from llmqat.serve.covered import decoding_in_words, why_config_not_covered
 from llmqat.serve.families import FAMILIES, rotates_always, sees_all
 from llmqat.serve.forward import accelerate_forward
 from llmqat.serve.paths import path_counts
-from tests.serve.helpers import packed_model, tiny_config
+from tests.serve.helpers import float_model, packed_model, tiny_config
 
 
 def why_not(model):
@@ -80,6 +80,16 @@ def test_a_row_without_what_the_config_asks_for(monkeypatch, family, field, othe
     assert why_not(model) == f"the native decoder does not know {option} of the config"
 
 
+def test_a_gate_of_the_output_that_the_row_does_not_name(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "qwen3_5_text", replace(FAMILIES["qwen3_5_text"], output_gate=False))
+    assert why_not(packed_model("qwen3_5_text")) == "the shapes of a block are not those of the config"
+
+
+def test_blocks_of_mixers_alone():
+    model = packed_model("qwen3_5_text", num_hidden_layers=1, layer_types=["linear_attention"])
+    assert why_not(model) == "no block has attention"
+
+
 def sinks(model):
     model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
 
@@ -108,6 +118,12 @@ def test_blocks_that_hold_more(change, reason):
 
 def test_a_model_without_blocks_where_they_are_looked_for():
     assert why_not(packed_model("llama").model) == "a LlamaModel has no decoder stack below its head"
+
+
+def test_how_mixers_will_be_run():
+    model = float_model("qwen3_5_text")
+    words = "blocks and sampling natively, linear_attn in torch"
+    assert decoding_in_words(model, plan(model, QuantScheme(4, 32))) == words
 
 
 @pytest.mark.parametrize(

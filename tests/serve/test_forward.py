@@ -175,10 +175,14 @@ def test_a_cache_that_records_the_past(calls):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, WINDOWS["mistral"]], ids=["full", "window"])
-def test_a_cache_moves_between_both(options, calls):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("mistral", {}), ("mistral", WINDOWS["mistral"]), ("gemma4_text", {}), ("qwen3_5_text", {})],
+    ids=["full", "window", "shared", "mixers"],
+)
+def test_a_cache_moves_between_both(family, options, calls):
     """Prefill here, continue there, and back: the cache is the same object."""
-    model, ids, expected = accelerated(30, "mistral", **options)
+    model, ids, expected = accelerated(30, family, **options)
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         first = model(ids[:, :10], past_key_values=cache).logits
@@ -188,6 +192,16 @@ def test_a_cache_moves_between_both(options, calls):
     assert calls == [10, 9, 1]
     torch.testing.assert_close(torch.cat([first, second, third, fourth], 1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 30
+
+
+@torch.no_grad()
+def test_a_cache_without_the_layers_of_mixers(calls):
+    """One that is made for no config has layers for attention alone, as transformers says."""
+    model, ids, _ = accelerated(9, "qwen3_5_text")
+    with pytest.raises((ValueError, AttributeError, IndexError)):
+        model(ids, past_key_values=DynamicCache())
+    assert calls == []
+    assert "the cache has 0 layers for 3 blocks" in path_counts(model).summary()
 
 
 def test_a_copied_cache(calls):

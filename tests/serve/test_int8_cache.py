@@ -57,7 +57,7 @@ def test_logits(dtype, isa, calls):
     assert calls == [37, *[1] * 38, *[4, *[1] * 5] * 4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.mixer])
 @pytest.mark.usefixtures("small_buffers")
 def test_greedy_tokens(family, steps):
     model = int8_model(family)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import stopping_criteria
 
 from llmqat.nn.embedding import PackedEmbedding
@@ -80,7 +81,8 @@ def test_the_cache_over_grown_buffers(family, kv_bits, steps, greedy_steps):
     assert torch.equal(tokens, expected)
     assert len(steps) == len(greedy_steps) == 99
     assert cache.get_seq_length() == known.get_seq_length() == PROMPT_LENGTH + 99
-    for layer, other in zip(cache.layers, known.layers, strict=True):
+    attention = [pair for pair in zip(cache.layers, known.layers, strict=True) if isinstance(pair[0], CacheLayerMixin)]
+    for layer, other in attention:
         for held, truth in zip(*((x.codes, x.scales) if kv_bits else (x,) for x in (layer, other)), strict=True):
             assert torch.equal(held.keys, truth.keys)
             assert torch.equal(held.values, truth.values)
@@ -94,6 +96,26 @@ def test_rotary_embeddings(rope_type, steps, greedy_steps):
     accelerate_generate(model)
     assert torch.equal(generate(model, max_new_tokens=40), expected)
     assert (len(steps), len(greedy_steps)) == ((39, 0) if rope_type == "dynamic" else (0, 39))
+
+
+@pytest.mark.parametrize("run", [generate, generally])
+def test_a_mixer_that_fails(run, monkeypatch):
+    """It runs inside a call of the library, and its error comes out as it is."""
+    model = greedy_model("qwen3_5_text")
+    accelerate_generate(model)
+    mixer, calls = model.model.layers[2].linear_attn, []
+    plain = mixer.forward
+
+    def fail(hidden, cache):
+        calls.append(hidden.shape[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt("enough")
+        return plain(hidden, cache)
+
+    monkeypatch.setattr(mixer, "forward", fail)
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        run(model)
+    assert calls == [PROMPT_LENGTH, 1, 1]
 
 
 def test_an_end_token_stops(greedy_steps):

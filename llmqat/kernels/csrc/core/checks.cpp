@@ -6,17 +6,24 @@
 namespace llmqat {
 namespace {
 
-void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_tables) {
+void check_attention(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_tables) {
     check_size("head_dim", b.head_dim, 1, MAX_HEAD_DIM);
     check_size("heads", d.heads, 1, MAX_SIZE / b.head_dim);
     check_size("kv_heads", b.kv_heads, 1, d.heads);
     if (d.heads % b.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)b.kv_heads, (long long)d.heads);
     const int64_t queries = d.heads * b.head_dim, keys = b.kv_heads * b.head_dim;
-    check_layer("q", b.q, queries, d.hidden);
+    check_layer("q", b.q, d.output_gate ? 2 * queries : queries, d.hidden);
     if (b.k.codes) check_layer("k", b.k, keys, d.hidden);
     if (b.v.codes) check_layer("v", b.v, keys, d.hidden);
     if (b.v.codes && !b.k.codes) fail("a block has values of its own, and no keys");
     check_layer("o", b.o, d.hidden, queries);
+    check_size("window", b.window, 1, INT64_MAX);
+    check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
+    check_size("number of a rotary table", b.query_rotary, 0, rotary_tables - 1);
+}
+
+void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_tables) {
+    if (b.q.codes) check_attention(d, b, rotary_tables);
     check_size("intermediate", b.gate.out, 1);
     check_layer("gate", b.gate, b.gate.out, d.hidden);
     check_layer("up", b.up, b.gate.out, d.hidden);
@@ -25,9 +32,6 @@ void check_block(const llmqat_decoder& d, const llmqat_block& b, int64_t rotary_
         check_layer("side_gate", b.side_gate, d.side, d.hidden);
         check_layer("side_up", b.side_up, d.hidden, d.side);
     }
-    check_size("window", b.window, 1, INT64_MAX);
-    check_size("number of a rotary table", b.rotary, 0, rotary_tables - 1);
-    check_size("number of a rotary table", b.query_rotary, 0, rotary_tables - 1);
 }
 
 }  // namespace
@@ -90,6 +94,7 @@ void check_caches(const llmqat_decoder& d, const llmqat_cache* cache, int64_t ca
     check_size("number of new tokens", m, 0, capacity - past);
     if (d.count) check_pointer("cache", cache);
     for (int64_t i = 0; i < d.count; ++i) {
+        if (!d.blocks[i].q.codes) continue;
         check_pointer("keys", cache[i].keys);
         check_pointer("values", cache[i].values);
         if (!cache[i].key_scale != !cache[i].value_scale) fail("a cache has scales of keys and of values, or none");
@@ -109,6 +114,7 @@ void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t 
         check_pointer("sine", rotary[i].sine);
     }
     for (const llmqat_block* b = d.blocks; b < d.blocks + d.count; ++b) {
+        if (!b->q.codes) continue;
         check_size("dim of a rotary table", rotary[b->rotary].dim, 0, b->head_dim);
         check_size("dim of a rotary table", rotary[b->query_rotary].dim, 0, b->head_dim);
     }
@@ -117,6 +123,11 @@ void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t 
 void check_side(const llmqat_decoder& d, const void* side) {
     for (int64_t i = 0; i < d.count; ++i)
         if (d.blocks[i].side_gate.codes) check_pointer("side", side);
+}
+
+void check_mix(const llmqat_decoder& d, llmqat_mix mix) {
+    for (int64_t i = 0; i < d.count; ++i)
+        if (!d.blocks[i].q.codes && !mix) fail("block %lld has no attention, and nothing stands in its place", (long long)i);
 }
 
 void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past) {
@@ -129,6 +140,7 @@ void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past) {
     check_caches(d, g.cache, g.capacity, past, 1);
     check_rotary(d, g.rotary, g.rotary_tables);
     check_side(d, nullptr);
+    check_mix(d, g.mix);
     check_size("vocabulary", g.vocabulary, 1);
     if (g.embedding) check_layer("embedding", *g.embedding, g.vocabulary, d.hidden);
     else check_pointer("embedding", g.embedding_rows);

@@ -22,6 +22,7 @@ void check_decoder(const llmqat_decoder& d, int64_t rotary_tables);
 void check_caches(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m);
 void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t count);
 void check_side(const llmqat_decoder& d, const void* side);
+void check_mix(const llmqat_decoder& d, llmqat_mix mix);
 void check_greedy(const llmqat_greedy& g, int64_t token, int64_t past);
 
 }  // namespace llmqat

@@ -21,7 +21,7 @@ Cached values(const llmqat_cache& cache) { return {cache.values, cache.value_sca
 
 // Activations of one call: everything a block needs, reused by all blocks.
 struct Buffers {
-    char *normed, *q, *k, *v, *attended, *gate, *up, *out;
+    char *normed, *joined, *q, *k, *v, *attended, *output_gate, *gate, *up, *out;
 
     Buffers(const llmqat_decoder& d, int64_t m) {
         thread_local Scratch scratch;
@@ -30,12 +30,13 @@ struct Buffers {
             queries = std::max(queries, d.heads * b->head_dim), keys = std::max(keys, b->kv_heads * b->head_dim);
             intermediate = std::max(intermediate, b->gate.out);
         }
-        const int64_t sizes[] = {d.hidden, queries, keys, keys, queries, intermediate, intermediate, d.hidden};
-        char** const fields[] = {&normed, &q, &k, &v, &attended, &gate, &up, &out};
+        const int64_t gates = d.output_gate ? queries : 0;
+        const int64_t sizes[] = {d.hidden, 2 * gates, queries, keys, keys, queries, gates, intermediate, intermediate, d.hidden};
+        char** const fields[] = {&normed, &joined, &q, &k, &v, &attended, &output_gate, &gate, &up, &out};
         int64_t total = 0;
         for (int64_t size : sizes) total += round_up(size * m * width(d.dtype), 64);
         char* next = scratch.get<char>(size_t(total));
-        for (int i = 0; i < 8; ++i) *fields[i] = next, next += round_up(sizes[i] * m * width(d.dtype), 64);
+        for (int i = 0; i < 10; ++i) *fields[i] = next, next += round_up(sizes[i] * m * width(d.dtype), 64);
     }
 };
 
@@ -46,6 +47,7 @@ struct Pass {
     int64_t m, past, capacity;
     const llmqat_rotary* rotary;
     const char* side;
+    llmqat_mix mix;
     void* hidden;
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
@@ -88,7 +90,10 @@ struct Pass {
         };
         parallel_for(m * heads, [&](int64_t i) {
             const int64_t t = i / heads, row = i % heads * capacity + past + t;
-            for (int64_t h = i * group; h < (i + 1) * group; ++h) turn(b.q, q_norm, rotary[block.query_rotary], t, h * dim);
+            for (int64_t h = i * group; h < (i + 1) * group; ++h) {
+                if (d.output_gate) part(h, dim);
+                turn(b.q, q_norm, rotary[block.query_rotary], t, h * dim);
+            }
             if (!block.k.codes) return;
             if (!block.v.codes) std::memcpy(at(b.v, i * dim), at(b.k, i * dim), size_t(dim * width(d.dtype)));
             if (block.v_norm) turn(b.v, block.v_norm, still, t, i * dim);
@@ -99,6 +104,13 @@ struct Pass {
     }
 
     char* at(char* x, int64_t element) const { return x + element * width(d.dtype); }
+
+    // The query of a head and token, and the gate of what it attends, each to its own place.
+    void part(int64_t h, int64_t dim) const {
+        const size_t bytes = size_t(dim * width(d.dtype));
+        std::memcpy(at(b.q, h * dim), at(b.joined, 2 * h * dim), bytes);
+        std::memcpy(at(b.output_gate, h * dim), at(b.joined, (2 * h + 1) * dim), bytes);
+    }
 
     void attend(const llmqat_block& block, const llmqat_cache& cache) const {
         const int64_t kv_heads = block.kv_heads;
@@ -119,11 +131,12 @@ struct Pass {
         });
     }
 
-    void gate(int64_t intermediate) const {
+    // gate = activation(gate) * up, for `features` of each token.
+    void open(int32_t activation, char* gate, const char* up, int64_t features) const {
         constexpr int64_t PART = 1024;
-        const int64_t total = m * intermediate;
+        const int64_t total = m * features;
         parallel_for((total + PART - 1) / PART, [&](int64_t i) {
-            steps.gate(d.activation, b.gate, b.up, i * PART, std::min(PART, total - i * PART), d.dtype);
+            steps.gate(activation, gate, up, i * PART, std::min(PART, total - i * PART), d.dtype);
         });
     }
 
@@ -140,20 +153,27 @@ struct Pass {
         add(block.side_norm);
     }
 
-    void block(int64_t i, const llmqat_cache& cache) const {
-        const llmqat_block& block = d.blocks[i];
-        const void* x = read(block.input_norm);
-        const Job reads[] = {{&block.q, to(b.q, block.q)}, {&block.k, to(b.k, block.k)}, {&block.v, to(b.v, block.v)}};
+    void attention(const llmqat_block& block, const llmqat_cache& cache, const void* x) const {
+        const Job reads[] = {{&block.q, to(d.output_gate ? b.joined : b.q, block.q)}, {&block.k, to(b.k, block.k)},
+                             {&block.v, to(b.v, block.v)}};
         linear(reads, block.v.codes ? 3 : block.k.codes ? 2 : 1, x, m, d.dtype);
         rope(block, cache);
         attend(block, cache);
+        if (d.output_gate) open(SIGMOID, b.output_gate, b.attended, d.heads * block.head_dim);
         const Job output = {&block.o, to(b.out, block.o)};
-        linear(&output, 1, b.attended, m, d.dtype);
+        linear(&output, 1, d.output_gate ? b.output_gate : b.attended, m, d.dtype);
+    }
+
+    void block(int64_t i, const llmqat_cache& cache) const {
+        const llmqat_block& block = d.blocks[i];
+        const void* x = read(block.input_norm);
+        if (block.q.codes) attention(block, cache, x);
+        else if (mix(i, x, m, b.out)) fail("what stands in the place of attention in block %lld failed", (long long)i);
         add(block.attended_norm);
         x = read(block.mlp_norm);
         const Job gated[] = {{&block.gate, to(b.gate, block.gate)}, {&block.up, to(b.up, block.up)}};
         linear(gated, 2, x, m, d.dtype);
-        gate(block.gate.out);
+        open(d.activation, b.gate, b.up, block.gate.out);
         const Job down = {&block.down, to(b.out, block.down)};
         linear(&down, 1, b.gate, m, d.dtype);
         add(block.mlp_out_norm);
@@ -164,8 +184,8 @@ struct Pass {
 
 // Embeddings in, last norm out: see llmqat_decode.
 void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-            const llmqat_rotary* rotary, const void* side, void* hidden) {
-    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, static_cast<const char*>(side), hidden};
+            const llmqat_rotary* rotary, const void* side, llmqat_mix mix, void* hidden) {
+    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, static_cast<const char*>(side), mix, hidden};
     if (d.embedding_scale != 1.0f) pass.scale(d.embedding_scale);
     for (int64_t i = 0; i < d.count; ++i) pass.block(i, cache[i]);
     pass.norm(hidden, d.norm, hidden, d.hidden);
@@ -213,7 +233,7 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
     const int32_t dtype = g.decoder->dtype;
     set_threads(g.threads);
     embed(g, token);
-    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), nullptr, g.hidden);
+    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), nullptr, g.mix, g.hidden);
     const Job head = {g.head, {g.logits, g.head->out, dtype}};
     linear(&head, 1, g.hidden, 1, dtype);
     return argmax(g.logits, g.head->out, dtype);
@@ -225,14 +245,16 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
 extern "C" {
 
 int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                      const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, void* hidden) {
+                      const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, llmqat_mix mix,
+                      void* hidden) {
     return llmqat::guarded([&] {
         llmqat::check_decoder(*model, rotary_tables);
         llmqat::check_caches(*model, cache, capacity, past, m);
         llmqat::check_rotary(*model, rotary, rotary_tables);
         llmqat::check_side(*model, side);
+        llmqat::check_mix(*model, mix);
         if (m) llmqat::check_pointer("hidden", hidden);
-        llmqat::decode(*model, cache, capacity, past, m, rotary, side, hidden);
+        llmqat::decode(*model, cache, capacity, past, m, rotary, side, mix, hidden);
         return 0;
     });
 }

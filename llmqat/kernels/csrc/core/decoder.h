@@ -3,7 +3,11 @@
 
 #include "llmqat.h"
 
-// One transformer block. A layer without codes is none: without k the cache holds keys and values that a block before wrote,
+// y (m, hidden) = what stands in the place of attention in block `block`, of x (m, hidden), both in the decoder's dtype. Called
+// by the thread that called the library; 0, or else the call ends with an error.
+typedef int32_t (*llmqat_mix)(int64_t block, const void* x, int64_t m, void* y);
+
+// One transformer block. A layer without codes is none: without q it has no attention, but what llmqat_mix computes, without k the cache holds keys and values that a block before wrote,
 // without v values are what k gives, without side_gate there is no third branch, which reads a side input of the block
 // (Gemma 4 has all three). Norm weights are (hidden,), those of q, k and v (head_dim,), or as wide as q and k where these have
 // norms of all heads together; null where the model has none. attended_norm, mlp_out_norm and side_norm are applied to the
@@ -25,6 +29,7 @@ struct llmqat_decoder {
     float embedding_scale, residual_scale;  // factors of the embeddings, and of what a branch adds to the residual; or 1
     int32_t dtype, activation;  // dtype of weights of norms, activations and cache; every result is rounded to it
     int32_t norm_rounds_once, head_norm, neighbours;  // see steps.h; whether rotary pairs are neighbours (GLM), or halves
+    int32_t output_gate;  // whether q gives (heads, 2, head_dim), queries and a gate of what they attend (Qwen 3.5)
 };
 static_assert(sizeof(llmqat_block) == 9 * 80 + 112 && sizeof(llmqat_decoder) == 96, "llmqat/kernels/decoder.py lays these out by hand");
 
@@ -53,18 +58,20 @@ struct llmqat_greedy {
     const llmqat_cache* cache;
     const llmqat_rotary* rotary;     // tables of all positions there is room for, (capacity, dim)
     int64_t rotary_tables, capacity, threads;
+    llmqat_mix mix;                  // null where all blocks have attention
     void *hidden, *logits;           // (hidden,) and (rows of head,) in the decoder's dtype: written by each token
 };
-static_assert(sizeof(llmqat_greedy) == 96, "llmqat/kernels/greedy.py lays this struct out by hand");
+static_assert(sizeof(llmqat_greedy) == 104, "llmqat/kernels/greedy.py lays this struct out by hand");
 
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
 // hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. side (m, count, side): the side inputs of each
-// block, in the decoder's dtype; null where no block has any. Errors: see llmqat.h.
+// block, in the decoder's dtype; null where no block has any; so is mix where all have attention. Errors: see llmqat.h.
 int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
-                      const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, void* hidden);
+                      const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, llmqat_mix mix,
+                      void* hidden);
 // The token that follows `token`: the one of the largest logit. The cache holds `past` tokens and has room for one more.
 int64_t llmqat_next_token(const llmqat_greedy* model, int64_t token, int64_t past);
 // Where the largest of `count` values is, as numpy has it: of equal ones the first, and a NaN before all others.

@@ -9,7 +9,7 @@ namespace llmqat {
 
 constexpr int64_t MAX_HEAD_DIM = 512, ATTEND_QUERIES = 64, ATTEND_HEADS = 4;
 
-enum Activation : int32_t { SILU, GELU_TANH };  // of the gate
+enum Activation : int32_t { SILU, GELU_TANH, SIGMOID };  // of a gate; the last one of what attention gives
 
 // Norms of q and k: of each head, before (Qwen 3) or after (HunYuan) it is rotated; or of all heads together (OLMo 2).
 enum HeadNorm : int32_t { OF_HEAD, OF_ROTATED_HEAD, OF_ALL_HEADS };
