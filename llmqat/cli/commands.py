@@ -241,7 +241,7 @@ def run_export(args: argparse.Namespace) -> None:
     from llmqat.pipeline.export import export
 
     with pushed(args.push_to_hub, args.output):
-        print(export(args.model, args.to, args.output))
+        print(export(args.model, args.to, args.output, args.allow_rounding))
 
 
 def run_import(args: argparse.Namespace) -> None:

@@ -70,7 +70,8 @@ Move a packed model to the format of another engine: the same codes and scales, 
   llmqat export runs/llmqat --to gptq --output out-gptq
       a checkpoint for vLLM, SGLang and GPTQModel; so is awq; mlx is one for Apple silicon
 
-What a format cannot hold without loss is refused, with the nearest grid to train instead.
+What a format cannot hold without loss is refused, with the nearest grid to train instead. Where it only rounds scales
+or zero points, --allow-rounding goes on, and says how much was lost.
 """
 IMPORT = """\
 Make a packed directory of a quantized checkpoint of another tool: its codes and scales, bit for bit.
@@ -187,6 +188,11 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
     sub.add_argument("model", help="packed directory")
     sub.add_argument("--to", required=True, choices=tuple(HOLDS), help="format")
     sub.add_argument("--output", required=True, metavar="TEXT", help="directory to write; new or empty")
+    sub.add_argument(
+        "--allow-rounding",
+        action="store_true",
+        help="go on where the format rounds scales or zero points of the grid; the loss is measured and said",
+    )
     sub.add_argument("--push-to-hub", metavar="NAME", help=PUSH)
 
     sub = command("import", IMPORT)

@@ -1,6 +1,6 @@
 """`llmqat export`: a packed directory moved to the format of another engine, whole or not at all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from llmqat.formats.export.gguf import write_gguf
 from llmqat.formats.export.gptq import write_gptq
 from llmqat.formats.export.holds import HOLDS
 from llmqat.formats.export.mlx import write_mlx
+from llmqat.formats.export.rounding import Rounding, measure_rounding
 from llmqat.formats.export.source import Source
 from llmqat.pipeline.output import check_apart, holds_files
 
+CARD = "README.md"
 WRITERS: dict[str, Callable[[Source, Path], None]] = {
     "dense": write_dense,
     "gguf": write_gguf,
@@ -37,6 +39,7 @@ class Exported:
         layers: how many layers on the grid were moved.
         bytes: of all files written.
         notes: what of the arithmetic of training the format does not hold, a line each.
+        rounding: what it rounded of the weights; None where they are those of training, bit for bit.
     """
 
     output: Path
@@ -44,19 +47,24 @@ class Exported:
     layers: int
     bytes: int
     notes: tuple[str, ...]
+    rounding: Rounding | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.output}: {self.format}, {self.layers} layers moved bit for bit, {self.bytes / 1e6:.1f} MB"]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        how = "moved bit for bit" if self.rounding is None else "moved"
+        first = f"{self.output}: {self.format}, {self.layers} layers {how}, {self.bytes / 1e6:.1f} MB"
+        rounded = [] if self.rounding is None else [str(self.rounding)]
+        return "\n".join([first, *rounded, *(f"note: {note}" for note in self.notes)])
 
 
-def export(directory: str | Path, to: str, output: str | Path) -> Exported:
+def export(directory: str | Path, to: str, output: str | Path, allow_rounding: bool = False) -> Exported:
     """Move the codes and scales of a packed model to the format of another engine; nothing is quantized again.
 
     Args:
         directory: of the packed model; or its Hub id.
         to: the format: dense, gguf, gptq, awq or mlx.
         output: directory to write, which must be empty or not there.
+        allow_rounding: go on where the format holds the grid, but rounds scales or minima; the loss is measured over
+            all weights, and stands in the card.
 
     Returns:
         what was written. It appears whole or not at all.
@@ -70,11 +78,34 @@ def export(directory: str | Path, to: str, output: str | Path) -> Exported:
     output = Path(output)
     with empty_output(output, str(directory)):
         source = Source.open(directory)
-        check_held(source, to)
+        check_held(source, to, allow_rounding)
+        rounding, notes = measure_rounding(source, HOLDS[to]) if allow_rounding else None, tuple(source.notes())
         with replacing(output, seal=SEAL) as scratch:
             WRITERS[to](source, scratch)
+            (scratch / CARD).write_text(card(to, rounding, notes), encoding="utf-8")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Exported(output, to, len(source.layers), size, tuple(source.notes()))
+    return Exported(output, to, len(source.layers), size, notes, rounding)
+
+
+def card(to: str, rounding: Rounding | None = None, notes: Sequence[str] = ()) -> str:
+    """The model card of an export, which holds no measurement of what it generates."""
+    import yaml
+
+    library = {"gguf": "gguf", "mlx": "mlx"}.get(to, "transformers")
+    head = yaml.safe_dump({"library_name": library, "tags": ["llmqat", to]}, sort_keys=False)
+    same = (
+        "Codes and scales are those of the packed model that this was made of, bit for bit; nothing was quantized again"
+    )
+    changed = "The codes are those of the packed model that this was made of; nothing was quantized again"
+    lines = [*([] if rounding is None else [str(rounding)]), *notes]
+    return f"""---
+{head}---
+# Exported by llmqat to {to}
+
+{same if rounding is None else changed}
+(`llmqat verify` with `--against` compares the two).
+{"".join(f"{chr(10)}- {line}" for line in lines)}
+"""
 
 
 @contextmanager

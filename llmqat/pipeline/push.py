@@ -8,9 +8,9 @@ from llmqat.errors import LlmqatError, error_text
 from llmqat.formats import fingerprint
 from llmqat.formats.directory import TEXT_FILES, WEIGHT_FILES, model_files
 from llmqat.formats.export.compare import format_of
+from llmqat.pipeline.export import CARD, card
 from llmqat.pipeline.output import REPORT_FILES
 
-CARD = "README.md"
 # Not checkpoint/, which names folders of this machine; nor what somebody put into the directory.
 PUBLISHED = (*WEIGHT_FILES, *TEXT_FILES, *REPORT_FILES, fingerprint.NAME, "adapter/*")
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,7 +32,7 @@ def push_to_hub(directory: str | Path, name: str, api: Any = None) -> str:
     A repository that is not there is made, and is private: whoever publishes it adds a license to its card first.
 
     Args:
-        directory: to upload; an export gets a card that says what it is.
+        directory: to upload; one without a card gets one that says what it is.
         name: of the repository, owner/model.
         api: `huggingface_hub.HfApi`, by default one with the token of this machine.
 
@@ -58,18 +58,3 @@ def push_to_hub(directory: str | Path, name: str, api: Any = None) -> str:
             f"cannot push {directory} to {name}: {error_text(error)}; log in by `hf auth login`, or check the name"
         ) from error
     return address
-
-
-def card(held_as: str) -> str:
-    """The model card of an export, which holds no measurement of its own."""
-    import yaml
-
-    library = {"gguf": "gguf", "mlx": "mlx"}.get(held_as, "transformers")
-    head = yaml.safe_dump({"library_name": library, "tags": ["llmqat", held_as]}, sort_keys=False)
-    return f"""---
-{head}---
-# Exported by llmqat to {held_as}
-
-Codes and scales are those of the packed model that this was made of, bit for bit; nothing was quantized again
-(`llmqat verify` with `--against` compares the two).
-"""

@@ -73,7 +73,7 @@ def test_an_export_by_its_flag(directory, tmp_path, monkeypatch, call, capsys):
     assert call([*flags, "me/model-gptq"]) == 0
     assert capsys.readouterr().out.endswith("https://hub/me/model-gptq\n")
     assert front_matter(hub.files["README.md"]) == {"library_name": "transformers", "tags": ["llmqat", "gptq"]}
-    assert not (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "README.md").read_bytes() == hub.files["README.md"]
 
 
 def test_what_the_hub_refuses(directory):

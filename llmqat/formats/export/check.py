@@ -17,13 +17,32 @@ from llmqat.scheme import QuantScheme
 FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
-def check_held(source: Source, to: str) -> None:
-    """Refuse a packed model that the format `to` does not hold bit for bit.
+def check_held(source: Source, to: str, allow_rounding: bool = False) -> None:
+    """Refuse a packed model that the format `to` does not hold bit for bit; or not at all, where rounding is allowed.
 
     Raises:
         LlmqatError: naming the first layer that it does not hold, and the nearest grid to train instead.
     """
+    try:
+        _check_held(source, to, allow_rounding)
+    except LlmqatError as error:
+        if allow_rounding or not _is_held_rounded(source, to):
+            raise
+        raise LlmqatError(f"{error}; or export with --allow-rounding, which measures what is lost") from error
+
+
+def _is_held_rounded(source: Source, to: str) -> bool:
+    try:
+        _check_held(source, to, allow_rounding=True)
+    except LlmqatError:
+        return False
+    return True
+
+
+def _check_held(source: Source, to: str, allow_rounding: bool) -> None:
     holds, head = HOLDS[to], source.model.get_output_embeddings()
+    if allow_rounding:
+        holds = replace(holds, asymmetric=holds.asymmetric + holds.rounded)
     role = TIED_HEAD if source.tied_embedding() else HEAD
     floats = [
         LayerCoverage(name, (0, 0), None)
@@ -37,7 +56,7 @@ def check_held(source: Source, to: str) -> None:
     ]
     check_grids(holds, to, [*floats, *found])
     for name, layer in source.layers.items():
-        problem = next(problems_of_file(holds, layer), None)
+        problem = next(problems_of_file(holds, layer, allow_rounding), None)
         if problem is not None:
             raise LlmqatError(f"{to} cannot hold {names[name]} without loss: {problem}")
 
@@ -103,16 +122,20 @@ def problems(holds: Holds, layer: LayerCoverage) -> Iterator[str]:
         yield f"it has {rows} rows, no multiple of {holds.rows}; keep it float with an override"
 
 
-def problems_of_file(holds: Holds, layer: PackedLinear) -> Iterator[str]:
+def problems_of_file(holds: Holds, layer: PackedLinear, allow_rounding: bool = False) -> Iterator[str]:
     """Reasons why a layer is not held as the packed file has it, whatever its grid, each with its remedy."""
     if layer.stored_transposed and not holds.transposed:
         yield "it keeps its weight as (in, out), as Conv1D does; export to dense"
     if holds.scale_dtype is not None:
-        inexact = inexact_scales(layer.weight_scale, getattr(torch, holds.scale_dtype))
-        if len(inexact):
+        dtype = getattr(torch, holds.scale_dtype)
+        inexact = inexact_scales(layer.weight_scale, dtype)
+        lost = inexact[~inexact.to(dtype).isfinite() | (inexact.to(dtype) == 0)]
+        refused = lost if allow_rounding else inexact
+        if len(refused):
             yield (
-                f"{len(inexact)} of its {layer.weight_scale.numel()} scales, {float(inexact[0]):.6g} among them, are "
-                f"no {holds.scale_dtype} numbers; train with --scale-dtype {holds.scale_dtype}"
+                f"{len(refused)} of its {layer.weight_scale.numel()} scales, {float(refused[0]):.6g} among them, are "
+                f"{'beyond' if allow_rounding else 'no'} {holds.scale_dtype} numbers; train with --scale-dtype "
+                f"{holds.scale_dtype}"
             )
 
 

@@ -12,6 +12,7 @@ class Holds:
     Attributes:
         symmetric: widths of symmetric grids, whose scales may have either sign.
         asymmetric: widths of asymmetric ones.
+        rounded: widths of asymmetric ones that are held but for a rounding: of their minimum, scale times zero point.
         groups: group sizes, or lengths of rows that are one group; None for any.
         whole_rows: whether a row of any length may be one group.
         multiple: whether multiples of these are held too, by repeating a scale.
@@ -27,6 +28,7 @@ class Holds:
 
     symmetric: tuple[int, ...] = BITS
     asymmetric: tuple[int, ...] = BITS
+    rounded: tuple[int, ...] = ()
     groups: tuple[int, ...] | None = None
     whole_rows: bool = False
     multiple: bool = False
@@ -75,7 +77,7 @@ HOLDS = {
     "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16"),
     "gptq": Holds(scale_dtype="float16", head=False, mixed=False, float_layers=False, rows=32),
     "awq": Holds((4,), (4,), scale_dtype="float16", head=False, mixed=False, rows=8),
-    "mlx": Holds(asymmetric=(), groups=(32, 64, 128)),
+    "mlx": Holds(asymmetric=(), rounded=BITS, groups=(32, 64, 128)),
 }
 # Engines that run the packed directory, and hold less than it does: vLLM, by its kernels for CPUs, which were run, and
 # those for GPUs, which were read.

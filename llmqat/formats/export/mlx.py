@@ -4,9 +4,10 @@
 |---|---|---|---|
 | `weight` | uint32 | ``(out, words of in)`` | unsigned codes of a row in one bit stream, as in the packed file |
 | `scales` | of the packed file | ``(out, groups)`` | of either sign |
-| `biases` | of the packed file | ``(out, groups)`` | ``-2^(bits - 1) * scale``, exact in any dtype |
+| `biases` | of the packed file | ``(out, groups)`` | ``-scale * zero_point`` |
 
-A weight is ``code * scale + bias``. For a symmetric grid that is ours; a zero point would need a rounded product.
+A weight is ``code * scale + bias``. The zero point of a symmetric grid is ``2^(bits - 1)``: the product is exact in any
+dtype. That of an asymmetric grid makes it inexact, and it is rounded, where that is allowed.
 https://github.com/ml-explore/mlx
 """
 
@@ -53,11 +54,8 @@ def rotary_entries(config: Any) -> dict[str, Any]:
 
 def mlx_layer(layer: PackedLinear) -> dict[str, Tensor]:
     """Tensors of a layer by their names in the format, but for its bias."""
-    return {
-        "weight": layer.weight_packed.view(torch.uint32),
-        "scales": layer.weight_scale,
-        "biases": layer.weight_scale * layer.scheme.qmin,
-    }
+    _, scale, zero_point = layer.unsigned()
+    return {"weight": layer.weight_packed.view(torch.uint32), "scales": scale, "biases": -scale * zero_point}
 
 
 def _grid(layer: PackedLinear) -> dict[str, Any]:

@@ -151,7 +151,11 @@ def test_awq_names_what_is_float(packed_dir, tmp_path):
             {"overrides": {"o_proj$": "float"}},
             r"every linear layer of the blocks on the grid, and model.* are",
         ),
-        ("mlx", {"symmetric": False}, "mlx cannot hold .* W4A16 g32 asymmetric; train with --bits 4 --group-size 32$"),
+        (
+            "mlx",
+            {"symmetric": False},
+            "mlx cannot hold .* W4A16 g32 asymmetric; train with --bits 4 --group-size 32; or exp",
+        ),
         ("awq", {"bits": 8}, "awq cannot hold .* W8A16 g32 symmetric; train with --bits 4 --group-size 32$"),
     ],
 )
