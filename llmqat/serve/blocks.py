@@ -18,11 +18,13 @@ from llmqat.serve.borrowed import Borrowed
 from llmqat.serve.covered import MAX_HEAD_DIM, unknown_tensors, why_model_not_covered
 from llmqat.serve.families import ACTIVATIONS, FAMILIES, OPTIONAL_NORMS, QUERIES, SHARED, UNROTATED, Family
 from llmqat.serve.parts import (
+    activation_of,
     attention_of,
     find,
     first_attention,
     heads_of,
     keys_of,
+    last_norm,
     linears_of,
     number_of,
     query_kind,
@@ -45,9 +47,9 @@ def why_not_covered(model: nn.Module, stack: Any) -> str:
 def why_blocks_not_covered(stack: Any) -> str:
     """Why the native decoder does not compute these blocks as they are now; empty if it does."""
     config, family = stack.config, FAMILIES[stack.config.model_type]
-    dtype, first = stack.norm.weight.dtype, first_attention(stack)
-    if stack.norm.weight.device.type != "cpu" or dtype not in native.DTYPES:
-        return f"the model is on {stack.norm.weight.device} in {dtype}"
+    dtype, first = last_norm(stack).weight.dtype, first_attention(stack)
+    if last_norm(stack).weight.device.type != "cpu" or dtype not in native.DTYPES:
+        return f"the model is on {last_norm(stack).weight.device} in {dtype}"
     if first is None:
         return "no block has attention"
     linears = [linear for layer in stack.layers for linear in linears_of(layer, family).values()]
@@ -83,7 +85,7 @@ def fits_shape(linear: PackedLinear, out_features: int) -> bool:
 
 def _norms_fit(stack: Any, family: Family) -> bool:
     """Whether every norm has a weight for each feature that it scales, in the dtype of the last one."""
-    last, shape = stack.norm.weight, _shape(stack)
+    last, shape = last_norm(stack).weight, _shape(stack)
     if last.shape != (stack.config.hidden_size,):
         return False
     for layer in stack.layers:
@@ -118,7 +120,7 @@ def _block(layer: Any, stack: Any, tables: tuple[int, int], keys: int | None) ->
         linears |= dict(zip(rows, split_rows(linear.packed, list(rows.values())), strict=True))
     return Block(
         linears,
-        _norms(layer, family, stack.norm.weight.dtype),
+        _norms(layer, family, last_norm(stack).weight.dtype),
         *heads_of(layer, stack.config),
         scale=find(layer, family.scale) if family.scale else None,
         window=window_of(layer, family) or UNLIMITED,
@@ -159,7 +161,7 @@ def _shape(stack: Any) -> Shape:
     return Shape(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        eps=config.rms_norm_eps,
+        eps=getattr(config, family.eps),
         norm_offset=family.norm_offset,
         norm_rounds_once=family.norm_rounds_once,
         head_norm=family.head_norm,
@@ -167,7 +169,7 @@ def _shape(stack: Any) -> Shape:
         output_gate=family.output_gate,
         attention_scale=attention.scaling,
         softcap=number_of(config, family.attention_cap, 0.0),
-        activation=ACTIVATIONS[getattr(config, family.activation)],
+        activation=ACTIVATIONS[activation_of(config, family)],
         side=side_features(config, family),
         embedding_scale=number_of(config, family.embedding_scale, 1.0),
         residual_scale=number_of(config, family.residual_scale, 1.0),
@@ -180,7 +182,7 @@ def _build(stack: Any) -> NativeDecoder:
     tables = [(places[kind], places[query_kind(kind, family)]) for kind in kinds]
     each = zip(stack.layers, tables, keys_of(stack), strict=True)
     blocks = [_block(layer, stack, pair, keys) for layer, pair, keys in each]
-    return NativeDecoder(blocks, stack.norm.weight.detach(), shape)
+    return NativeDecoder(blocks, last_norm(stack).weight.detach(), shape)
 
 
 def rotary_tables(stack: Any, embeds: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -211,7 +213,7 @@ def _rotary_table(stack: Any, embeds: Tensor, position_ids: Tensor, kind: str) -
 def rotary_fits(stack: Any, tables: list[tuple[Tensor, Tensor]], tokens: int) -> bool:
     """Whether the tables have a row for each token, and rotate pairs of features, no more than a head has, in a dtype
     that the library reads."""
-    family, dtype = FAMILIES[stack.config.model_type], stack.norm.weight.dtype
+    family, dtype = FAMILIES[stack.config.model_type], last_norm(stack).weight.dtype
     widths = dict.fromkeys(_table_kinds(stack), MAX_HEAD_DIM)
     for layer, kind in zip(stack.layers, rotary_kinds(stack), strict=True):
         _, head_dim = heads_of(layer, stack.config)
@@ -241,4 +243,4 @@ def mixing_of(stack: Any, cache: Any) -> Mixing | None:
         mixed: Tensor = getattr(stack.layers[block], name)(hidden[None], cache)
         return mixed[0]
 
-    return Mixing(mix, stack.config.hidden_size, stack.norm.weight.dtype)
+    return Mixing(mix, stack.config.hidden_size, last_norm(stack).weight.dtype)

@@ -12,6 +12,7 @@ from llmqat.compat.torch import hooks_of, members_of
 from llmqat.compat.transformers import captures_outputs
 from llmqat.nn.kv_cache import is_kv_hook
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.serve.parts import last_norm
 
 _scheme = attrgetter("scheme")
 
@@ -44,7 +45,7 @@ class Borrowed:
     @classmethod
     def of(cls, stack: Any) -> "Borrowed":
         """The tensors that the decoder of `stack` would borrow now."""
-        inside = [*stack.layers.modules(), *stack.norm.modules()]
+        inside = [*stack.layers.modules(), *last_norm(stack).modules()]
         hooks = [hooked for module in inside for hooked in hooks_of(module)]
         own = [member for module in (stack, *inside) for member in members_of(module)]
         members = [held for held in [*own, *hooks] if held]

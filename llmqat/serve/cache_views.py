@@ -11,7 +11,7 @@ from llmqat.kernels.decoder import CacheBuffers, NativeDecoder
 from llmqat.nn.kv_cache import quantizes_kv
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.int8_cache import Int8Cache, Int8Layer
-from llmqat.serve.parts import attention_of, first_attention, heads_of, keys_of, window_of
+from llmqat.serve.parts import attention_of, first_attention, heads_of, keys_of, last_norm, window_of
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -33,7 +33,7 @@ def why_cache_unfit(stack: Any, cache: Any) -> str:
     empty = [] if family.mixer else [0]  # transformers makes layers for attention alone
     if len(cache.layers) not in [len(stack.layers), len(sources) - sources[::-1].index(None), *empty]:
         return f"the cache has {len(cache.layers)} layers for {len(stack.layers)} blocks"
-    past, dtype = cache.get_seq_length(), stack.norm.weight.dtype
+    past, dtype = cache.get_seq_length(), last_norm(stack).weight.dtype
     for layer, block, source in zip(cache.layers, stack.layers, sources, strict=False):
         if source is not None or attention_of(block, family) is None:
             continue

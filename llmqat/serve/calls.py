@@ -9,7 +9,7 @@ from torch import Tensor
 from llmqat.kernels.decoder import UNLIMITED
 from llmqat.serve.cache_views import why_cache_unfit
 from llmqat.serve.families import FAMILIES, SIDE_ARGUMENT
-from llmqat.serve.parts import side_features, window_of
+from llmqat.serve.parts import last_norm, side_features, window_of
 
 FLAGS = ("output_attentions", "output_hidden_states", "return_legacy_cache", "return_shared_kv_states")
 
@@ -20,7 +20,7 @@ def why_call_unfit(stack: Any, given: Tensor | None, cache: Any, kwargs: dict[st
         return "the inputs are not ids or embeddings on the CPU"
     if given.shape[0] != 1 or given.shape[1] == 0:
         return f"a batch of {given.shape[0]} sequences of {given.shape[1]} tokens"
-    if given.ndim == 3 and (given.dtype != stack.norm.weight.dtype or given.shape[2] != stack.config.hidden_size):
+    if given.ndim == 3 and (given.dtype != last_norm(stack).weight.dtype or given.shape[2] != stack.config.hidden_size):
         return "embeddings of another dtype or width than the model's"
     if stack.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "training, gradients, or torch.compile"

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from llmqat.models.coverage import CoverageReport
 from llmqat.serve.families import ACTIVATIONS, FAMILIES, Family, rotates_always, sees_all
-from llmqat.serve.parts import linears_of
+from llmqat.serve.parts import activation_of, linears_of
 from llmqat.serve.stacks import has_towers, stack_of, why_not_sampled
 
 MAX_HEAD_DIM = 512
@@ -22,7 +22,6 @@ FOLLOWED = frozenset(
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
-        "rms_norm_eps",
         "layer_types",
         "rope_parameters",
         "max_position_embeddings",
@@ -72,7 +71,7 @@ def why_config_not_covered(config: Any) -> str:
     family = FAMILIES.get(config.model_type)
     if family is None:
         return f"the family {config.model_type} has no native blocks"
-    activation = getattr(config, family.activation)
+    activation = activation_of(config, family)
     head_dim = _widest_head(config)
     if activation not in ACTIVATIONS:
         return f"the kernels do not compute the activation {activation}"
@@ -92,7 +91,7 @@ def _unknown_options(config: Any, family: Family) -> Iterator[tuple[str, Any]]:
     """Options of the config's class that are not at their default, and that the row of the family does not name."""
     default, of_any_model = type(config)(), PreTrainedConfig().to_dict()
     known = FOLLOWED | WITHOUT_EFFECT | {family.activation, family.attention_cap, family.after_head}
-    known |= {family.embedding_scale, family.residual_scale, family.side_size} | family.follows
+    known |= {family.embedding_scale, family.residual_scale, family.side_size, family.eps} | family.follows
     if family.window is not sees_all:
         known |= OF_WINDOWS
     if family.rotates is not rotates_always:

@@ -98,6 +98,8 @@ class Family:
         shares: from an attention module to whether it reads keys and values of the last block of its type before it.
         side_size: name in the config of how many features the side input of a block has, which the stack makes by
             `get_per_layer_inputs` and `project_per_layer_inputs`; empty for none.
+        last_norm: name in the decoder stack of the norm behind the blocks.
+        eps: name in the config of what norms add to the mean of squares.
         norm_offset: 1 where a norm multiplies by 1 + weight.
         norm_rounds_once: whether norms round only their product with the weight.
         head_norm: which norms those of q and k are (csrc/core/steps.h).
@@ -105,7 +107,7 @@ class Family:
         window: from an attention module to how many tokens a query sees, itself included; None for all.
         rotates: from an attention module to whether it rotates queries and keys.
         query_scale: from the config and positions to factors of the queries, of a family that has no other tables.
-        activation: name in the config of the activation of the gate.
+        activation: name in the config of the activation of the gate; empty for SiLU.
         attention_cap: name in the config of the soft cap of attention's scores; empty for none.
         after_head: entry of `AFTER_HEAD` (llmqat/models/output_head.py), a name in the config; empty for none.
         embedding_scale: name in the config of a factor of the embeddings; empty for none.
@@ -123,6 +125,8 @@ class Family:
     scale: str = ""
     shares: Callable[[Any], bool] = never
     side_size: str = ""
+    last_norm: str = "norm"
+    eps: str = "rms_norm_eps"
     norm_offset: float = 0.0
     norm_rounds_once: bool = False
     head_norm: int = OF_HEAD
@@ -218,6 +222,37 @@ FAMILIES = {
     "glm4": replace(
         GLM,
         norms=NORMS | {"attended_norm": "post_self_attn_layernorm", "mlp_out_norm": "post_mlp_layernorm"},
+    ),
+    "lfm2": Family(
+        {
+            "self_attn.q_proj": ("q",),
+            "self_attn.k_proj": ("k",),
+            "self_attn.v_proj": ("v",),
+            "self_attn.out_proj": ("o",),
+            "feed_forward.w1": ("gate",),
+            "feed_forward.w3": ("up",),
+            "feed_forward.w2": ("down",),
+        },
+        mixer="conv",
+        norms={
+            "input_norm": "operator_norm",
+            "mlp_norm": "ffn_norm",
+            "q_norm": "self_attn.q_layernorm",
+            "k_norm": "self_attn.k_layernorm",
+        },
+        last_norm="embedding_norm",
+        eps="norm_eps",
+        activation="",
+        follows=frozenset(
+            [
+                "conv_bias",
+                "conv_L_cache",
+                "full_attn_idxs",
+                "block_multiple_of",
+                "block_ffn_dim_multiplier",
+                "block_auto_adjust_ff_dim",
+            ]
+        ),
     ),
     "helium": replace(LLAMA, norm_rounds_once=True, neighbours=True),
     "ernie4_5": replace(LLAMA, neighbours=True),

@@ -16,6 +16,16 @@ def number_of(config: Any, name: str, otherwise: float) -> float:
     return otherwise if value is None else float(value)
 
 
+def activation_of(config: Any, family: Family) -> str:
+    """The activation of the gate, as configs name it."""
+    return getattr(config, family.activation) if family.activation else "silu"
+
+
+def last_norm(stack: Any) -> Any:
+    """The norm of a decoder stack behind its blocks."""
+    return getattr(stack, FAMILIES[stack.config.model_type].last_norm)
+
+
 def rotary_kinds(stack: Any) -> list[str]:
     """Which rotary tables each layer of a decoder stack uses: those of its type, or shared ones, or empty ones."""
     family, layers = FAMILIES[stack.config.model_type], stack.layers

@@ -28,6 +28,7 @@ AROUND = {
     "qwen2_vl": PLAIN,
     "qwen2_5_vl": PLAIN,
     "qwen3_vl": PLAIN,
+    "qwen3_5": PLAIN,
 }
 
 

@@ -69,6 +69,12 @@ CONFIGS = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+        "norm_eps": 0.1,
+    },
     "olmo3": WINDOWED,
     "exaone4": WINDOWED,
     "hunyuan_v1_dense": {
@@ -94,6 +100,10 @@ TOWERS = {
     "qwen2_vl": {"vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}},
     "qwen2_5_vl": {
         "vision_config": {"depth": 1, "out_hidden_size": 64, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    },
+    "qwen3_5": {
+        "vision_config": {"depth": 1, "out_hidden_size": 64, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+        | {"num_position_embeddings": 16}
     },
     "qwen3_vl": {
         "vision_config": {"depth": 1, "out_hidden_size": 64, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}

@@ -1,5 +1,6 @@
 """Models with towers decode their text natively; what images change of it goes through transformers."""
 
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -20,12 +21,8 @@ IDS = torch.arange(40)[None] * 7 % 128
 PIXELS = torch.linspace(-1, 1, 3 * 28 * 56).view(1, 3, 28, 56)  # two tokens
 
 
-STACKS = [
-    ("gemma3_text", "gemma3"),
-    ("gemma4_text", "gemma4"),
-    ("gemma4_unified_text", "gemma4_unified"),
-    ("ministral3", "mistral3"),
-]
+STACKS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
+STACKS |= {"mistral3": "ministral3"}
 
 
 def served(family, beside, **options):
@@ -39,11 +36,10 @@ def agree(model, run):
         torch.testing.assert_close(logits, run(model), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "beside"), STACKS)
-@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize(("beside", "kv_bits"), [*product(STACKS, (None, 8)), ("qwen3_5", None)])
 @torch.no_grad()
-def test_text(family, beside, kv_bits):
-    model = served(family, beside, kv_bits=kv_bits)
+def test_text(beside, kv_bits):
+    model = served(STACKS.get(beside, f"{beside}_text"), beside, kv_bits=kv_bits)
     expected = model(IDS).logits, generate(model)
     counts = path_counts(model)
     assert counts.all_native
