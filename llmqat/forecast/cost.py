@@ -10,11 +10,20 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.torch import fake_tensors
 from llmqat.config import Resolved
-from llmqat.forecast.shapes import Shapes, block_count, fill_with_fakes, first_blocks, has_like_blocks, prepared
+from llmqat.forecast.shapes import (
+    Shapes,
+    block_count,
+    expert_count,
+    fill_with_fakes,
+    has_like_blocks,
+    prepared,
+    shortened,
+)
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.output_head import OutputHead
+from llmqat.nn.experts import evenly_routed
 from llmqat.quant.grid import first_rows_alone
 from llmqat.train.objective import Objective
 
@@ -46,21 +55,29 @@ def cost_of(
     work: Work, model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype
 ) -> Cost:
     """The cost of `work` on a model, on the meta device, that the recipe prepares."""
-    count = block_count(model) if has_like_blocks(model) else None
 
-    def of_first(blocks: int | None) -> Cost:
-        shapes = prepared(first_blocks(model, blocks), recipe, coverage, stored)
+    def of_first(blocks: int | None, experts: int | None) -> Cost:
+        shapes = prepared(shortened(model, blocks, experts), recipe, coverage, stored)
         with fake_tensors():
             fill_with_fakes(shapes)
             live = LiveBytes(shapes.tensors())
             held = live.current
-            with live.counting(), first_rows_alone():
+            with live.counting(), first_rows_alone(), evenly_routed():
                 work(shapes, recipe)
         return Cost(live.flops, held, live.peak)
 
+    def of_blocks(experts: int | None) -> Cost:  # the first block may do more than the others
+        count = block_count(model) if has_like_blocks(model) else None
+        return _of_all(lambda blocks: of_first(blocks, experts), count)
+
+    return _of_all(of_blocks, expert_count(model))
+
+
+def _of_all(of_first: Callable[[int | None], Cost], count: int | None) -> Cost:
+    """The cost of `count` blocks or experts, alike but for the first: found for two and three of them."""
     if count is None or count < 4:
-        return of_first(count)
-    return of_first(2).continued(of_first(3), count - 2)  # the first block may do more than the others
+        return of_first(None)
+    return of_first(2).continued(of_first(3), count - 2)
 
 
 def training_step(shapes: Shapes, recipe: Resolved) -> None:

@@ -14,9 +14,11 @@ from llmqat.config import Resolved
 from llmqat.errors import LlmqatError
 from llmqat.models.architectures import blocks_of, known_architecture
 from llmqat.models.coverage import CoverageReport
+from llmqat.models.experts import fused_experts, split_experts
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.patcher import put_on_grid, quantized_layers
 from llmqat.models.widening import compute_in_float32
+from llmqat.nn.experts import SplitExperts
 from llmqat.nn.kv_cache import quantize_kv
 from llmqat.quant.grid import Compensation
 from llmqat.train.modes import add_lora, select_trainable
@@ -54,12 +56,23 @@ def has_like_blocks(model: PreTrainedModel) -> bool:
     return known_architecture(model) is not None
 
 
-def first_blocks(model: PreTrainedModel, count: int | None) -> PreTrainedModel:
-    """A copy of `model`, which has no weights, with its first `count` blocks; None for all."""
-    shallow = copy.deepcopy(model)
-    if count is not None:
-        del blocks_of(shallow)[count:]
-    return shallow
+def expert_count(model: PreTrainedModel) -> int | None:
+    """Experts of each block that has some; None for none, or where blocks have different numbers of them."""
+    counts = {len(model.get_parameter(f"{name}.down_proj")) for name in fused_experts(model)}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def shortened(model: PreTrainedModel, blocks: int | None, experts: int | None) -> PreTrainedModel:
+    """A copy of `model`, which has no weights, with its first `blocks`, and the first `experts` of each; None for all.
+    Experts are split."""
+    short = copy.deepcopy(model)
+    if blocks is not None:
+        del blocks_of(short)[blocks:]
+    split_experts(short)
+    for module in short.modules():
+        if isinstance(module, SplitExperts) and experts is not None:
+            del module[experts:]
+    return short
 
 
 def prepared(model: PreTrainedModel, recipe: Resolved, coverage: CoverageReport, stored: torch.dtype) -> Shapes:

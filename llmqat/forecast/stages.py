@@ -8,16 +8,17 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from llmqat.algorithms.blocks import HESSIAN_BYTES
 from llmqat.algorithms.blockwise import CHECKS, HELD_OUT_EVERY, Blockwise
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import Resolved
 from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
-from llmqat.forecast.shapes import block_count
+from llmqat.forecast.shapes import block_count, expert_count, has_like_blocks
 from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.architectures import ARCHITECTURES, blocks_of, whole_runs
-from llmqat.models.coverage import CoverageReport, total_parameters
-from llmqat.models.experts import fused_experts
+from llmqat.models.coverage import CoverageReport, LayerCoverage, total_parameters
+from llmqat.models.experts import EXPERT, fused_experts
 from llmqat.models.output_head import CHUNK_LOGITS
 from llmqat.models.sensitivity import MEASURED_TOKENS, TOGETHER, candidates
 
@@ -68,8 +69,17 @@ class Forecast:
 
 
 def is_predictable(model: PreTrainedModel) -> bool:
-    """Whether tensors without values can run through `model`: which expert a token goes to depends on its values."""
-    return not fused_experts(model)
+    """Whether tensors without values can run through `model`, and soon: which expert a token goes to depends on its
+    values, but where all blocks have experts alike, and few stand for all, even shares will do."""
+    experts = fused_experts(model)
+    return not experts or (has_like_blocks(model) and len(experts) == block_count(model) and bool(expert_count(model)))
+
+
+def reached(model: PreTrainedModel) -> Callable[[LayerCoverage], float]:
+    """Gives the share of all tokens that reach a layer: of experts, the same for each."""
+    experts = expert_count(model)
+    share = model.config.get_text_config().num_experts_per_tok / experts if experts else 1.0
+    return lambda layer: share if EXPERT.search(layer.name) else 1.0
 
 
 def forecast(
@@ -140,7 +150,7 @@ def left_in_files(recipe: Resolved, model: PreTrainedModel, coverage: CoverageRe
 
 def kept_of_float(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport) -> int:
     """Bytes that a run keeps of its float model, see `FloatPass`: hidden states, and samples of the layers' outputs."""
-    outputs = sum(layer.shape[0] for layer in coverage.quantized)
+    outputs = sum(layer.shape[0] for layer in coverage.quantized if not EXPERT.search(layer.name))
     hidden = scored_tokens(recipe) * model.config.get_text_config().hidden_size
     return MASTER * (hidden + recipe.eval.tokens * outputs // STRIDE)
 
@@ -160,16 +170,20 @@ def evaluation(recipe: Resolved, model: PreTrainedModel, batch: Cost, name: str)
 
 def gptq(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
     """One forward of all calibration tokens through every block, or for every block where they do not run one after the
-    other; Hessians, and the columns of every layer."""
-    tokens = recipe.init.samples * recipe.data.length
-    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in coverage.quantized}
-    hessians = sum(2 * tokens * width**2 for _, width in widths)
+    other, and two more of experts, for their two Hessians; Hessians, and the columns of every layer."""
+    tokens, share = recipe.init.samples * recipe.data.length, reached(model)
+    inputs = {(layer.name.rpartition(".")[0], layer.shape[1]): layer for layer in coverage.quantized}
+    hessians = sum(2 * tokens * share(layer) * width**2 for (_, width), layer in inputs.items())
+    experts = [layer for layer in coverage.quantized if EXPERT.search(layer.name)]
+    again = sum(2 * 2 * tokens * share(layer) * layer.parameters for layer in experts)
     columns = sum(layer.shape[0] * layer.shape[1] ** 2 + 2 * layer.shape[1] ** 3 for layer in coverage.quantized)
-    widest, hidden = max(width for _, width in widths), model.config.get_text_config().hidden_size
+    widest, hidden = max(width for _, width in inputs), model.config.get_text_config().hidden_size
+    together = 4 * (expert_count(model) or 0) * hidden**2  # Hessians of a block's experts, see `passes_of`
     kept = min(GptqSettings().kept_bytes, 4 * tokens * (widest + hidden))
-    peak = batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2
+    peak = batch.held + 2 * 4 * tokens * hidden + kept + 5 * 4 * widest**2 + min(together, HESSIAN_BYTES)
     runs = len(blocks_of(model)) if whole_runs(model) else 1
-    return Stage("GPTQ", runs * batch.flops * tokens / BATCH_TOKENS + hessians + columns, torch.float32, peak)
+    flops = runs * batch.flops * tokens / BATCH_TOKENS + again + hessians + columns
+    return Stage("GPTQ", flops, torch.float32, peak)
 
 
 def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> list[Stage]:
@@ -178,15 +192,16 @@ def reconstruction(recipe: Resolved, model: PreTrainedModel, coverage: CoverageR
     if recipe.init.variant != "blockwise" or blocks is None:
         return []
     settings, length = Blockwise(recipe.init.block_steps), recipe.data.length
-    weights = sum(layer.parameters for layer in layers)
+    weights, share = sum(layer.parameters for layer in layers), reached(model)
+    used = sum(layer.parameters * share(layer) for layer in layers)
     tokens, in_step = recipe.init.samples * length, settings.sequences * length
     # Forward and backward of each step; forward of the float chain, of the quantized one, and of those held out.
     passes = 3 * settings.steps * in_step + 2 * tokens + (CHECKS + 1) * tokens // HELD_OUT_EVERY
     chains = 2 * MASTER * tokens * model.config.get_text_config().hidden_size
-    activations = MASTER * in_step * sum(sum(layer.shape) for layer in layers) // blocks
+    activations = MASTER * in_step * sum(sum(layer.shape) * share(layer) for layer in layers) // blocks
     # Of a block: latents, their gradients, both moments of the optimizer, and the best state.
     peak = batch.held + chains + activations + 5 * MASTER * weights // blocks
-    return [Stage("block-wise reconstruction", 2 * weights * passes, settings.dtype, peak)]
+    return [Stage("block-wise reconstruction", 2 * used * passes, settings.dtype, peak)]
 
 
 def other_tool(name: str, recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost) -> Stage:
@@ -196,11 +211,13 @@ def other_tool(name: str, recipe: Resolved, model: PreTrainedModel, coverage: Co
     if name == "llm-compressor":
         stage = gptq(recipe, model, coverage, batch)
         return stage._replace(name=name, bytes=stage.bytes + own)
-    weights = sum(layer.parameters for layer in coverage.quantized)
+    share = reached(model)
+    weights = sum(layer.parameters * share(layer) for layer in coverage.quantized)
     in_step = AUTO_ROUND_SEQUENCES * recipe.data.length
     chains = 2 * MASTER * tokens * model.config.get_text_config().hidden_size
     # Every step works in all weights of a block, and makes activations of all its layers.
-    activations = MASTER * in_step * sum(sum(layer.shape) for layer in coverage.quantized) // (block_count(model) or 1)
+    widths = sum(sum(layer.shape) * share(layer) for layer in coverage.quantized)
+    activations = MASTER * in_step * widths // (block_count(model) or 1)
     flops = 2 * weights * (3 * AUTO_ROUND_STEPS * in_step + 2 * tokens)
     return Stage(name, flops, torch.bfloat16, batch.held + own + chains + activations)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from llmqat.models.experts import EXPERT
 from llmqat.models.patcher import transformers_model
 from llmqat.nn.linear_like import LINEAR_LAYERS, linear_shape
 
@@ -15,11 +16,11 @@ STRIDE = 127
 
 @contextmanager
 def sampled_outputs(model: nn.Module, names: Collection[str], tokens: int) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs ``(tokens / STRIDE, out)`` of the layers `names` in one forward of `model` inside the
-    ``with``."""
+    """Collect the outputs ``(tokens / STRIDE, out)`` of the layers `names`, but for those of experts, in one forward of
+    `model` inside the ``with``."""
     found: dict[str, Tensor] = {}
     modules = dict(transformers_model(model).named_modules()) if names else {}
-    watched = {name: modules[name] for name in names if name in modules}
+    watched = {name: modules[name] for name in names if name in modules and not EXPERT.search(name)}
     room = Room(-(-tokens // STRIDE) * sum(map(output_width, watched.values())))
 
     def keep(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -71,7 +72,7 @@ class LayerErrors:
 
     `y` is computed on the quantized prefix and `y_float` on the float one: what reaches the layer counts, not its own
     rounding alone, so that a layer which makes up for those before it shows. A layer that does not see every token in
-    both models (an expert, whose tokens the router chooses) has no such error and is left out.
+    both models, such as an expert, whose tokens the router chooses, has no such error and is left out.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ need to know nothing of experts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -152,9 +153,9 @@ class SplitExperts(nn.ModuleList):
 
     def _of_routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, list[int]]:
         """Numbers beyond the experts, which some routers give tokens that skip them all, come last and add nothing."""
-        k = top_k_index.shape[-1]
-        order = top_k_index.flatten().argsort(stable=True)
-        counts = top_k_index.flatten().bincount(minlength=len(self)).tolist()
+        k, chosen = top_k_index.shape[-1], top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = _even(len(chosen), len(self)) if _EVENLY.get() else chosen.bincount(minlength=len(self)).tolist()
         *inputs, skipping = hidden_states[order // k].split([*counts[: len(self)], sum(counts[len(self) :])])
         y = self._each(inputs)
         y = torch.cat([y, torch.zeros_like(skipping, dtype=y.dtype)]) if len(skipping) else y
@@ -182,6 +183,23 @@ class SplitExperts(nn.ModuleList):
         return self.layout.together(
             [{name: (weight_of(own[name]), own[name].bias) for name in names} for own in experts]
         )
+
+
+_EVENLY = ContextVar("_EVENLY", default=False)
+
+
+@contextmanager
+def evenly_routed() -> Iterator[None]:
+    """Give all experts as many tokens inside the ``with``, whatever routers say: for tensors without values."""
+    token = _EVENLY.set(True)
+    try:
+        yield
+    finally:
+        _EVENLY.reset(token)
+
+
+def _even(tokens: int, experts: int) -> list[int]:
+    return [tokens // experts + (expert < tokens % experts) for expert in range(experts)]
 
 
 Routes = list[tuple[Tensor, Tensor]]

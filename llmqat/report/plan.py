@@ -79,7 +79,7 @@ class Inspection:
         if self.forecast is None:
             return [
                 f"predicted memory for --train {mode}: {self.training_bytes / 1e9:.2f} GB, activations not counted: "
-                "which experts a token goes to depends on the data"
+                "which experts a token goes to depends on the data, and in known families alone even shares will do"
             ]
         worst = self.forecast.worst
         return [

@@ -103,9 +103,11 @@ def test_the_flag_is_named_where_memory_is_short(announced, monkeypatch):
     assert "and no flag makes it fit: take a larger machine, or a smaller model" in announced(10)
 
 
-def test_a_mixture_of_experts_is_not_predicted(tiny_moe, tmp_path, announced):
+def test_experts_in_some_blocks_are_not_predicted(tiny_moe, tmp_path, announced):
     tiny_moe("qwen3_moe").save_pretrained(tmp_path / "moe")
     assert announced(100, model=str(tmp_path / "moe")) == ""
+    assert stages.is_predictable(tiny_moe("qwen3_moe", mlp_only_layers=[]))
+    assert not stages.is_predictable(tiny_moe("gpt_oss"))
 
 
 def test_a_small_model_begins_at_once(tiny_llama, announced, monkeypatch):

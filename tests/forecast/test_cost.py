@@ -28,15 +28,16 @@ CASES = [
     ("llama", LLAMA | {"vocab_size": 20_000}, {"train.loss": "ce", "train.precision": "fp32"}),
     ("gemma3_text", GEMMA3, {"train.mode": "scales", "stored": "bfloat16"}),
     ("gpt2", GPT2, {"train.mode": "full", "train.loss": "ce"}),
-    ("qwen2", {"num_hidden_layers": 2}, {"quant.kv_bits": 8, "quant.act_bits": 8}),
+    ("mixtral", {"num_hidden_layers": 1, "num_local_experts": 4}, {"quant.kv_bits": 8, "quant.act_bits": 8}),
 ]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {' '.join(map(str, case[2].values()))}".strip())
-def run(request, tiny, tmp_path):
+def run(request, tiny, tiny_moe, tmp_path):
     """A recipe for a small model, the model, what is known of it without weights."""
     model_type, sizes, values = request.param
-    model = tiny(model_type, **sizes).to(getattr(torch, values.get("stored", "float32")))
+    make = tiny_moe if model_type == "mixtral" else tiny
+    model = make(model_type, **sizes).to(getattr(torch, values.get("stored", "float32")))
     model.save_pretrained(tmp_path)
     small = {"quant.group_size": 32, "train.mode": "lora", "train.batch_size": 3, "data.length": 48, "eval.window": 64}
     empty, stored = load_empty(str(tmp_path))

@@ -5,9 +5,10 @@ from llmqat.algorithms import gptq_model
 from llmqat.algorithms.blocks import BlockInputs
 from llmqat.config import Recipe, resolve
 from llmqat.forecast.cost import Cost
-from llmqat.forecast.stages import loading, reconstruction, sensitivity
+from llmqat.forecast.stages import gptq, loading, reconstruction, sensitivity
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
+from llmqat.models.experts import experts_as_linears
 from llmqat.models.loading import empty_model
 from llmqat.models.patcher import prepare
 from llmqat.models.planning import checked_plan
@@ -53,6 +54,20 @@ def test_reconstruction_takes_the_operations_that_were_predicted(tiny_llama, mon
     prepare(model, scheme, init="blockwise", calibration=list(torch.randint(0, 128, (16, 4, 24))), block_steps=6)
     assert stage.flops == pytest.approx(counter.flops, rel=0.15)
     assert reconstruction(resolve(Recipe(), 1, 32), model, coverage, Cost(1.0, 5.0, 35.0)) == []
+
+
+def test_gptq_of_experts_takes_the_operations_that_were_predicted(tiny_moe):
+    """Each expert has a Hessian of its own tokens."""
+    model, ids = tiny_moe("mixtral", num_hidden_layers=1), torch.randint(0, 128, (32, 48))
+    recipe = resolve(Recipe().with_values({"init.samples": 32, "data.length": 48}), 1, 32)
+    coverage, counter, forward = checked_plan(model, QuantScheme(4, 32), {}, None, 0.9), LiveBytes(), LiveBytes()
+    with forward.counting(), torch.no_grad(), experts_as_linears(model):
+        model(ids)
+    of_batch = Cost(forward.flops * BATCH_TOKENS / ids.numel(), 5.0, 35.0)
+    stage = gptq(recipe, model, coverage, of_batch)
+    with counter.counting():
+        prepare(model, QuantScheme(4, 32), init="gptq", calibration=[ids])
+    assert stage.flops == pytest.approx(counter.flops, rel=0.15)
 
 
 def test_sensitivity_takes_the_operations_that_were_predicted(tiny_llama):

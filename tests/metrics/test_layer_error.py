@@ -69,6 +69,15 @@ def test_layers_that_cannot_be_compared_are_left_out(tiny_llama, monkeypatch):
     assert "model.layers.1.self_attn.o_proj" in found
 
 
+def test_experts_take_no_room(tiny_moe):
+    """Also where all tokens go to all of them."""
+    model = tiny_moe("mixtral", num_local_experts=2, num_hidden_layers=1)
+    prepare(model, QuantScheme(3, 16))
+    with torch.no_grad(), sampled_outputs(model, names_of(model), 20) as found:
+        model(input_ids=DATA.ids[:1, :20])
+    assert set(found) == {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+
+
 def test_errors_add_up_over_batches():
     errors = LayerErrors(["a", "b"])
     errors.add({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 1.0])})
