@@ -61,11 +61,11 @@ def test_logits(dtype, isa, calls):
 @pytest.mark.usefixtures("small_buffers")
 def test_greedy_tokens(family, steps):
     model = int8_model(family)
-    expected = generate(model, max_new_tokens=60)
+    expected = generate(model, max_new_tokens=40)
     assert accelerate_forward(model)
     accelerate_generate(model)
-    assert torch.equal(generate(model, max_new_tokens=60), expected)
-    assert len(steps) == 59
+    assert torch.equal(generate(model, max_new_tokens=40), expected)
+    assert len(steps) == 39
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
