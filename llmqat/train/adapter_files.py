@@ -45,7 +45,8 @@ class _SavesAll(PeftModel):
                 if path.exists():
                     store_together(self, path.parent)
                     self._say_what_is_lost(path)
-            tensors = {name: parameter.detach().cpu() for name, parameter in trained_beside(self).items()}
+            # Copies, since layers may share a norm (Zamba), and a file may not hold one tensor twice.
+            tensors = {name: parameter.detach().cpu().clone() for name, parameter in trained_beside(self).items()}
             save_file(tensors, Path(save_directory) / BESIDE, {"format": "pt"})
 
     def _say_what_is_lost(self, path: Path) -> None:

@@ -62,6 +62,14 @@ def test_scales_and_norms_are_saved_beside_adapters_and_loaded_again(prepared, t
     assert not torch.equal(logits(add_lora(prepared(), adapter=str(tmp_path))), logits(model))
 
 
+def test_a_norm_that_layers_share_is_saved(prepared, tmp_path):
+    model = prepared()
+    model.model.layers[0].input_layernorm.weight = model.model.norm.weight
+    trained(model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / BESIDE)
+    assert torch.equal(saved["model.norm.weight"], saved["model.layers.0.input_layernorm.weight"])
+
+
 def test_merging_keeps_scales_and_norms(prepared):
     model = trained(prepared())
     expected = logits(model)
