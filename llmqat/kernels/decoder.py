@@ -49,6 +49,10 @@ class _Cache(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scale", "value_scale"))
 
 
+class _Sequence(ctypes.Structure):
+    _fields_ = (("cache", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("capacity", "past")))
+
+
 class _Rotary(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
@@ -233,6 +237,29 @@ class NativeDecoder:
             side: side inputs ``(m, blocks, side)`` in the dtype of the norms, where blocks read some.
             mixing: computes what stands in the place of attention, where blocks have none.
         """
+        return self._decode(hidden, [(cache, past)], rotary, side, mixing)
+
+    def together(
+        self, hidden: Tensor, caches: Sequence["CacheBuffers"], rotary: Rotary, side: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states ``(n, hidden)`` of one new token of each of `n` sequences, after the last norm.
+
+        Args:
+            hidden: embeddings ``(n, hidden)``, of the dtype of the norms.
+            caches: one for each sequence, with room for one more token than its length.
+            rotary: tables ``(n, dim)`` of the positions of the new tokens, each in its own sequence.
+            side: side inputs ``(n, blocks, side)``, where blocks read some.
+        """
+        return self._decode(hidden, [(cache, cache.length) for cache in caches], rotary, side, None)
+
+    def _decode(
+        self,
+        hidden: Tensor,
+        sequences: Sequence[tuple["CacheBuffers", int]],
+        rotary: Rotary,
+        side: Tensor | None,
+        mixing: Mixing | None,
+    ) -> Tensor:
         library = native.library()
         assert library is not None
         out = hidden.clone(memory_format=torch.contiguous_format)
@@ -241,14 +268,13 @@ class NativeDecoder:
             side = side.contiguous()
             native.check_memory("side inputs", side, (len(hidden), len(self.blocks), self.shape.side), self.dtype)
         tables = contiguous_tables(rotary, len(hidden), self.dtype)
-        pointers = self.pointers(cache)
+        held = [(ctypes.addressof(self.pointers(cache)), cache.capacity, past) for cache, past in sequences]
         native.use_threads(library)
         with nullcontext() if mixing is None else mixing.errors():
             library.llmqat_decode(
                 ctypes.byref(self.struct),
-                pointers,
-                ctypes.c_int64(cache.capacity),
-                ctypes.c_int64(past),
+                (_Sequence * len(held))(*(_Sequence(*one) for one in held)),
+                ctypes.c_int64(len(held)),
                 ctypes.c_int64(len(hidden)),
                 rotary_structs(tables),
                 ctypes.c_int64(len(tables)),

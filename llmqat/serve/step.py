@@ -70,6 +70,12 @@ def _embed(module: Any) -> Callable[[Tensor], Tensor]:
     return module if packed is None or packed.scale.dtype != module.compute.dtype else native.Layer(packed).rows
 
 
+def has_fixed_rotary(stack: Any) -> bool:
+    """Whether no rotary table of a decoder stack depends on how long the sequence is."""
+    types = stack.rotary_emb.rope_type  # of each type of layer, or of all
+    return all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
+
+
 class Step:
     """Runs one token through the model; from call to call only its row of the embedding and its position change."""
 
@@ -85,8 +91,7 @@ class Step:
         self.after_head = FAMILIES[config.model_type].after_head if known.follows_head else ""
         self.read_as = read_as(model)
         self.after_value = getattr(config, self.after_head) if self.after_head else None
-        types = self.stack.rotary_emb.rope_type  # of each type of layer, or of all
-        self.fixed = all(kind in FIXED_ROPES for kind in (types.values() if isinstance(types, dict) else [types]))
+        self.fixed = has_fixed_rotary(self.stack)
         self.tables: list[tuple[Tensor, Tensor]] = []
 
     def rotary(self, embeds: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
@@ -103,14 +108,22 @@ class Step:
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
-        past = self.buffers.length
-        if self.read_as:
-            token = torch.tensor([[self.read_as.get(int(token), int(token))]])
+        past, token = self.buffers.length, self.as_read(token)
         reserve(self.buffers, self.decoder, past + 1)
         embeds = self.embed(token[0])
         side = side_inputs(self.stack, token, embeds[None])
         hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past), side, self.mixing)
         self.buffers.length = past + 1
+        return self.logits(hidden)
+
+    def as_read(self, tokens: Tensor) -> Tensor:
+        """The tokens that the model reads in the place of these, in their shape."""
+        if not self.read_as:
+            return tokens
+        return torch.tensor([self.read_as.get(token, token) for token in tokens.flatten().tolist()]).view(tokens.shape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(n, vocabulary)`` of hidden states ``(n, hidden)``."""
         logits: Tensor = self.head(hidden)
         return logits if self.after_value is None else AFTER_HEAD[self.after_head](logits, self.after_value)
 

@@ -183,6 +183,18 @@ def test_rotary_tables_of_less_than_the_cache():
         greedy.set_cache(small_cache(), [(TABLE, TABLE)])
 
 
+def test_sequences_and_tokens_that_do_not_fit():
+    decoder, caches, tables = small_decoder(), [small_cache(), small_cache()], [(torch.ones(3, 16), torch.ones(3, 16))]
+    with pytest.raises(LlmqatError, match="2 sequences have one new token each, not 3"):
+        decoder.together(torch.randn(3, HIDDEN), caches, tables)
+    with pytest.raises(LlmqatError, match="number of sequences is 0, the kernels take 1 to"):
+        decoder.together(torch.randn(3, HIDDEN), [], tables)
+    full = small_cache()
+    full.length = ROOM
+    with pytest.raises(LlmqatError, match="number of new tokens is 1, the kernels take 0 to 0"):
+        decoder.together(torch.randn(2, HIDDEN), [small_cache(), full], [(TABLE, TABLE)])
+
+
 def test_rows_within_a_word_of_zero_points():
     packed, *_ = packed_layer(16, 32, QuantScheme(4, 16, symmetric=False))
     fused = Packed(*packed, None, 4, 32)

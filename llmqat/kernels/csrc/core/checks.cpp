@@ -101,6 +101,14 @@ void check_caches(const llmqat_decoder& d, const llmqat_cache* cache, int64_t ca
     }
 }
 
+void check_sequences(const llmqat_decoder& d, const llmqat_sequence* sequences, int64_t count, int64_t m) {
+    check_size("number of sequences", count, 1);
+    check_pointer("sequences", sequences);
+    if (count > 1 && count != m) fail("%lld sequences have one new token each, not %lld", (long long)count, (long long)m);
+    for (int64_t i = 0; i < count; ++i)
+        check_caches(d, sequences[i].cache, sequences[i].capacity, sequences[i].past, count > 1 ? 1 : m);
+}
+
 void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t count) {
     check_size("number of rotary tables", count, 0);
     if (count) check_pointer("rotary", rotary);

@@ -20,6 +20,7 @@ void check_layer(const char* name, const llmqat_matrix& w, int64_t out, int64_t 
 // A decoder, and one call of it.
 void check_decoder(const llmqat_decoder& d, int64_t rotary_tables);
 void check_caches(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m);
+void check_sequences(const llmqat_decoder& d, const llmqat_sequence* sequences, int64_t count, int64_t m);
 void check_rotary(const llmqat_decoder& d, const llmqat_rotary* rotary, int64_t count);
 void check_side(const llmqat_decoder& d, const void* side);
 void check_mix(const llmqat_decoder& d, llmqat_mix mix);

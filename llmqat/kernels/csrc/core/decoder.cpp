@@ -44,11 +44,17 @@ struct Pass {
     const llmqat_decoder& d;
     const Steps& steps;
     Buffers b;
-    int64_t m, past, capacity;
+    const llmqat_sequence* sequences;
+    int64_t count, m;  // of sequences: one, or m with a token each
     const llmqat_rotary* rotary;
     const char* side;
     llmqat_mix mix;
     void* hidden;
+
+    // The sequence of token t, and where the token stands in it.
+    const llmqat_sequence& sequence(int64_t t) const { return sequences[count == 1 ? 0 : t]; }
+
+    int64_t position(int64_t t) const { return sequence(t).past + (count == 1 ? t : 0); }
 
     Output to(char* y, const Matrix& w) const { return {y, w.out, d.dtype}; }
 
@@ -75,7 +81,7 @@ struct Pass {
         parallel_for(m, [&](int64_t t) { steps.add(hidden, b.out, t * d.hidden, d.hidden, d.dtype, d.residual_scale); });
     }
 
-    void rope(const llmqat_block& block, const llmqat_cache& cache) const {
+    void rope(const llmqat_block& block, int64_t number) const {
         const int64_t dim = block.head_dim, heads = block.kv_heads, group = d.heads / heads;
         const llmqat_rotary still = {};
         const void *q_norm = block.q_norm, *k_norm = block.k_norm;
@@ -89,7 +95,8 @@ struct Pass {
                         table.dtype, d.head_norm == OF_ROTATED_HEAD, d.neighbours != 0});
         };
         parallel_for(m * heads, [&](int64_t i) {
-            const int64_t t = i / heads, row = i % heads * capacity + past + t;
+            const int64_t t = i / heads, row = i % heads * sequence(t).capacity + position(t);
+            const llmqat_cache& cache = sequence(t).cache[number];
             for (int64_t h = i * group; h < (i + 1) * group; ++h) {
                 if (d.output_gate) part(h, dim);
                 turn(b.q, q_norm, rotary[block.query_rotary], t, h * dim);
@@ -112,18 +119,28 @@ struct Pass {
         std::memcpy(at(b.output_gate, h * dim), at(b.joined, (2 * h + 1) * dim), bytes);
     }
 
-    void attend(const llmqat_block& block, const llmqat_cache& cache) const {
+    // Of `tokens` new tokens from t on, in the sequence of t.
+    Attention attention_of(const llmqat_block& block, int64_t number, int64_t t, int64_t tokens) const {
+        const llmqat_sequence& own = sequence(t);
+        const llmqat_cache& cache = own.cache[number];
+        const int64_t start = t * d.heads * block.head_dim;
+        return {at(b.q, start), keys(cache), values(cache), at(b.attended, start), tokens, own.past, own.capacity,
+                block.window, d.heads, block.kv_heads, block.head_dim, d.attention_scale, d.softcap, d.dtype};
+    }
+
+    void attend(const llmqat_block& block, int64_t number) const {
         const int64_t kv_heads = block.kv_heads;
-        Attention a = {b.q, keys(cache), values(cache), b.attended, m, past, capacity, block.window, d.heads,
-                       kv_heads, block.head_dim, d.attention_scale, d.softcap, d.dtype};
-        if (m == 1) {
+        if (m == count) {
             // Heads that share keys go together.
             const int64_t group = d.heads / kv_heads, parts = (group + ATTEND_HEADS - 1) / ATTEND_HEADS;
-            return parallel_for(kv_heads * parts, [&](int64_t i) {
+            return parallel_for(m * kv_heads * parts, [&](int64_t i) {
+                const Attention a = attention_of(block, number, i / (kv_heads * parts), 1);
+                i %= kv_heads * parts;
                 int64_t head = i / parts * group + i % parts * ATTEND_HEADS, end = (i / parts + 1) * group;
                 steps.attend_decode(a, head, std::min(ATTEND_HEADS, end - head));
             });
         }
+        const Attention a = attention_of(block, number, 0, m);
         const int64_t tiles = (m + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
         // The last queries see the most keys: start with them, so that the threads end together.
         parallel_for(tiles * kv_heads, [&](int64_t i) {
@@ -153,21 +170,21 @@ struct Pass {
         add(block.side_norm);
     }
 
-    void attention(const llmqat_block& block, const llmqat_cache& cache, const void* x) const {
+    void attention(const llmqat_block& block, int64_t number, const void* x) const {
         const Job reads[] = {{&block.q, to(d.output_gate ? b.joined : b.q, block.q)}, {&block.k, to(b.k, block.k)},
                              {&block.v, to(b.v, block.v)}};
         linear(reads, block.v.codes ? 3 : block.k.codes ? 2 : 1, x, m, d.dtype);
-        rope(block, cache);
-        attend(block, cache);
+        rope(block, number);
+        attend(block, number);
         if (d.output_gate) open(SIGMOID, b.output_gate, b.attended, d.heads * block.head_dim);
         const Job output = {&block.o, to(b.out, block.o)};
         linear(&output, 1, d.output_gate ? b.output_gate : b.attended, m, d.dtype);
     }
 
-    void block(int64_t i, const llmqat_cache& cache) const {
+    void block(int64_t i) const {
         const llmqat_block& block = d.blocks[i];
         const void* x = read(block.input_norm);
-        if (block.q.codes) attention(block, cache, x);
+        if (block.q.codes) attention(block, i, x);
         else if (mix(i, x, m, b.out)) fail("what stands in the place of attention in block %lld failed", (long long)i);
         add(block.attended_norm);
         x = read(block.mlp_norm);
@@ -183,11 +200,11 @@ struct Pass {
 };
 
 // Embeddings in, last norm out: see llmqat_decode.
-void decode(const llmqat_decoder& d, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+void decode(const llmqat_decoder& d, const llmqat_sequence* sequences, int64_t count, int64_t m,
             const llmqat_rotary* rotary, const void* side, llmqat_mix mix, void* hidden) {
-    Pass pass = {d, *variant().steps, Buffers(d, m), m, past, capacity, rotary, static_cast<const char*>(side), mix, hidden};
+    Pass pass = {d, *variant().steps, Buffers(d, m), sequences, count, m, rotary, static_cast<const char*>(side), mix, hidden};
     if (d.embedding_scale != 1.0f) pass.scale(d.embedding_scale);
-    for (int64_t i = 0; i < d.count; ++i) pass.block(i, cache[i]);
+    for (int64_t i = 0; i < d.count; ++i) pass.block(i);
     pass.norm(hidden, d.norm, hidden, d.hidden);
 }
 
@@ -233,7 +250,8 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
     const int32_t dtype = g.decoder->dtype;
     set_threads(g.threads);
     embed(g, token);
-    decode(*g.decoder, g.cache, g.capacity, past, 1, rotary_at(g, past), nullptr, g.mix, g.hidden);
+    const llmqat_sequence sequence = {g.cache, g.capacity, past};
+    decode(*g.decoder, &sequence, 1, 1, rotary_at(g, past), nullptr, g.mix, g.hidden);
     const Job head = {g.head, {g.logits, g.head->out, dtype}};
     linear(&head, 1, g.hidden, 1, dtype);
     return argmax(g.logits, g.head->out, dtype);
@@ -244,17 +262,18 @@ int64_t next_token(const llmqat_greedy& g, int64_t token, int64_t past) {
 
 extern "C" {
 
-int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_sequence* sequences, int64_t count, int64_t m,
                       const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, llmqat_mix mix,
                       void* hidden) {
     return llmqat::guarded([&] {
         llmqat::check_decoder(*model, rotary_tables);
-        llmqat::check_caches(*model, cache, capacity, past, m);
+        llmqat::check_sequences(*model, sequences, count, m);
         llmqat::check_rotary(*model, rotary, rotary_tables);
         llmqat::check_side(*model, side);
         llmqat::check_mix(*model, mix);
+        if (mix && count > 1) llmqat::fail("what stands in the place of attention takes one sequence, not %lld", (long long)count);
         if (m) llmqat::check_pointer("hidden", hidden);
-        llmqat::decode(*model, cache, capacity, past, m, rotary, side, mix, hidden);
+        llmqat::decode(*model, sequences, count, m, rotary, side, mix, hidden);
         return 0;
     });
 }

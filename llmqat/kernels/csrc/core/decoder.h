@@ -40,6 +40,12 @@ struct llmqat_cache {
     float *key_scale, *value_scale;
 };
 
+// A sequence that goes on: its caches, one for each block, with room for `capacity` tokens.
+struct llmqat_sequence {
+    const llmqat_cache* cache;
+    int64_t capacity, past;
+};
+
 // Tables (m, dim) of the new positions, in the model's dtype, or in float32: then only the rotated features are rounded, and
 // not the products (OLMo 2). `dim` is even and at most the head_dim of its blocks; features of a head beyond it are not rotated.
 struct llmqat_rotary {
@@ -67,9 +73,10 @@ static_assert(sizeof(llmqat_greedy) == 104, "llmqat/kernels/greedy.py lays this 
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
-// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. side (m, count, side): the side inputs of each
-// block, in the decoder's dtype; null where no block has any; so is mix where all have attention. Errors: see llmqat.h.
-int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_cache* cache, int64_t capacity, int64_t past, int64_t m,
+// hidden (m, hidden) of m new tokens in place: embeddings in, last norm out. They follow each other in one sequence, or are
+// one of each of m sequences; mix takes those of one. side (m, count, side): the side inputs of each block, in the decoder's
+// dtype; null where no block has any; so is mix where all have attention. Errors: see llmqat.h.
+int32_t llmqat_decode(const llmqat_decoder* model, const llmqat_sequence* sequences, int64_t count, int64_t m,
                       const llmqat_rotary* rotary, int64_t rotary_tables, const void* side, llmqat_mix mix,
                       void* hidden);
 // The token that follows `token`: the one of the largest logit. The cache holds `past` tokens and has room for one more.
