@@ -204,6 +204,13 @@ def check_head(model: PreTrainedModel, lm_head_bits: int | None) -> None:
         )
     if is_tied(model):
         embed_scale_of(model.get_input_embeddings())
+        text = model.config.get_text_config()
+        if text is not model.config and getattr(text, "hidden_size_per_layer_input", None):
+            # Gemma 4 with towers indexes the matrix of the embedding, which is then none.
+            raise LlmqatError(
+                f"lm_head_bits is {lm_head_bits}, but {type(model).__name__} reads the tied embedding of its side "
+                "inputs as a matrix; leave it out"
+            )
 
 
 def check_transposed(model: PreTrainedModel, layers: list[LayerCoverage]) -> None:

@@ -17,6 +17,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
+from tests.serve.helpers import float_model
 
 SCHEME = QuantScheme(4, 16)
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -329,6 +330,13 @@ def test_overrides_reach_a_quantized_head_only(tiny_llama):
     assert [(layer.name, layer.reason) for layer in report.skipped] == [("lm_head", "override")]
     with pytest.raises(LlmqatError, match=r"group_size 48 does not divide .*lm_head .in_features 64"):
         check_divisible(plan(model, QuantScheme(4, 48), None, 8))
+
+
+def test_a_tied_head_that_is_read_as_a_matrix():
+    model = float_model("gemma4_text", beside="gemma4", tie_word_embeddings=True)
+    message = "lm_head_bits is 8, but Gemma4ForConditionalGeneration reads the tied embedding of its side inputs as"
+    with pytest.raises(LlmqatError, match=message):
+        plan(model, SCHEME, None, 8)
 
 
 def test_a_model_without_a_head(tiny_llama):

@@ -7,9 +7,9 @@
 // by the thread that called the library; 0, or else the call ends with an error.
 typedef int32_t (*llmqat_mix)(int64_t block, const void* x, int64_t m, void* y);
 
-// One transformer block. A layer without codes is none: without q it has no attention, but what llmqat_mix computes, without k the cache holds keys and values that a block before wrote,
-// without v values are what k gives, without side_gate there is no third branch, which reads a side input of the block
-// (Gemma 4 has all three). Norm weights are (hidden,), those of q, k and v (head_dim,), or as wide as q and k where these have
+// One transformer block. A layer without codes is none: without q it has no attention, but what llmqat_mix computes; without
+// k the cache holds keys and values that a block before wrote; without v values are what k gives; without side_gate there is
+// no third branch, which reads a side input of the block (Gemma 4 has the last three). Norm weights are (hidden,), those of q, k and v (head_dim,), or as wide as q and k where these have
 // norms of all heads together; null where the model has none. attended_norm, mlp_out_norm and side_norm are applied to the
 // output of a branch before it is added to the residual (Gemma 2 and 3, OLMo 2).
 struct llmqat_block {
@@ -33,8 +33,9 @@ struct llmqat_decoder {
 };
 static_assert(sizeof(llmqat_block) == 9 * 80 + 112 && sizeof(llmqat_decoder) == 96, "llmqat/kernels/decoder.py lays these out by hand");
 
-// The cache of a block, or of several that share one: (kv_heads, capacity, head_dim), of which the first `past` tokens are filled. With scales,
-// (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without, `dtype`.
+// The cache of a block, or of several that share one: (kv_heads, capacity, head_dim), of which the first `past` tokens are
+// filled. With scales, (kv_heads, capacity), it holds int8 codes (llmqat/quant/affine.py, quantize_activation); without,
+// `dtype`.
 struct llmqat_cache {
     void *keys, *values;
     float *key_scale, *value_scale;
