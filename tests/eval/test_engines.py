@@ -58,7 +58,7 @@ def sweep(monkeypatch, tmp_path):
 
 def no_page(write_text):
     """Leave docs/serve.md as it is."""
-    return lambda path, *text: None if path.name == "serve.md" else write_text(path, *text)
+    return lambda path, *text, **how: None if path.name == "serve.md" else write_text(path, *text, **how)
 
 
 def test_a_sweep_measures_every_cell_once(sweep, model_dir):
