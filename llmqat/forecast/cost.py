@@ -23,8 +23,7 @@ from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.output_head import OutputHead
-from llmqat.nn.experts import evenly_routed
-from llmqat.quant.grid import first_rows_alone
+from llmqat.quant.grid import without_values
 from llmqat.train.objective import Objective
 
 ADAM_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}  # of both moments, for each parameter that trains
@@ -62,7 +61,7 @@ def cost_of(
             fill_with_fakes(shapes)
             live = LiveBytes(shapes.tensors())
             held = live.current
-            with live.counting(), first_rows_alone(), evenly_routed():
+            with live.counting(), without_values():
                 work(shapes, recipe)
         return Cost(live.flops, held, live.peak)
 

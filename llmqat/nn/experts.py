@@ -7,7 +7,6 @@ need to know nothing of experts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from llmqat.compat.transformers import by_plain_torch, gate_of
 from llmqat.nn.expert_layout import Layout, possible_layouts
+from llmqat.quant.grid import lacks_values
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Of a trial: experts, width of an expert, and tokens for each or, where tokens choose them, altogether.
@@ -155,7 +155,7 @@ class SplitExperts(nn.ModuleList):
         """Numbers beyond the experts, which some routers give tokens that skip them all, come last and add nothing."""
         k, chosen = top_k_index.shape[-1], top_k_index.flatten()
         order = chosen.argsort(stable=True)
-        counts = _even(len(chosen), len(self)) if _EVENLY.get() else chosen.bincount(minlength=len(self)).tolist()
+        counts = _even(len(chosen), len(self)) if lacks_values() else chosen.bincount(minlength=len(self)).tolist()
         *inputs, skipping = hidden_states[order // k].split([*counts[: len(self)], sum(counts[len(self) :])])
         y = self._each(inputs)
         y = torch.cat([y, torch.zeros_like(skipping, dtype=y.dtype)]) if len(skipping) else y
@@ -183,19 +183,6 @@ class SplitExperts(nn.ModuleList):
         return self.layout.together(
             [{name: (weight_of(own[name]), own[name].bias) for name in names} for own in experts]
         )
-
-
-_EVENLY = ContextVar("_EVENLY", default=False)
-
-
-@contextmanager
-def evenly_routed() -> Iterator[None]:
-    """Give all experts as many tokens inside the ``with``, whatever routers say: for tensors without values."""
-    token = _EVENLY.set(True)
-    try:
-        yield
-    finally:
-        _EVENLY.reset(token)
 
 
 def _even(tokens: int, experts: int) -> list[int]:

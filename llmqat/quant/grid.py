@@ -20,23 +20,28 @@ from llmqat.scheme import QuantScheme
 CHUNK_ELEMENTS = 1 << 18
 
 
-_first_rows_alone = ContextVar("_first_rows_alone", default=False)
+_without_values = ContextVar("_without_values", default=False)
 
 
 @contextmanager
-def first_rows_alone() -> Iterator[None]:
-    """Visit the first chunk of rows of each matrix and no other inside the ``with``: for tensors without values, of
-    which all rows cost the same."""
-    token = _first_rows_alone.set(True)
+def without_values() -> Iterator[None]:
+    """Run tensors without values inside the ``with``: of each matrix the first chunk of rows, since all rows cost the
+    same; and experts with equal shares of the tokens, since routers have nothing to say."""
+    token = _without_values.set(True)
     try:
         yield
     finally:
-        _first_rows_alone.reset(token)
+        _without_values.reset(token)
+
+
+def lacks_values() -> bool:
+    """Whether tensors have no values here: see `without_values`."""
+    return _without_values.get()
 
 
 def slices(total: int, step: int) -> Iterator[slice]:
-    """Slices of `step` items, one after the other, over `total`; inside `first_rows_alone` the first one."""
-    for start in range(0, min(step, total) if _first_rows_alone.get() else total, step):
+    """Slices of `step` items, one after the other, over `total`; inside `without_values` the first one."""
+    for start in range(0, min(step, total) if lacks_values() else total, step):
         yield slice(start, min(start + step, total))
 
 
