@@ -5,18 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from llmqat.compat.caches import generate_cache_name
 from llmqat.kernels import native
-from llmqat.kernels.decoder import CAPACITY_GROWTH, Rotary
-from llmqat.serve.blocks import rotary_tables
-from llmqat.serve.cache_views import reserve, uses_int8_cache
+from llmqat.serve.cache_views import reserve, start_cache
 from llmqat.serve.calls import lies_on_cpu, text_positions
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.forward import why_not_native
-from llmqat.serve.int8_cache import Int8Cache
 from llmqat.serve.parts import side_inputs
 from llmqat.serve.paths import counts_of
 from llmqat.serve.stacks import stack_of
@@ -33,7 +29,6 @@ class BatchStep:
 
     def __init__(self, step: Step, caches: Sequence[Any]) -> None:
         self.step, self.buffers = step, [cache.llmqat_buffers for cache in caches]
-        self.tables: Rotary = []
 
     def __call__(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits ``(n, vocabulary)`` after `tokens` ``(n,)`` of these sequences, whose caches then hold them."""
@@ -43,18 +38,11 @@ class BatchStep:
         tokens = step.as_read(tokens)
         embeds = step.embed(tokens)
         side = side_inputs(step.stack, tokens[None], embeds[None])
-        rotary = self.rotary(embeds[None], [buffers.length for buffers in held])
+        rotary = step.rotary(embeds[None], [buffers.length for buffers in held])
         hidden = step.decoder.together(embeds, held, rotary, side)
         for buffers in held:
             buffers.length += 1
         return step.logits(hidden)
-
-    def rotary(self, embeds: Tensor, positions: Sequence[int]) -> Rotary:
-        """Rows of the rotary tables ``(n, dim)`` at these positions."""
-        if not self.tables or len(self.tables[0][0]) <= max(positions):
-            self.tables = rotary_tables(self.step.stack, embeds, torch.arange(max(positions) + CAPACITY_GROWTH)[None])
-        index = torch.tensor(positions)
-        return [(cosine[index], sine[index]) for cosine, sine in self.tables]
 
 
 def why_not_together(model: Any, ids: Tensor, mask: Any, positions: Any) -> str:
@@ -107,8 +95,7 @@ def batch_loop(
 
 def _prefill(model: Any, ids: Tensor) -> tuple[Any, Tensor]:
     """A cache of one prompt ``(1, length)``, and the logits ``(1, vocabulary)`` after it."""
-    stack = stack_of(model)
-    cache = (Int8Cache if uses_int8_cache(stack) else DynamicCache)(config=stack.config)
+    cache = start_cache(stack_of(model))
     logits: Tensor = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{generate_cache_name(): cache}).logits
     return cache, logits[:, -1]
 

@@ -21,6 +21,11 @@ def uses_int8_cache(stack: Any) -> bool:
     return quantizes_kv(first_attention(stack))
 
 
+def start_cache(stack: Any) -> Any:
+    """An empty cache of the kind that `stack` starts."""
+    return (Int8Cache if uses_int8_cache(stack) else DynamicCache)(config=stack.config)
+
+
 def why_cache_unfit(stack: Any, cache: Any) -> str:
     """Why the native decoder cannot go on in `cache`: another kind, or another content than it would write."""
     if cache is None:

@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmqat.compat.caches import cache_name, cache_of, output_with_cache, refuse_unknown_caches
 from llmqat.kernels.decoder import NativeDecoder, Rotary
 from llmqat.kernels.mixing import Mixing
 from llmqat.serve.blocks import decoder_of, mixing_of, rotary_fits, rotary_tables, why_not_covered
-from llmqat.serve.cache_views import buffers_of, is_synced, read_cache, reserve, sync_cache_views, uses_int8_cache
+from llmqat.serve.cache_views import (
+    buffers_of,
+    is_synced,
+    read_cache,
+    reserve,
+    start_cache,
+    sync_cache_views,
+    uses_int8_cache,
+)
 from llmqat.serve.calls import text_positions, why_call_unfit, why_past_unfit
 from llmqat.serve.families import SIDE_ARGUMENT
-from llmqat.serve.int8_cache import Int8Cache
 from llmqat.serve.parts import side_inputs
 from llmqat.serve.paths import counts_of
 from llmqat.serve.stacks import stack_of
@@ -77,7 +84,7 @@ def _forward(
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None:
-            cache = (Int8Cache if uses_int8_cache(self) else DynamicCache)(config=self.config)
+            cache = start_cache(self)
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + embeds.shape[1])[None] if text is None else text
         tables = rotary_tables(self, embeds, positions)

@@ -1,7 +1,7 @@
 """One token through a model whose blocks are native: to its logits, or straight to the token that follows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmqat.compat.torch import hooks_of
 from llmqat.kernels import native
-from llmqat.kernels.decoder import NativeDecoder
+from llmqat.kernels.decoder import CAPACITY_GROWTH, NativeDecoder
 from llmqat.kernels.greedy import GreedyDecoder
 from llmqat.kernels.packed import Packed
 from llmqat.models.output_head import AFTER_HEAD
@@ -94,17 +94,18 @@ class Step:
         self.fixed = has_fixed_rotary(self.stack)
         self.tables: list[tuple[Tensor, Tensor]] = []
 
-    def rotary(self, embeds: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
-        """Rows of the rotary tables ``(1, dim)``, from tables for the whole buffer where those stay the same."""
+    def rotary(self, embeds: Tensor, positions: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Rows of the rotary tables ``(n, dim)`` at these positions, from long tables where those stay the same."""
         if not self.fixed:
-            return rotary_tables(self.stack, embeds, torch.tensor([[position]]))
-        if not self.tables or self.tables[0][0].shape[0] <= position:
-            self.tables = self.all_rotary(embeds)
-        return [(cosine[position : position + 1], sine[position : position + 1]) for cosine, sine in self.tables]
+            return rotary_tables(self.stack, embeds, torch.tensor([positions]))
+        if not self.tables or len(self.tables[0][0]) <= max(positions):
+            self.tables = self.all_rotary(embeds, 2 * max(positions) + CAPACITY_GROWTH)
+        index = torch.tensor(positions)
+        return [(cosine[index], sine[index]) for cosine, sine in self.tables]
 
-    def all_rotary(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The rotary tables ``(capacity, dim)`` of the whole buffer, of the dtype of `like`."""
-        return rotary_tables(self.stack, like, torch.arange(self.buffers.capacity)[None])
+    def all_rotary(self, like: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """The rotary tables ``(tokens, dim)`` of the first positions, of the dtype of `like`."""
+        return rotary_tables(self.stack, like, torch.arange(tokens)[None])
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits ``(1, vocabulary)`` after `token` ``(1, 1)``, which the cache then holds."""
@@ -112,7 +113,7 @@ class Step:
         reserve(self.buffers, self.decoder, past + 1)
         embeds = self.embed(token[0])
         side = side_inputs(self.stack, token, embeds[None])
-        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], past), side, self.mixing)
+        hidden = self.decoder(embeds, self.buffers, past, self.rotary(embeds[None], [past]), side, self.mixing)
         self.buffers.length = past + 1
         return self.logits(hidden)
 
@@ -167,6 +168,7 @@ class GreedyStep:
 
     def _make_room(self, tokens: int) -> None:
         reserve(self.buffers, self.step.decoder, tokens)
-        tables = self.step.all_rotary(torch.empty(0, dtype=self.step.decoder.dtype))
+        like = torch.empty(0, dtype=self.step.decoder.dtype)
+        tables = self.step.all_rotary(like, self.buffers.capacity)
         self.greedy.set_cache(self.buffers, tables, self.step.mixing)
         self.room = self.buffers.capacity
