@@ -78,8 +78,8 @@ def export(directory: str | Path, to: str, output: str | Path, allow_rounding: b
     output = Path(output)
     with empty_output(output, str(directory)):
         source = Source.open(directory)
-        check_held(source, to, allow_rounding)
-        rounding, notes = measure_rounding(source, HOLDS[to]) if allow_rounding else None, tuple(source.notes())
+        exact, notes = check_held(source, to, allow_rounding), tuple(source.notes())
+        rounding = None if exact else measure_rounding(source, HOLDS[to])
         with replacing(output, seal=SEAL) as scratch:
             WRITERS[to](source, scratch)
             (scratch / CARD).write_text(card(to, rounding, notes), encoding="utf-8")

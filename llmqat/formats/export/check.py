@@ -17,26 +17,28 @@ from llmqat.scheme import QuantScheme
 FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
-def check_held(source: Source, to: str, allow_rounding: bool = False) -> None:
-    """Refuse a packed model that the format `to` does not hold bit for bit; or not at all, where rounding is allowed.
+def check_held(source: Source, to: str, allow_rounding: bool = False) -> bool:
+    """Whether the format `to` holds a packed model bit for bit, and not only rounded, where that is allowed.
 
     Raises:
         LlmqatError: naming the first layer that it does not hold, and the nearest grid to train instead.
     """
+    exactly = _why_not_held(source, to, allow_rounding=False)
+    if not exactly:
+        return True
+    rounded = _why_not_held(source, to, allow_rounding=True)
+    if allow_rounding and not rounded:
+        return False
+    remedy = "" if rounded else "; or export with --allow-rounding, which measures what is lost"
+    raise LlmqatError(rounded if allow_rounding else f"{exactly}{remedy}")
+
+
+def _why_not_held(source: Source, to: str, allow_rounding: bool) -> str:
     try:
         _check_held(source, to, allow_rounding)
     except LlmqatError as error:
-        if allow_rounding or not _is_held_rounded(source, to):
-            raise
-        raise LlmqatError(f"{error}; or export with --allow-rounding, which measures what is lost") from error
-
-
-def _is_held_rounded(source: Source, to: str) -> bool:
-    try:
-        _check_held(source, to, allow_rounding=True)
-    except LlmqatError:
-        return False
-    return True
+        return str(error)
+    return ""
 
 
 def _check_held(source: Source, to: str, allow_rounding: bool) -> None:
