@@ -100,7 +100,7 @@ def _checked(result: float, function: Any, _: Any) -> float:
 
 def _fits(loaded: ctypes.CDLL, sources: Path) -> bool:
     """Whether the library has the interface of the headers in `sources`; not so after an update without an install."""
-    headers = [sources / name for name in ("llmqat.h", "decoder.h")]
+    headers = [sources / name for name in ("llmqat.h", "decoder.h", "training.h")]
     if not all(header.exists() for header in headers):
         return True
     if not hasattr(loaded, "llmqat_interface"):

@@ -30,7 +30,7 @@ extern "C" {
 
 // The last error of this thread, in one line.
 const char* llmqat_error();
-// SHA-256 of llmqat.h and of decoder.h, in hexadecimal.
+// SHA-256 of llmqat.h, of decoder.h and of training.h, in hexadecimal.
 const char* llmqat_interface();
 // Best instruction set of this machine, whatever was forced.
 int32_t llmqat_best_isa();

@@ -11,6 +11,7 @@
 #include "float16.h"
 #include "llmqat.h"
 #include "steps.h"
+#include "train_steps.h"
 
 namespace llmqat {
 
@@ -124,9 +125,11 @@ struct Variant {
     // These outputs of all tokens. Tiled, they are all of [begin, end).
     void (*rows)(const Matrix&, const Input&, const Output&, const Runs&);
     const Steps* steps;
+    const TrainSteps* train;
     bool bfloat = false;                                      // whether it knows Path::BFLOAT
     bool (*tiles)(const Matrix&, Path, int64_t m) = nullptr;  // whether it wants tiled input for this call
     bool (*fixed)(const Matrix&) = nullptr;                   // whether it wants bfloat16 activations as integers
+    Multiply multiply = nullptr;                              // products of tiles, for training
 };
 
 const Variant* portable_variant();

@@ -140,8 +140,8 @@ const Variant* amx_variant() {
         steps.attend_prefill = attend_tiles;
         return steps;
     }();
-    static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .bfloat = true,
-                                    .tiles = tiles, .fixed = avx512_variant()->fixed};
+    static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS,
+                                    .train = avx512_variant()->train, .bfloat = true, .tiles = tiles, .fixed = avx512_variant()->fixed};
     return &VARIANT;
 }
 

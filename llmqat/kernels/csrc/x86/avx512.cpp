@@ -11,6 +11,7 @@ namespace {
 
 #include "shared/rows.inc"
 #include "shared/steps.inc"
+#include "shared/training.inc"
 #include "avx512_rows.inc"
 #include "avx512_bfloat_fixed.inc"
 #include "avx512_bfloat.inc"
@@ -32,7 +33,7 @@ void rows(const Matrix& w, const Input& in, const Output& out, const Runs& runs)
 }
 
 constexpr Variant VARIANT = {
-    .quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .bfloat = true, .fixed = fixed};
+    .quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS, .train = &TRAIN_STEPS, .bfloat = true, .fixed = fixed};
 
 }  // namespace
 

@@ -1,0 +1,87 @@
+#include "training.h"
+
+#include <algorithm>
+
+#include "checks.h"
+#include "cpu.h"
+#include "errors.h"
+#include "matrix.h"
+#include "team.h"
+
+namespace llmqat {
+namespace {
+
+void check_operand(const char* name, const Operand& a) {
+    check_pointer(name, a.data);
+    check_size("rows of an operand", a.rows, 1);
+    check_size("columns of an operand", a.columns, 1);
+    const bool by_rows = a.column_stride == 1 && a.row_stride >= a.columns;
+    const bool by_columns = a.row_stride == 1 && a.column_stride >= a.rows;
+    if (!by_rows && !by_columns)
+        fail("%s has strides %lld and %lld: one has to be 1, the other no less than a row", name, (long long)a.row_stride,
+             (long long)a.column_stride);
+}
+
+void check_grid(const TrainGrid& w) {
+    check_size("rows of a weight", w.rows, 0);
+    check_size("columns of a weight", w.columns, 1);
+    check_size("groups of a row", w.groups, 1, w.columns);
+    if (w.columns % w.groups) fail("%lld columns are no whole number of %lld groups", (long long)w.columns, (long long)w.groups);
+    check_dtype("the latent", w.latent_dtype);
+    check_dtype("the scale", w.scale_dtype);
+    if (w.rows) check_pointer("latent", w.latent), check_pointer("scale", w.scale);
+    if (!w.multiples != !w.step) fail("multiples without their step, or a step without multiples");
+}
+
+// Tasks of some thousands of weights each.
+template <class Use>
+void each_row(const TrainGrid& w, const Use& use) {
+    const int64_t rows = std::max<int64_t>(16384 / w.columns, 1);
+    team_for((w.rows + rows - 1) / rows, [&](int64_t i) {
+        for (int64_t n = i * rows; n < std::min((i + 1) * rows, w.rows); ++n) use(n);
+    });
+}
+
+}  // namespace
+}  // namespace llmqat
+
+extern "C" {
+
+int32_t llmqat_has_tiles() { return llmqat::variant().multiply != nullptr; }
+
+int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const float* bias, void* c, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_operand("the left matrix", *a);
+        llmqat::check_operand("the right matrix", *b);
+        if (a->columns != b->rows)
+            llmqat::fail("%lld columns cannot multiply %lld rows", (long long)a->columns, (long long)b->rows);
+        llmqat::check_dtype("the product", dtype);
+        llmqat::check_pointer("product", c);
+        if (!llmqat::variant().multiply) llmqat::fail("these kernels have no tiles to multiply with");
+        llmqat::variant().multiply(*a, *b, bias, c, dtype);
+        return 0;
+    });
+}
+
+int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_grid(*grid);
+        llmqat::check_dtype("w_hat", dtype);
+        if (grid->rows) llmqat::check_pointer("w_hat", w_hat);
+        const auto row = llmqat::variant().train->fake_quantize;
+        llmqat::each_row(*grid, [&](int64_t n) { row(*grid, n, w_hat, dtype); });
+        return 0;
+    });
+}
+
+int32_t llmqat_scale_gradients(const llmqat_grid* grid, const float* g, float* ds, void* w_hat, int32_t dtype) {
+    return llmqat::guarded([&] {
+        llmqat::check_grid(*grid);
+        llmqat::check_dtype("w_hat", dtype);
+        if (grid->rows) llmqat::check_pointer("g", g), llmqat::check_pointer("ds", ds);
+        const auto row = llmqat::variant().train->scale_gradients;
+        llmqat::each_row(*grid, [&](int64_t n) { row(*grid, n, g, ds, w_hat, dtype); });
+        return 0;
+    });
+}
+}
