@@ -1,7 +1,7 @@
-"""Kernels of training on a CPU: products in bfloat16 tiles, and weights on their grid. Where they do not run, torch does.
+"""The compiled kernels of training on a CPU, through ctypes, and the switch that leaves training to torch.
 
-They compute what torch computes: codes, scales and ``W_hat`` bit for bit, products and gradients to the rounding of their
-sums. `LLMQAT_TRAINING=torch` leaves all of it to torch; so does ``LLMQAT_KERNELS=reference``.
+They compute what torch does: codes, scales and ``W_hat`` bit for bit, products and gradients to the rounding of sums.
+``LLMQAT_TRAINING=torch`` turns them off; so does ``LLMQAT_KERNELS=reference``.
 """
 
 import ctypes
@@ -9,35 +9,12 @@ import os
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
-from llmqat.quant.grid import Compensation, Grid
 
 SWITCH = "LLMQAT_TRAINING"
-# A product of fewer rows than this is no work for tiles.
-LEAST_ROWS = 16
-
-
-class Operand(ctypes.Structure):
-    """`llmqat_operand` of csrc/core/training.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
-    )
-
-
-class GridRows(ctypes.Structure):
-    """`llmqat_grid` of csrc/core/training.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("latent", "multiples", "step", "scale", "code_scale", "zero_point")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
-        *((name, ctypes.c_int32) for name in ("latent_dtype", "scale_dtype", "qmin", "qmax")),
-    )
 
 
 @cache
@@ -53,13 +30,6 @@ def library() -> ctypes.CDLL | None:
     return None if wanted else native.library()
 
 
-@cache
-def has_tiles() -> bool:
-    """Whether products run in tiles here."""
-    kernels = library()
-    return kernels is not None and bool(kernels.llmqat_has_tiles())
-
-
 def call(name: str, *arguments: Any) -> None:
     """Call a function of the library, with torch's number of threads."""
     kernels = library()
@@ -69,5 +39,5 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where the values of a tensor lie."""
+    """Where the values of a tensor lie; null for none."""
     return None if tensor is None else tensor.data_ptr()

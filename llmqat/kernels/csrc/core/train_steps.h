@@ -7,6 +7,7 @@ namespace llmqat {
 
 using TrainGrid = llmqat_grid;
 using Operand = llmqat_operand;
+using Product = llmqat_product;
 
 struct TrainSteps {
     // Row n of w_hat.
@@ -16,6 +17,6 @@ struct TrainSteps {
 };
 
 // One product; null where an instruction set has no tiles.
-using Multiply = void (*)(const Operand& a, const Operand& b, const float* bias, void* c, int32_t dtype);
+using Multiply = void (*)(const Operand& a, const Operand& b, const Product& out);
 
 }  // namespace llmqat

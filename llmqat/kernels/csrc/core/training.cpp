@@ -22,6 +22,13 @@ void check_operand(const char* name, const Operand& a) {
              (long long)a.column_stride);
 }
 
+void check_product(const Product& out) {
+    check_pointer("product", out.c);
+    const bool floats = out.dtype == LLMQAT_FLOAT32, known = floats || out.dtype == LLMQAT_BFLOAT16;
+    if (!known) fail("a product is float32 or bfloat16, not dtype %d", out.dtype);
+    if (out.accumulate && !floats) fail("products are added up in float32 only");
+}
+
 void check_grid(const TrainGrid& w) {
     check_size("rows of a weight", w.rows, 0);
     check_size("columns of a weight", w.columns, 1);
@@ -49,16 +56,15 @@ extern "C" {
 
 int32_t llmqat_has_tiles() { return llmqat::variant().multiply != nullptr; }
 
-int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const float* bias, void* c, int32_t dtype) {
+int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const llmqat_product* out) {
     return llmqat::guarded([&] {
         llmqat::check_operand("the left matrix", *a);
         llmqat::check_operand("the right matrix", *b);
         if (a->columns != b->rows)
             llmqat::fail("%lld columns cannot multiply %lld rows", (long long)a->columns, (long long)b->rows);
-        llmqat::check_dtype("the product", dtype);
-        llmqat::check_pointer("product", c);
+        llmqat::check_product(*out);
         if (!llmqat::variant().multiply) llmqat::fail("these kernels have no tiles to multiply with");
-        llmqat::variant().multiply(*a, *b, bias, c, dtype);
+        llmqat::variant().multiply(*a, *b, *out);
         return 0;
     });
 }

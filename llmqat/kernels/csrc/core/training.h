@@ -12,6 +12,13 @@ struct llmqat_operand {
     int64_t rows, columns, row_stride, column_stride;
 };
 
+// Where a product goes: c (rows, columns), contiguous in `dtype`, float32 or bfloat16; bias (columns) float32 or null.
+struct llmqat_product {
+    void* c;
+    const float* bias;
+    int32_t dtype, accumulate;  // nonzero: c += the product, in float32
+};
+
 // Rows of a weight on its grid. The latent is the weight, to which GPTQ's change `multiples * step` is added in float32:
 //     v = latent / code_scale    q = clamp(round(v) + zero_point, qmin, qmax)    W_hat = scale * (q - zero_point)
 // with W_hat rounded to the dtype of the scale.
@@ -32,8 +39,8 @@ struct llmqat_grid {
 extern "C" {
 // Whether llmqat_multiply is faster here than what torch does: it needs tiles of bfloat16.
 int32_t llmqat_has_tiles();
-// c (a.rows, b.columns) = a b + bias, summed in float32: c contiguous in `dtype`, bias (b.columns) float32 or null.
-int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const float* bias, void* c, int32_t dtype);
+// c (a.rows, b.columns) = a b + bias, summed in float32.
+int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const llmqat_product* out);
 // w_hat (rows, columns), contiguous in `dtype`.
 int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype);
 // ds (rows, groups) float32 = the sum over each group of g (q - zero_point - v), of g (rows, columns) in float32, without

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "avx512.h"
+#include "core/team.h"
 
 namespace llmqat {
 namespace {
@@ -106,6 +107,7 @@ void finish(const TileJob& b, const Output& out, const float* scale) {
 #include "amx_bfloat.inc"
 #include "amx_integer.inc"
 #include "amx_attend.inc"
+#include "amx_products.inc"
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     if (!in.tiled) return avx512_variant()->pack(w, in, m, row);
@@ -141,7 +143,8 @@ const Variant* amx_variant() {
         return steps;
     }();
     static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS,
-                                    .train = avx512_variant()->train, .bfloat = true, .tiles = tiles, .fixed = avx512_variant()->fixed};
+                                    .train = avx512_variant()->train, .bfloat = true, .tiles = tiles, .fixed = avx512_variant()->fixed,
+                                    .multiply = multiply_tiles};
     return &VARIANT;
 }
 
