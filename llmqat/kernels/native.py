@@ -30,6 +30,7 @@ REFERENCE = "reference"
 # What the functions that compute return: negative numbers are errors.
 RESULTS = {
     **dict.fromkeys(("llmqat_linear", "llmqat_linears", "llmqat_rows", "llmqat_decode"), ctypes.c_int32),
+    **dict.fromkeys(("llmqat_multiply", "llmqat_fake_quantize", "llmqat_scale_gradients"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_next_token", "llmqat_argmax"), ctypes.c_int64),
     "llmqat_read_bandwidth": ctypes.c_double,
 }

@@ -76,8 +76,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _run(a: Tensor, b: Tensor, bias: Tensor | None, product: Tensor, accumulate: bool) -> None:
     left, right = _readable(a), _readable(b)
     bias = None if bias is None else bias.float().contiguous()
-    out = Product(product.data_ptr(), training.pointer(bias), native.DTYPES[product.dtype], accumulate)
-    operands = [Operand(matrix.data_ptr(), *matrix.shape, *_strides(matrix)) for matrix in (left, right)]
+    out = Product(training.pointer(product), training.pointer(bias), native.DTYPES[product.dtype], accumulate)
+    operands = [Operand(training.pointer(matrix), *matrix.shape, *_strides(matrix)) for matrix in (left, right)]
     training.call("llmqat_multiply", *map(ctypes.byref, operands), ctypes.byref(out))
 
 

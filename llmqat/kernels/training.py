@@ -38,6 +38,6 @@ def call(name: str, *arguments: Any) -> None:
     getattr(kernels, name)(*arguments)
 
 
-def pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where the values of a tensor lie; null for none."""
-    return None if tensor is None else tensor.data_ptr()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
+from llmqat.kernels import products
+from llmqat.kernels.grid_rows import fake_quantize
 from llmqat.nn.dtensor import own_rows, row_shard
+from llmqat.nn.fake_quant_function import fake_quant_linear
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, round_scale, store
 from llmqat.quant.fake_quant import (
     codes_of,
     compute_dtype,
     count_clipped,
-    fake_quant_linear,
-    fake_quantize,
     static_activation,
 )
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
@@ -235,7 +236,7 @@ class FakeQuantLinear(KeepsDtypes):
         # Casts of its own, not those of autocast: a weight stored in bfloat16 would be widened first.
         dtype = compute_dtype(x)
         x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        y = nn.functional.linear(x, whole_weight(own_rows(self.weight, self.shard), dtype, self.shard), bias)
+        y = products.linear(x, whole_weight(own_rows(self.weight, self.shard), dtype, self.shard), bias)
         if adapters is None:
             return y
         a, b, scaling = adapters

@@ -111,19 +111,19 @@ class Latent(NamedTuple):
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says."""
-        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
-        if self.adapters is not None:
-            total = self._adapted(total, rows)
+        total = self.adapted(rows)
         if self.compensation is not None:  # last: merged adapters then give the same bits
             total = total + self.compensation.rows(rows, total.dtype)
         return total
 
-    def _adapted(self, total: Tensor, rows: slice) -> Tensor:
-        """Weights of some `rows` with the adapters added.
+    def adapted(self, rows: slice) -> Tensor:
+        """Rows of the weight with the adapters added, if there are any: the sum without the compensation.
 
         A product of fewer rows may round otherwise: where a shard ends inside a chunk, that of the whole chunk is made.
         """
-        assert self.adapters is not None
+        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.adapters is None:
+            return total
         a, b, scaling = self.adapters
         chunk, within = rows, slice(0, len(total))
         if self.shard is not None:

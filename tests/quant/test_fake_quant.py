@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from llmqat.nn.fake_quant_function import fake_quant_linear
 from llmqat.quant import grid
 from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, grouped, quantize, ranges_of
-from llmqat.quant.fake_quant import fake_quant_linear, fake_quantize
+from llmqat.quant.fake_quant import fake_quantize
 from llmqat.quant.grid import Adapters, Grid, Latent
 from llmqat.scheme import QuantScheme
 from tests.quant.helpers import random_change

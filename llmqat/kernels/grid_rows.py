@@ -1,0 +1,118 @@
+"""Weights on their grid by the compiled kernels: ``W_hat`` bit for bit as torch finds it, and gradients of scales.
+
+What the kernels do not know (float64, other devices, rows divided among processes) torch computes.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmqat.kernels import native, training
+from llmqat.quant.fake_quant import fake_quantize as in_torch
+from llmqat.quant.grid import Compensation, Grid, Latent, lacks_values
+
+
+class GridRows(ctypes.Structure):
+    """`llmqat_grid` of csrc/core/training.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("latent", "multiples", "step", "scale", "code_scale", "zero_point")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
+        *((name, ctypes.c_int32) for name in ("latent_dtype", "scale_dtype", "qmin", "qmax")),
+    )
+
+
+@torch.no_grad()
+def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = None) -> Tensor:
+    """`llmqat.quant.fake_quant.fake_quantize`, by the kernels where they know the weight."""
+    if not _known(latent, grid, out_dtype or grid.storage_dtype):
+        return in_torch(latent, grid, out_dtype)
+    rows, w_hat = _Rows.of(latent, grid), torch.empty(latent.weight.shape, dtype=out_dtype or grid.storage_dtype)
+    for part in rows.parts():
+        out = w_hat[part.rows]
+        training.call(
+            "llmqat_fake_quantize", ctypes.byref(part.struct), training.pointer(out), native.DTYPES[out.dtype]
+        )
+    return w_hat
+
+
+def makes_scale_gradients(latent: Latent, grid: Grid) -> bool:
+    """Whether `scale_gradients` knows the weight."""
+    return _known(latent, grid, torch.float32)
+
+
+@torch.no_grad()
+def scale_gradients(
+    g: Tensor, latent: Latent, grid: Grid, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the scales ``(out, groups)`` float32, and ``W_hat`` beside it, whose codes are found only once.
+
+    Args:
+        g: gradient of ``W_hat``, ``(out, in)`` float32.
+        latent: the weight, of which `makes_scale_gradients` holds.
+        grid: its grid.
+        out_dtype: of ``W_hat``; None for no ``W_hat``.
+    """
+    rows, ds = _Rows.of(latent, grid), torch.empty(grid.scale.shape, dtype=torch.float32)
+    w_hat = None if out_dtype is None else torch.empty(latent.weight.shape, dtype=out_dtype)
+    for part in rows.parts():
+        out = None if w_hat is None else w_hat[part.rows]
+        pointers = map(training.pointer, (g[part.rows], ds[part.rows], out))
+        dtype = native.DTYPES[out_dtype or torch.float32]
+        training.call("llmqat_scale_gradients", ctypes.byref(part.struct), *pointers, dtype)
+    return ds, w_hat
+
+
+def _known(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
+    """Whether the kernels run here, and know the dtypes of a weight."""
+    weight, change = latent.weight, latent.compensation
+    dtypes = (weight.dtype, grid.storage_dtype, out_dtype)
+    known = all(dtype in native.DTYPES for dtype in dtypes) and (change is None or change.multiples.dtype == torch.int8)
+    plain = weight.device.type == "cpu" and latent.shard is None and type(weight) in (Tensor, torch.nn.Parameter)
+    return known and plain and not lacks_values() and training.library() is not None
+
+
+class _Part(NamedTuple):
+    """Some rows of a weight: the struct of the kernels, and the tensors that it borrows."""
+
+    rows: slice
+    struct: GridRows
+    borrowed: tuple[Tensor | None, ...]
+
+
+class _Rows(NamedTuple):
+    """A weight and its grid as the kernels read them, contiguous."""
+
+    latent: Latent
+    grid: Grid
+
+    @staticmethod
+    def of(latent: Latent, grid: Grid) -> "_Rows":
+        """The stored grid of a weight, in the dtypes of the kernels."""
+        stored, change = grid.stored(), latent.compensation
+        wide = [None if x is None else x.float().contiguous() for x in (stored.zero_point, stored.code_scale)]
+        grid = stored._replace(scale=stored.scale.contiguous(), zero_point=wide[0], code_scale=wide[1])
+        if change is not None:
+            change = Compensation(change.multiples.contiguous(), change.step.bfloat16().contiguous())
+        return _Rows(latent._replace(weight=latent.weight.contiguous(), compensation=change), grid)
+
+    def parts(self) -> Iterator[_Part]:
+        """All rows at once; with adapters, whose product rounds by chunks, chunk by chunk."""
+        if self.latent.adapters is None:
+            yield self._part(slice(0, len(self.latent.weight)), self.latent.weight)
+            return
+        for rows in self.latent.chunks():
+            yield self._part(rows, self.latent.adapted(rows))
+
+    def _part(self, rows: slice, values: Tensor) -> _Part:
+        scale, zero_point, code_scale, scheme, _ = self.grid.rows(rows)
+        change = self.latent.compensation
+        multiples, step = (None, None) if change is None else (change.multiples[rows], change.step[rows])
+        borrowed = (values, multiples, step, scale, code_scale, zero_point)
+        sizes = (*values.shape, scale.shape[1])
+        dtypes = (native.DTYPES[values.dtype], native.DTYPES[scale.dtype])
+        struct = GridRows(*map(training.pointer, borrowed), *sizes, *dtypes, scheme.qmin, scheme.qmax)
+        return _Part(rows, struct, borrowed)
