@@ -134,8 +134,8 @@ def _gradients(
         return made, None
     dw = multiply(gy.T, x, dtype=torch.promote_types(latent.weight.dtype, torch.float32))
     if direct and need.scale and not need.zero_point and makes_scale_gradients(latent, grid):
-        ds, w_hat = scale_gradients(dw, latent, grid, x.dtype if need.x else None)
-        made = made._replace(scale=ds)
+        of_scale, w_hat = scale_gradients(dw, latent, grid, x.dtype if need.x else None)
+        made = made._replace(scale=of_scale)
     else:
         dw, ds, dz = _weight_gradients(dw, latent, grid, need, clip_mask)
         made = made._replace(scale=ds, zero_point=dz)

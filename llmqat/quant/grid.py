@@ -121,7 +121,8 @@ class Latent(NamedTuple):
 
         A product of fewer rows may round otherwise: where a shard ends inside a chunk, that of the whole chunk is made.
         """
-        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
+        dtype, added = torch.promote_types(self.weight.dtype, torch.float32), self.adapters is not None
+        total = self.weight[rows].to(dtype, copy=added)
         if self.adapters is None:
             return total
         a, b, scaling = self.adapters
@@ -136,7 +137,7 @@ class Latent(NamedTuple):
                 whole[within] = total
                 total = whole
         with torch.autocast(total.device.type, enabled=False):
-            return torch.addmm(total, b[chunk].to(total.dtype), a.to(total.dtype), alpha=scaling)[within]
+            return total.addmm_(b[chunk].to(dtype), a.to(dtype), alpha=scaling)[within]
 
     def at(self, ids: Tensor) -> Tensor:
         """Rows `ids` ``(n,)`` of the sum, ``(n, in)``, bit for bit those of `rows`; no gradient.

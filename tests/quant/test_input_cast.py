@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from llmqat.nn import fake_quant_function
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant import fake_quant
 from llmqat.quant.input_cast import InputCast
 from llmqat.scheme import QuantScheme
 
@@ -59,7 +59,7 @@ def test_layers_that_share_an_input_share_what_they_save_of_it(monkeypatch, act_
         return len(inputs), [y, x.grad, *gradients]
 
     shared = run()
-    monkeypatch.setattr(fake_quant, "_input_cast", lambda x, dtype: x.detach().to(dtype))
+    monkeypatch.setattr(fake_quant_function, "_input_cast", lambda x, dtype: x.detach().to(dtype))
     apart = run()
     assert (shared[0], apart[0]) == (1, 3)
     assert all(torch.equal(a, b) for a, b in zip(shared[1], apart[1], strict=True))
