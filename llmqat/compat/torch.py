@@ -43,6 +43,14 @@ def with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> n
     return other
 
 
+@leans_on("torch.nn.Module._modules", test="tests/nn/test_native_modules.py")
+def with_modules(module: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+    """A module that shares all with `module` but these submodules."""
+    other = copy.copy(module)
+    vars(other)["_modules"] = {**module._modules, **modules}
+    return other
+
+
 @leans_on(
     "torch.nn.Module._forward_hooks",
     "torch.nn.Module._forward_pre_hooks",

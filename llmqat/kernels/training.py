@@ -9,7 +9,9 @@ import os
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
@@ -41,3 +43,27 @@ def call(name: str, *arguments: Any) -> None:
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where the values of a tensor lie; null for none."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether the library runs and can read these tensors: plain ones with values, on the CPU, of dtypes it knows."""
+    return library() is not None and all(map(_is_plain, tensors))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    known = type(tensor) in (Tensor, Parameter) and tensor.dtype in native.DTYPES
+    return known and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it unless its rows fill one run of memory, in whatever order."""
+    *rows, step = tensor.stride()
+    order = sorted(range(len(rows)), key=lambda dim: -rows[dim])
+    return tensor if step == 1 and tensor.permute(*order, -1).is_contiguous() else tensor.contiguous()
+
+
+def laid_out_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, or a copy of it unless its elements lie in the order of those of `other`."""
+    if tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)

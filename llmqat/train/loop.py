@@ -21,6 +21,7 @@ from llmqat.errors import LlmqatError
 from llmqat.machine import return_freed_memory
 from llmqat.mapped import Disk, in_files
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
+from llmqat.nn.native_modules import native_modules
 from llmqat.processes import is_first
 from llmqat.progress import Meter
 from llmqat.team import whole_team
@@ -321,7 +322,8 @@ def fit(
     trainer = Trainer(model, data, config, teacher, seed, checkpoints)
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
-    with trainer.writing:
+    models = [model] if teacher is None else [model, teacher.model]
+    with trainer.writing, native_modules(*models):
         if checkpoints is None or checkpoints.state is None:
             trainer.evaluate()
             trainer.save()

@@ -8,12 +8,23 @@ namespace llmqat {
 using TrainGrid = llmqat_grid;
 using Operand = llmqat_operand;
 using Product = llmqat_product;
+using TrainNorm = llmqat_rms_norm;
+using TrainGate = llmqat_gate;
+using Rotation = llmqat_rotation;
 
 struct TrainSteps {
     // Row n of w_hat.
     void (*fake_quantize)(const TrainGrid&, int64_t n, void* w_hat, int32_t dtype);
     // Row n of ds, and of w_hat unless that is null.
     void (*scale_gradients)(const TrainGrid&, int64_t n, const float* g, float* ds, void* w_hat, int32_t dtype);
+    // Rows [first, last) of y and inverse; of dx, while their part of dweight is added to `dweight` unless that is null.
+    void (*norm)(const TrainNorm&, int64_t first, int64_t last);
+    void (*norm_back)(const TrainNorm&, int64_t first, int64_t last, float* dweight);
+    // Row n of y; of dgate and dup.
+    void (*gate)(const TrainGate&, int64_t n);
+    void (*gate_back)(const TrainGate&, int64_t n);
+    // All heads of one place of a sequence.
+    void (*rotate)(const Rotation&, int64_t sequence, int64_t place);
 };
 
 // One product; null where an instruction set has no tiles.

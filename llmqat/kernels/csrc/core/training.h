@@ -33,6 +33,44 @@ struct llmqat_grid {
     int32_t latent_dtype, scale_dtype, qmin, qmax;
 };
 
+// RMSNorm of rows: x * inverse * (offset + weight) with inverse = 1 / sqrt(mean(x^2) + eps); unless `rounds_once`, x * inverse is
+// rounded to the dtype of x before the weight multiplies it. The forward writes y, and `inverse` unless that is null; the
+// backward reads inverse and g, the gradient of y, and writes dx and dweight where they are not null.
+struct llmqat_rms_norm {
+    const void *x, *weight;  // (rows, count) x_dtype; (count) weight_dtype
+    void* y;                 // (rows, count) y_dtype
+    float* inverse;          // (rows)
+    const void* g;           // (rows, count) y_dtype
+    void* dx;                // (rows, count) x_dtype
+    float* dweight;          // (count)
+    int64_t rows, count;
+    float eps, offset;
+    int32_t rounds_once, x_dtype, weight_dtype, y_dtype;
+};
+
+// y = activation(gate) * up, of one dtype; the activation is rounded to it. The forward writes y; the backward reads g, the
+// gradient of y, and writes dgate and dup.
+struct llmqat_gate {
+    const void *gate, *up;  // (rows, count), rows `stride` apart, as are those of dgate and dup
+    void* y;                // (rows, count), contiguous, as is g
+    const void* g;
+    void *dgate, *dup;
+    int64_t rows, count, stride;
+    int32_t activation, dtype;  // activation: 0 silu, 1 gelu with tanh
+};
+
+// Rotary embedding: the first `rotary` features i of each head turn with those half of `rotary` further on; the rest is copied.
+// y[i] = x[i] cosine[i] - x[i + half] sine[i], y[i + half] = x[i + half] cosine[i + half] + x[i] sine[i + half], where products
+// are rounded to the dtype of y. `back` computes the gradient of x from that of y, and rounds once.
+struct llmqat_rotation {
+    const void *x, *cosine, *sine;  // (batch, heads, length, dim) x_dtype; tables (batch or 1, length, rotary) table_dtype
+    void* y;                        // like x, y_dtype
+    int64_t batch, heads, length, dim, rotary;
+    int64_t x_strides[3], y_strides[3];  // of batch, heads, length
+    int64_t table_stride;                // of batch; 0 where all share a table
+    int32_t x_dtype, y_dtype, table_dtype, back;
+};
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
@@ -46,6 +84,11 @@ int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype
 // ds (rows, groups) float32 = the sum over each group of g (q - zero_point - v), of g (rows, columns) in float32, without
 // the last term where there is a code scale; and w_hat, unless that is null, as above.
 int32_t llmqat_scale_gradients(const llmqat_grid* grid, const float* g, float* ds, void* w_hat, int32_t dtype);
+int32_t llmqat_norm_forward(const llmqat_rms_norm* norm);
+int32_t llmqat_norm_backward(const llmqat_rms_norm* norm);
+int32_t llmqat_gate_forward(const llmqat_gate* gate);
+int32_t llmqat_gate_backward(const llmqat_gate* gate);
+int32_t llmqat_rotate(const llmqat_rotation* rotation);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop
