@@ -28,6 +28,7 @@ from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
 from llmqat.train.modes import parameter_groups
+from llmqat.train.native_attention import native_attention
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
 from llmqat.train.state import (
@@ -323,7 +324,7 @@ def fit(
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
     models = [model] if teacher is None else [model, teacher.model]
-    with trainer.writing, native_modules(*models):
+    with trainer.writing, native_modules(*models), native_attention():
         if checkpoints is None or checkpoints.state is None:
             trainer.evaluate()
             trainer.save()

@@ -130,6 +130,7 @@ struct Variant {
     bool (*tiles)(const Matrix&, Path, int64_t m) = nullptr;  // whether it wants tiled input for this call
     bool (*fixed)(const Matrix&) = nullptr;                   // whether it wants bfloat16 activations as integers
     Multiply multiply = nullptr;                              // products of tiles, for training
+    const AttendTraining* attend = nullptr;                   // attention of training
 };
 
 const Variant* portable_variant();

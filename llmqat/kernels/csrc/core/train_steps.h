@@ -30,4 +30,15 @@ struct TrainSteps {
 // One product; null where an instruction set has no tiles.
 using Multiply = void (*)(const Operand& a, const Operand& b, const Product& out);
 
+using TrainAttention = llmqat_attention;
+using AttentionGradients = llmqat_attention_gradients;
+
+// Attention in tiles; null without.
+struct AttendTraining {
+    // Queries [first, last) of the heads that share the keys and values `kv` of a sequence.
+    void (*forward)(const TrainAttention&, int64_t sequence, int64_t kv, int64_t first, int64_t last);
+    // All of them: the gradients of these keys and values, and of their queries.
+    void (*backward)(const TrainAttention&, const AttentionGradients&, int64_t sequence, int64_t kv);
+};
+
 }  // namespace llmqat

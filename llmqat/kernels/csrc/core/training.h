@@ -71,6 +71,29 @@ struct llmqat_rotation {
     int32_t x_dtype, y_dtype, table_dtype, back;
 };
 
+// A bfloat16 matrix of each head of each sequence: element i of a row is
+// data[sequence * sequence_stride + head * head_stride + row * row_stride + i].
+struct llmqat_heads {
+    void* data;
+    int64_t sequence_stride, head_stride, row_stride;
+};
+
+// softmax(cap(scale q k^T)) v over the keys that a query sees; of none, zeros. Consecutive heads share keys and values. With
+// a softcap, cap(x) = softcap * tanh(x / softcap).
+struct llmqat_attention {
+    llmqat_heads q, k, v, out;
+    float* log_sum;       // (sequences, heads, queries): of e^score; written by the forward unless null, read by the backward
+    const int32_t* seen;  // (queries, 2) of each sequence: a query sees keys [first, end)
+    int64_t seen_stride;  // from a sequence to the next; 0 where all see the same
+    int64_t sequences, heads, kv_heads, queries, keys, head_dim;
+    float scale, softcap;  // softcap 0: none
+};
+
+// Gradients: of `out`, read; of q, k and v, written.
+struct llmqat_attention_gradients {
+    llmqat_heads out, q, k, v;
+};
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
@@ -89,6 +112,13 @@ int32_t llmqat_norm_backward(const llmqat_rms_norm* norm);
 int32_t llmqat_gate_forward(const llmqat_gate* gate);
 int32_t llmqat_gate_backward(const llmqat_gate* gate);
 int32_t llmqat_rotate(const llmqat_rotation* rotation);
+// Attention of training, and its gradients: with tiles alone.
+int32_t llmqat_has_attention();
+int32_t llmqat_attend(const llmqat_attention* attention);
+int32_t llmqat_attend_backward(const llmqat_attention* attention, const llmqat_attention_gradients* gradients);
+// Write what each query sees by a mask (sequences, queries, keys) of bytes 0 and 1, whose last stride is 1. Returns 1 if the
+// keys of every query are one run; else 0, and `seen` (sequences, queries, 2) is of no use.
+int32_t llmqat_seen_keys(const uint8_t* mask, const int64_t* sizes, const int64_t* strides, int32_t* seen);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

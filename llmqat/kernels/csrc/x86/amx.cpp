@@ -1,6 +1,7 @@
 // Intel AMX: 16-token tiles. Weights of up to 128 rows by 512 columns are decoded once into tiles that stay in cache
 // while all tokens pass. Few tokens go to the AVX-512 kernels, which read memory as fast as it comes.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "avx512.h"
@@ -106,8 +107,11 @@ void finish(const TileJob& b, const Output& out, const float* scale) {
 
 #include "amx_bfloat.inc"
 #include "amx_integer.inc"
-#include "amx_attend.inc"
 #include "amx_products.inc"
+#include "amx_operands.inc"
+#include "amx_attend.inc"
+#include "amx_train_attend.inc"
+#include "amx_train_attend_back.inc"
 
 void pack(const Matrix& w, const Input& in, int64_t m, const float* row) {
     if (!in.tiled) return avx512_variant()->pack(w, in, m, row);
@@ -144,7 +148,7 @@ const Variant* amx_variant() {
     }();
     static const Variant VARIANT = {.quantize = quantize_lanes, .pack = pack, .rows = rows, .steps = &STEPS,
                                     .train = avx512_variant()->train, .bfloat = true, .tiles = tiles, .fixed = avx512_variant()->fixed,
-                                    .multiply = multiply_tiles};
+                                    .multiply = multiply_tiles, .attend = &ATTEND_TRAINING};
     return &VARIANT;
 }
 
