@@ -148,7 +148,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
         dq, dk, dv = _by_rows(q), _by_rows(k), _by_rows(v)
-        gradients = Gradients(*map(_heads, (_with_rows(d_out).transpose(1, 2), dq, dk, dv)))
+        d_out = _with_rows(d_out).transpose(1, 2)  # named, so that it outlives the call
+        gradients = Gradients(*map(_heads, (d_out, dq, dk, dv)))
         attention = _attention(q, k, v, out, log_sum, ctx.softmax)
         call("llmqat_attend_backward", ctypes.byref(attention), ctypes.byref(gradients))
         return dq, dk, dv, None
