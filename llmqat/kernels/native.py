@@ -34,6 +34,7 @@ RESULTS = {
     **dict.fromkeys(("llmqat_norm_forward", "llmqat_norm_backward", "llmqat_rotate"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_gate_forward", "llmqat_gate_backward"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_attend", "llmqat_attend_backward", "llmqat_seen_keys"), ctypes.c_int32),
+    **dict.fromkeys(("llmqat_find_losses", "llmqat_find_state_errors"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_next_token", "llmqat_argmax"), ctypes.c_int64),
     "llmqat_read_bandwidth": ctypes.c_double,
 }

@@ -7,12 +7,13 @@ the hidden states that they come from are a few MiB.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from llmqat.kernels import products
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.widened import WidenedLinear
 from llmqat.progress import log
@@ -27,6 +28,9 @@ def soft_capped(logits: Tensor, cap: float) -> Tensor:
     """``cap * tanh(logits / cap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
     return torch.tanh(logits / cap) * cap
 
+
+# `linear` of torch, or one that takes the same.
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # What a model's forward does to the logits after its output head, by the entry of its config that says so.
 AFTER_HEAD: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -43,6 +47,13 @@ def cached(logits: Tensor) -> Iterator[slice]:
     return slices(tokens, few)
 
 
+class HeadWeights(NamedTuple):
+    """Weights of a head that is a Linear and nothing else, in the dtype in which it computes."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 @dataclass(frozen=True)
 class BelowHead:
     """A forward that stopped below the output head.
@@ -53,6 +64,7 @@ class BelowHead:
         logits: maps ``(tokens, hidden)`` to logits ``(tokens, vocabulary)``.
         vocabulary: logits of a token.
         parameters: those of the head that train.
+        weights: of a head whose logits are a product of matrices, in the dtype asked for; None where they are not.
     """
 
     outputs: Any
@@ -60,6 +72,7 @@ class BelowHead:
     logits: Callable[[Tensor], Tensor]
     vocabulary: int
     parameters: tuple[nn.Parameter, ...] = ()
+    weights: Callable[[torch.dtype], HeadWeights] | None = None
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Slices of `tokens` tokens, each of so many that their logits are few."""
@@ -84,10 +97,14 @@ class CastWeight:
         self.cast = None
 
 
-def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer does not train, and is a Linear and nothing else."""
-    plain = type(layer) in (nn.Linear, WidenedLinear)
-    return plain and not any(parameter.requires_grad for parameter in layer.parameters())
+def is_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a layer is a Linear and nothing else."""
+    return type(layer) in (nn.Linear, WidenedLinear)
+
+
+def trained(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Parameters of a layer that train."""
+    return tuple(parameter for parameter in layer.parameters() if parameter.requires_grad)
 
 
 class OutputHead:
@@ -117,21 +134,27 @@ class OutputHead:
         if self.layer is other.layer:
             self.cast_weight = other.cast_weight
 
-    def output(self, hidden: Tensor) -> Tensor:
-        """The head alone, on inputs ``(..., hidden)``: ``(..., vocabulary)``."""
+    def output(self, hidden: Tensor, multiply: Multiply = products.linear) -> Tensor:
+        """The head alone, on inputs ``(..., hidden)``: ``(..., vocabulary)``, of a frozen Linear by `multiply`."""
         assert self.layer is not None
         dtype = compute_dtype(hidden)
-        if not is_frozen_linear(self.layer) or self.layer.weight.dtype == dtype == hidden.dtype:
+        if not is_linear(self.layer) or trained(self.layer):
             output: Tensor = self.layer(hidden)
             return output
-        bias = self.layer.bias
-        return linear(
-            hidden.to(dtype), self.cast_weight(self.layer.weight, dtype), bias if bias is None else bias.to(dtype)
-        )
+        return multiply(hidden.to(dtype), *self.weights(dtype))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def weights(self, dtype: torch.dtype) -> HeadWeights:
+        """Weights of a head that is a Linear, in `dtype`, without gradients."""
+        assert is_linear(self.layer)
+        weight, bias = self.layer.weight, self.layer.bias
+        # A cast that is kept would hold memory while the optimizer needs it, for a weight that it changes.
+        keep = weight.dtype != dtype and not weight.requires_grad
+        cast = self.cast_weight(weight, dtype) if keep else weight.detach().to(dtype)
+        return HeadWeights(cast, None if bias is None else bias.detach().to(dtype))
+
+    def logits(self, hidden: Tensor, multiply: Multiply = products.linear) -> Tensor:
         """Logits ``(..., vocabulary)`` of inputs of the head ``(..., hidden)``, as the model's forward gives them."""
-        logits = self.output(hidden)
+        logits = self.output(hidden, multiply)
         for change, value in self.after:
             logits = change(logits, value)
         return logits
@@ -157,15 +180,16 @@ class OutputHead:
             self.layer = None
             return whole_forward(forward, inputs)
         self.compared = True
-        trained = tuple(parameter for parameter in self.layer.parameters() if parameter.requires_grad)
-        return BelowHead(outputs, given[0], self.logits, outputs.logits.shape[-1], trained)
+        weights = self.weights if is_linear(self.layer) and not self.after else None
+        return BelowHead(outputs, given[0], self.logits, outputs.logits.shape[-1], trained(self.layer), weights)
 
     @torch.no_grad()
     def gives_the_logits_of(self, outputs: Any, given: list[Tensor]) -> bool:
         """Whether the head alone gives the first token the logits that `outputs` has for it."""
         if len(given) != 1 or given[0].ndim != 3:
             return False
-        logits, expected = self.logits(given[0][:, :1].contiguous()).float(), outputs.logits.float()
+        logits = self.logits(given[0][:, :1].contiguous(), linear).float()  # by torch, as the model itself: bit for bit
+        expected = outputs.logits.float()
         return logits.shape == expected.shape and torch.equal(logits.nan_to_num(), expected.nan_to_num())
 
 
@@ -201,7 +225,7 @@ class ReferenceHead(OutputHead):
         with reference.active() as model:
             super().__init__(model, apart)
 
-    def output(self, hidden: Tensor) -> Tensor:
+    def output(self, hidden: Tensor, multiply: Multiply = products.linear) -> Tensor:
         """The head of the float model alone, without gradients."""
         with self.reference.active(self.layer):
-            return super().output(hidden)
+            return super().output(hidden, multiply)

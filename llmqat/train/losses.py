@@ -1,13 +1,16 @@
 """Training losses on the logits of a language model, which are made a few tokens at a time (`models.output_head`)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.models.output_head import BelowHead, cached
+from llmqat.kernels import losses as native
+from llmqat.kernels.products import add_product, multiply
+from llmqat.models.output_head import BelowHead, HeadWeights, cached
+from llmqat.quant.fake_quant import compute_dtype
 
 Targets = Callable[[slice], Tensor]
 
@@ -30,17 +33,77 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, log_q.exp_().scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=log_q.dtype))
 
 
-def chunk_losses(logits: Tensor, targets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Loss of each token of a chunk, float32, and the gradient of the mean over all `tokens`, of the dtype of `logits`.
+def chunk_losses(logits: Tensor, targets: Tensor, tokens: int, into: Tensor | None) -> Tensor:
+    """Loss of each token of a chunk, float32, by native kernels where there are some, else by `token_losses`.
 
-    By `token_losses`, a few tokens at a time, so that its temporaries stay in the cache.
+    Args:
+        logits: as in `token_losses`.
+        targets: likewise.
+        tokens: of all chunks.
+        into: takes the gradient of the mean over all tokens, of the dtype of `logits`; may be these themselves.
     """
-    losses, gradient = [], torch.empty_like(logits)
-    for few in cached(logits):
+    if native.supports(logits) and (targets.ndim == 1 or native.supports(targets)):
+        return native.token_losses(logits, targets, 1 / tokens, into)
+    losses = []
+    for few in cached(logits):  # so that temporaries stay in the cache
         loss, delta = token_losses(logits[few], targets[few])
         losses.append(loss)
-        gradient[few] = delta.div_(tokens)
-    return torch.cat(losses), gradient
+        if into is not None:
+            into[few] = delta.div_(tokens)
+    return torch.cat(losses)
+
+
+class _Task(NamedTuple):
+    """Tokens of a batch by their states `hidden (tokens, hidden)` below the head, their targets, and what trains."""
+
+    below: BelowHead
+    targets: Targets
+    hidden: Tensor
+    parameters: tuple[Tensor, ...]  # of the head
+    needed: bool  # whether gradients are
+
+
+def _by_products(task: _Task, weights: HeadWeights) -> tuple[Tensor, list[Tensor]]:
+    """Mean loss and its gradients, of a head that is a Linear: by products alone, and logits become their gradient."""
+    hidden, (weight, bias) = task.hidden, weights
+    total, of_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+    of_head: dict[int, Tensor] = {}
+    for chunk in task.below.chunks(len(hidden)):
+        inputs = hidden[chunk].to(weight.dtype)
+        logits = multiply(inputs, weight.T, bias)
+        total += chunk_losses(logits, task.targets(chunk), len(hidden), logits if task.needed else None).sum()
+        if not task.needed:
+            continue
+        of_hidden[chunk] = multiply(logits, weight, dtype=hidden.dtype)
+        for i, parameter in enumerate(task.parameters):
+            if parameter.ndim == 1:
+                of_head[i] = of_head.get(i, 0) + logits.sum(0, dtype=torch.float32)
+            elif i in of_head:
+                add_product(of_head[i], logits.T, inputs)
+            else:
+                of_head[i] = multiply(logits.T, inputs, dtype=torch.float32)
+    of_parameters = [of_head[i].to(parameter.dtype) for i, parameter in enumerate(task.parameters) if task.needed]
+    return total / len(hidden), [of_hidden, *of_parameters]
+
+
+def _by_autograd(task: _Task) -> tuple[Tensor, list[Tensor]]:
+    """Mean loss and its gradients, of any head, differentiated chunk by chunk."""
+    hidden, parameters = task.hidden, task.parameters
+    total = torch.zeros((), device=hidden.device)
+    gradients = [torch.zeros_like(tensor) for tensor in (hidden, *parameters)] if task.needed else []
+    for chunk in task.below.chunks(len(hidden)):
+        inputs = hidden[chunk].detach().requires_grad_(task.needed)
+        with torch.set_grad_enabled(task.needed):
+            logits = task.below.logits(inputs)
+        # After the student: weights cast without gradients first would be reused by autocast, and have none.
+        theirs, delta = task.targets(chunk), torch.empty_like(logits) if task.needed else None
+        total += chunk_losses(logits.detach(), theirs, len(hidden), delta).sum()
+        if task.needed:
+            found = torch.autograd.grad(logits, [inputs, *parameters], delta)
+            gradients[0][chunk] = found[0]
+            for gradient, part in zip(gradients[1:], found[1:], strict=True):
+                gradient += part
+    return total / len(hidden), gradients
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -49,28 +112,20 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, below: BelowHead, targets: Targets, hidden: Tensor, *parameters: Tensor) -> Tensor:
         """`hidden (tokens, hidden)` below the head; `targets`: of the tokens of a slice; `parameters` of the head."""
-        needed = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=hidden.device)
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *parameters)] if needed else []
-        for chunk in below.chunks(len(hidden)):
-            inputs = hidden[chunk].detach().requires_grad_(needed)
-            with torch.set_grad_enabled(needed):
-                logits = below.logits(inputs)
-            # After the student: weights cast without gradients first would be reused by autocast, and have none.
-            theirs = targets(chunk)
-            loss, delta = chunk_losses(logits.detach(), theirs, len(hidden))
-            total += loss.sum()
-            if needed:
-                found = torch.autograd.grad(logits, [inputs, *parameters], delta)
-                gradients[0][chunk] = found[0]
-                for gradient, part in zip(gradients[1:], found[1:], strict=True):
-                    gradient += part
-        ctx.gradients = gradients
-        return total / len(hidden)
+        task = _Task(below, targets, hidden, parameters, any(ctx.needs_input_grad))
+        weights = None if below.weights is None else below.weights(compute_dtype(hidden))
+        loss, ctx.gradients = _by_autograd(task) if weights is None else _by_products(task, weights)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * grad for gradient in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # so that what accumulates them may keep them
+        return None, None, *(_scaled(gradient, grad) for gradient in gradients)
+
+
+def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """`gradient` times a number, without a pass over it where that is 1; to compare, only a GPU would have to wait."""
+    return gradient if grad.device.type == "cpu" and grad == 1 else gradient * grad
 
 
 def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None) -> Tensor:
@@ -85,34 +140,44 @@ def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None
     return _head_loss(student, lambda chunk: teacher.logits(theirs[chunk]), _tokens(student.hidden, places))
 
 
+def state_errors(states: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of each state relative to its target, float32, and its gradient in the dtype of the states.
+
+    Args:
+        states: ``(..., width)``.
+        targets: of the same shape.
+        factors: of the gradients, ``(...)``.
+    """
+    targets = targets.float()
+    power = targets.square().sum(-1).clamp(min=1e-12)
+    difference = states.float() - targets
+    errors = difference.square().sum(-1) / power
+    return errors, difference.mul_(2).mul_((factors / power).unsqueeze(-1)).to(states.dtype)
+
+
 class _HiddenLoss(torch.autograd.Function):
-    """Mean relative squared error of hidden states; the differences become the gradients, in place."""
+    """Mean relative squared error of hidden states; the gradients are found in the forward."""
 
     @staticmethod
     def forward(ctx: Any, targets: list[Tensor], places: Tensor | None, *states: Tensor) -> Tensor:
         """`targets` are let go of one by one."""
-        errors, ctx.differences, ctx.powers, ctx.places = [], [], [], places
-        ctx.dtypes = [state.dtype for state in states]
+        errors, ctx.gradients = [], []
+        weights = torch.ones(states[0].shape[:-1], device=states[0].device)
+        if places is not None:
+            weights = torch.zeros_like(weights).flatten().index_fill_(0, places, 1).view_as(weights)
+        weights /= len(states) * weights.sum()
         for state in states:
-            target = targets.pop(0).float()
-            power = target.square().sum(-1).clamp(min=1e-12)
-            difference = state.float() - target
-            error = difference.square().sum(-1) / power
+            target = targets.pop(0)
+            find = native.state_errors if native.supports(state, target) else state_errors
+            error, gradient = find(state, target, weights)
             errors.append(_tokens(error, places).mean())
-            ctx.differences.append(difference)
-            ctx.powers.append(power)
+            ctx.gradients.append(gradient)
         return torch.stack(errors).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, blocks = [], len(ctx.differences)
-        for difference, power, dtype in zip(ctx.differences, ctx.powers, ctx.dtypes, strict=True):
-            weight = torch.ones_like(power)
-            if ctx.places is not None:
-                weight = torch.zeros_like(power).flatten().index_fill_(0, ctx.places, 1).view_as(power)
-            of_token = weight * (grad / blocks / weight.sum()) / power
-            gradients.append(difference.mul_(2).mul_(of_token.unsqueeze(-1)).to(dtype))
-        return None, None, *gradients
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(_scaled(gradient, grad) for gradient in gradients)
 
 
 def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], places: Tensor | None = None) -> Tensor:

@@ -146,3 +146,29 @@ def test_the_weight_of_a_head_is_cast_once_a_forward(tiny_llama, monkeypatch, tr
             logits = torch.cat([below.logits(hidden[chunk]) for chunk in below.chunks(len(hidden))])
     assert torch.equal(logits, expected.flatten(0, 1))
     assert casts == [], "the comparison of the first forward cast it"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("targets", ["teacher", "ids"])
+def test_gradients_by_products_are_as_exact_as_by_autograd(monkeypatch, targets, bias, dtype):
+    """Of a head that trains, in bfloat16; several chunks, the last one smaller than a tile."""
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", 32 * 96)
+    layer = torch.nn.Linear(48, 96, bias).to(dtype)
+    head, hidden = OutputHead(model_of("llama")), torch.randn(1, 75, 48).to(dtype).requires_grad_()
+    head.layer = layer
+    other, ids = torch.randn(1, 75, 96), torch.randint(96, (1, 75))
+    teacher = output_head.BelowHead(None, other.bfloat16(), lambda logits: logits, 96)
+
+    def found(dtype, weights):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
+            student = output_head.BelowHead(None, hidden.to(dtype), head.logits, 96, tuple(layer.parameters()), weights)
+            loss = kd_loss(student, teacher) if targets == "teacher" else ce_loss(student, ids, torch.arange(75))
+            return loss.detach(), *torch.autograd.grad(2 * loss, [hidden, *layer.parameters()])
+
+    products, autograd = found(dtype, head.weights), found(dtype, None)
+    assert [part.dtype for part in products] == [part.dtype for part in autograd]
+    layer.double()
+    hidden = hidden.detach().double().requires_grad_()
+    for ours, theirs, exact in zip(products, autograd, found(torch.float64, None), strict=True):
+        assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-6 * exact.norm()

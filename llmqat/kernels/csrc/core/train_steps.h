@@ -11,6 +11,8 @@ using Product = llmqat_product;
 using TrainNorm = llmqat_rms_norm;
 using TrainGate = llmqat_gate;
 using Rotation = llmqat_rotation;
+using TokenLosses = llmqat_token_losses;
+using StateErrors = llmqat_state_errors;
 
 struct TrainSteps {
     // Row n of w_hat.
@@ -25,6 +27,9 @@ struct TrainSteps {
     void (*gate_back)(const TrainGate&, int64_t n);
     // All heads of one place of a sequence.
     void (*rotate)(const Rotation&, int64_t sequence, int64_t place);
+    // The loss of one token and its gradient; the error of one state and its gradient.
+    void (*token_loss)(const TokenLosses&, int64_t token);
+    void (*state_error)(const StateErrors&, int64_t token);
 };
 
 // One product; null where an instruction set has no tiles.

@@ -94,6 +94,29 @@ struct llmqat_attention_gradients {
     llmqat_heads out, q, k, v;
 };
 
+// Losses of tokens by their logits: KL(teacher || student), or cross-entropy.
+struct llmqat_token_losses {
+    const void* logits;   // (tokens, vocabulary), dtype
+    const void* teacher;  // (tokens, vocabulary), teacher_dtype; null with ids
+    const int64_t* ids;   // (tokens); null with a teacher
+    float* losses;        // (tokens)
+    void* gradient;       // (tokens, vocabulary), dtype: of each loss, times `factor`; may be the logits; null without
+    int64_t tokens, vocabulary;
+    int32_t dtype, teacher_dtype;
+    float factor;
+};
+
+// Errors of hidden states relative to their targets: |state - target|^2 / |target|^2.
+struct llmqat_state_errors {
+    const void* states;    // (tokens, width), dtype
+    const void* targets;   // (tokens, width), target_dtype
+    const float* factors;  // (tokens): of the gradients
+    float* errors;         // (tokens)
+    void* gradient;        // (tokens, width), dtype: of each error, times its factor
+    int64_t tokens, width;
+    int32_t dtype, target_dtype;
+};
+
 #if defined(__GNUC__)
 #pragma GCC visibility push(default)
 #endif
@@ -119,6 +142,8 @@ int32_t llmqat_attend_backward(const llmqat_attention* attention, const llmqat_a
 // Write what each query sees by a mask (sequences, queries, keys) of bytes 0 and 1, whose last stride is 1. Returns 1 if the
 // keys of every query are one run; else 0, and `seen` (sequences, queries, 2) is of no use.
 int32_t llmqat_seen_keys(const uint8_t* mask, const int64_t* sizes, const int64_t* strides, int32_t* seen);
+int32_t llmqat_find_losses(const llmqat_token_losses* losses);
+int32_t llmqat_find_state_errors(const llmqat_state_errors* errors);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

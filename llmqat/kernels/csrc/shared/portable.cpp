@@ -1,6 +1,7 @@
 // Plain C++: runs everywhere, and defines what the other variants compute.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/matrix.h"
 
