@@ -67,7 +67,7 @@ def test_kernel_that_cannot_run_here(monkeypatch):
 
 
 def test_library_of_another_interface(monkeypatch, tmp_path):
-    for header in ("llmqat.h", "decoder.h"):
+    for header in ("llmqat.h", "decoder.h", "training.h"):
         (tmp_path / header).write_bytes((native.SOURCES / header).read_bytes())
     monkeypatch.setattr(native, "SOURCES", tmp_path)
     native.library.cache_clear()
