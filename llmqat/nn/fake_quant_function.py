@@ -124,14 +124,15 @@ def _gradients(
     """Gradients of what makes the weight, as far as they are needed, from those of the outputs ``(tokens, out)`` and
     the inputs ``(tokens, in)``; and ``W_hat`` in the dtype of `x`, where it was found on the way."""
     made, w_hat, adapted = _PerArgument(), None, need.lora_a or need.lora_b
-    # Without mask and with s0 = s the latent's gradient is G itself, a product of two thin matrices: adapters take
-    # theirs from the factors.
+    # Without mask and with s0 = s the latent's gradient is G itself, a product of two matrices: where nothing else needs
+    # it, adapters take theirs from its thin side, and G is never formed.
     direct = not clip_mask and grid.code_scale is None
-    if adapted and direct:
-        da, db = _low_rank_gradients(gy, x, latent.adapters)
-        made, adapted = made._replace(lora_a=da, lora_b=db), False
-    if not (need.weight or need.scale or need.zero_point or adapted):
-        return made, None
+    if not (need.weight or need.scale or need.zero_point):
+        if not adapted:
+            return made, None
+        if direct:
+            da, db = _low_rank_gradients(gy, x, latent.adapters)
+            return made._replace(lora_a=da, lora_b=db), None
     dw = multiply(gy.T, x, dtype=torch.promote_types(latent.weight.dtype, torch.float32))
     if direct and need.scale and not need.zero_point and makes_scale_gradients(latent, grid):
         of_scale, w_hat = scale_gradients(dw, latent, grid, x.dtype if need.x else None)
