@@ -40,7 +40,8 @@ const AttendTraining& check_attention(const TrainAttention& a) {
     check_size("kv_heads", a.kv_heads, 1);
     check_size("heads", a.heads, 1);
     if (a.heads % a.kv_heads) fail("%lld kv_heads do not divide %lld heads", (long long)a.kv_heads, (long long)a.heads);
-    if (!(a.scale > 0) || !(a.softcap >= 0)) fail("scale is %g and softcap %g: one has to be > 0, the other >= 0", a.scale, a.softcap);
+    if (!(a.scale > 0) || !(a.softcap >= 0))
+        fail("scale is %g and softcap %g: one has to be > 0, the other >= 0", a.scale, a.softcap);
     check_heads("q", a.q), check_heads("k", a.k), check_heads("v", a.v), check_heads("out", a.out);
     check_seen(a);
     if (!variant().attend) fail("these kernels have no tiles for attention");
