@@ -124,8 +124,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
-    """`gradient` times a number, without a pass over it where that is 1; to compare, only a GPU would have to wait."""
-    return gradient if grad.device.type == "cpu" and grad == 1 else gradient * grad
+    """`gradient` times a number, without a pass over it where that is known to be 1, as it is not on a GPU."""
+    return gradient if native.supports(grad) and grad == 1 else gradient * grad
 
 
 def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None) -> Tensor:
