@@ -110,7 +110,7 @@ def test_gates_far_from_zero(activation):
     y = gates.gated(gate, up, activation)
     (slope,) = torch.autograd.grad(y, gate, torch.ones_like(x))
     assert torch.allclose(y[1:-1], x[1:-1].clamp(min=0), atol=1e-20)
-    assert torch.allclose(slope[[1, 2, 4, 6]], torch.tensor([0.0, 0.0, 0.5, 1.0]), atol=1e-30)
+    assert torch.allclose(slope[[1, 2, 4, 6]], torch.tensor([0.0, 0.0, 0.5, 1.0]), atol=1e-20)
     assert y[-1].isnan()
     assert slope[-1].isnan()
 
