@@ -54,6 +54,7 @@ __all__ = [
     "smooth",
     "split_stream",
     "throughput",
+    "training_kernels",
     "verify",
     "windows",
     "write_page",

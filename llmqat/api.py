@@ -42,6 +42,7 @@ from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe
 from llmqat.report.scoreboard import scoreboard
 from llmqat.train.checkpoint import Checkpoints
+from llmqat.train.kernels import training_kernels
 from llmqat.train.loop import TrainingData, TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 

@@ -63,10 +63,12 @@ def print_machine() -> None:
     from llmqat.kernels.native import explain
     from llmqat.machine import environment
     from llmqat.serve.paths import native_path
+    from llmqat.train.kernels import explain as explain_training
 
     for key, value in environment().items():
         print(f"{key:>13}: {value or '-'}")
     print(f"{'kernels':>13}: {explain()}")
+    print(f"{'training':>13}: {explain_training()}")
     print(f"{'native path':>13}: {native_path()}")
 
 

@@ -1,7 +1,7 @@
 """Attention of training in bfloat16 tiles, forward and backward; torch's own takes what these kernels do not."""
 
 import ctypes
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,6 @@ class Softmax(NamedTuple):
     softcap: float = 0.0
 
 
-@cache
 def has_attention() -> bool:
     """Whether attention of training runs in tiles here."""
     kernels = training.library()
@@ -68,7 +67,8 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these shapes, ``(sequences, heads, length, head_dim)``, and are worth it."""
     dim = q.shape[-1]
     return (
-        q.device.type == "cpu"
+        has_attention()
+        and q.device.type == "cpu"
         and q.dim() == 4
         and k.shape == v.shape
         and dim == k.shape[-1]

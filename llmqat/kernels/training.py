@@ -6,7 +6,6 @@ They compute what torch does: codes, scales and ``W_hat`` bit for bit, products 
 
 import ctypes
 import os
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,17 +18,21 @@ from llmqat.kernels import native
 SWITCH = "LLMQAT_TRAINING"
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, if training may use them.
+def is_off() -> bool:
+    """Whether `LLMQAT_TRAINING` leaves training to torch.
 
     Raises:
-        LlmqatError: if `LLMQAT_TRAINING` says what is not known.
+        LlmqatError: if it says what is not known.
     """
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "torch"):
         raise LlmqatError(f"{SWITCH}={wanted} is not known; set it to torch, or leave it unset")
-    return None if wanted else native.library()
+    return bool(wanted)
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, if training may use them."""
+    return None if is_off() else native.library()
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -124,8 +124,8 @@ def _gradients(
     """Gradients of what makes the weight, as far as they are needed, from those of the outputs ``(tokens, out)`` and
     the inputs ``(tokens, in)``; and ``W_hat`` in the dtype of `x`, where it was found on the way."""
     made, w_hat, adapted = _PerArgument(), None, need.lora_a or need.lora_b
-    # Without mask and with s0 = s the latent's gradient is G itself, a product of two matrices: where nothing else needs
-    # it, adapters take theirs from its thin side, and G is never formed.
+    # Without mask and with s0 = s the latent's gradient is G itself, a product of two matrices: where nothing else
+    # needs it, adapters take theirs from its thin side, and G is never formed.
     direct = not clip_mask and grid.code_scale is None
     if not (need.weight or need.scale or need.zero_point):
         if not adapted:

@@ -21,14 +21,13 @@ from llmqat.errors import LlmqatError
 from llmqat.machine import return_freed_memory
 from llmqat.mapped import Disk, in_files
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
-from llmqat.nn.native_modules import native_modules
 from llmqat.processes import is_first
 from llmqat.progress import Meter
 from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
+from llmqat.train.kernels import training_kernels
 from llmqat.train.modes import parameter_groups
-from llmqat.train.native_attention import native_attention
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
 from llmqat.train.state import (
@@ -324,7 +323,7 @@ def fit(
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
     models = [model] if teacher is None else [model, teacher.model]
-    with trainer.writing, native_modules(*models), native_attention():
+    with trainer.writing, training_kernels(*models):
         if checkpoints is None or checkpoints.state is None:
             trainer.evaluate()
             trainer.save()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmqat.errors import LlmqatError
 from llmqat.kernels import products, training
 from llmqat.kernels.products import add_product, in_tiles, linear, multiply
 
@@ -77,11 +78,10 @@ def test_tensors_without_values_are_left_to_torch():
 
 def test_switch_leaves_products_to_torch(monkeypatch):
     monkeypatch.setenv(training.SWITCH, "torch")
-    training.library.cache_clear()
-    try:
-        assert not in_tiles(*[torch.zeros(32, 32, dtype=torch.bfloat16)] * 2)
-    finally:
-        training.library.cache_clear()
+    assert not in_tiles(*[torch.zeros(32, 32, dtype=torch.bfloat16)] * 2)
+    monkeypatch.setenv(training.SWITCH, "native")
+    with pytest.raises(LlmqatError, match="LLMQAT_TRAINING=native is not known; set it to torch, or leave it unset"):
+        in_tiles(*[torch.zeros(32, 32, dtype=torch.bfloat16)] * 2)
 
 
 @needs_tiles

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import masking_utils
 
+from llmqat.kernels import training
 from llmqat.train import loop
 from llmqat.train.loop import Trainer, TrainingData
 
@@ -41,8 +42,9 @@ def trainer(prepared, train_config, mode, monkeypatch):
     """``trainer(rows)``: of a run with hidden states, clipped gradients and two batches a step, its first step done.
 
     Out of sight are what reads the batches, which stay on the CPU, and what transformers reads once a forward, to see
-    whether sequences are packed.
+    whether sequences are packed. The kernels of a CPU, which no device has, are off.
     """
+    monkeypatch.setenv(training.SWITCH, "torch")
 
     def unseen(function):
         def call(*args):

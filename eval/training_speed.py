@@ -1,0 +1,117 @@
+"""How fast a language model trains on a CPU: by the compiled kernels, by torch alone, and in float.
+
+    python eval/training_speed.py --model smollm2 --output eval/results/training_speed.json
+
+Random token ids, 4 x 256 a step, groups of 64, bfloat16 autocast. "distil" is `llmqat.finetune` with its default loss,
+the distance from the float model in logits and hidden states, timed as it times itself (a held-out loss of one sequence
+in it); each sample is a few steps. "float" is a step of all weights of the unquantized model by cross-entropy, through
+torch. Variants take turns in one process, so that noise of the machine meets all alike; `LLMQAT_TRAINING` tells which
+kernels run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmqat
+from llmqat import QuantScheme
+
+BATCH, LENGTH, GROUP, RANK = 4, 256, 64, 32
+SWITCH = "LLMQAT_TRAINING"
+KERNELS = {"kernels": "", "torch": "torch"}  # name of a variant -> what the switch says
+
+
+class FloatSteps:
+    """Steps of all weights of the float model by cross-entropy, through torch."""
+
+    def __init__(self, model: str) -> None:
+        self.model = llmqat.load_float(model).float().train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+
+    def __call__(self, steps: int, ids: torch.Tensor) -> float:
+        """Seconds a step, the mean of some."""
+        started = time.perf_counter()
+        for batch in ids.split(BATCH):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return (time.perf_counter() - started) / steps
+
+
+class Distillation:
+    """Steps of `llmqat.finetune` on one prepared model, which goes on training from sample to sample."""
+
+    def __init__(self, model: str, mode: str) -> None:
+        self.mode, self.teacher = mode, "self" if mode == "lora" else llmqat.load_float(model)
+        self.model: Any = llmqat.load_float(model)
+        llmqat.prepare(self.model, QuantScheme(bits=4, group_size=GROUP), storage_dtype=torch.bfloat16)
+        if mode == "lora":
+            self.model = llmqat.add_lora(self.model, r=RANK)
+
+    def __call__(self, steps: int, ids: torch.Tensor) -> float:
+        """Seconds a step, the mean of some."""
+        options = {"max_steps": steps, "batch_size": BATCH, "eval_every": steps, "lr": 1e-6}
+        result = llmqat.finetune(self.model, ids, ids[:1], mode=self.mode, teacher=self.teacher, **options)
+        return result.seconds / steps
+
+
+def variants(model: str, modes: list[str]) -> dict[str, tuple[str, Callable[[int, torch.Tensor], float]]]:
+    """Each variant by name: what the switch says, and what takes its steps."""
+    found: dict[str, tuple[str, Callable[[int, torch.Tensor], float]]] = {}
+    if "float" in modes:
+        found["full float, torch"] = ("torch", FloatSteps(model))
+    for mode in [mode for mode in modes if mode != "float"]:
+        for name, switch in KERNELS.items():
+            found[f"{mode} distil, {name}"] = (switch, Distillation(model, mode))
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of every variant, by turns; the first round warms up and is dropped."""
+    words = llmqat.load_float(args.model).config.vocab_size
+    ids = torch.randint(words, (args.steps * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    steppers = variants(args.model, args.modes.split(","))
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for round_ in range(args.rounds + 1):
+        for name, (switch, stepper) in steppers.items():
+            os.environ[SWITCH] = switch
+            taken = stepper(args.steps, ids)
+            if round_:
+                seconds[name].append(taken)
+    return seconds
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2", help="name or directory of a float model (default: smollm2)")
+    parser.add_argument("--modes", default="lora,full,float", help="of lora, full and float (default: all)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each variant (default: 7)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a sample (default: 4)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--output", type=Path, help="JSON file; none by default")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = {}
+    for name, samples in measure(args).items():
+        median = statistics.median(samples)
+        rows[name] = {"seconds": samples, "median": median, "tokens_per_second": BATCH * LENGTH / median}
+        print(f"{name:<24} {median:7.3f} s a step [{min(samples):.3f}, {max(samples):.3f}]", flush=True)
+    result = {"environment": llmqat.environment(), "model": args.model, "batch": [BATCH, LENGTH], "group_size": GROUP}
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({**result, "steps": args.steps, "variants": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
