@@ -52,7 +52,7 @@ test-asan: $(DEV)/.package  ## run the tests of kernels and decoder under Addres
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(DEV_BIN)/python -m pytest $(PROCESSES) -p no:cacheprovider -m "not slow" \
 	  -k "not error_is_that and not memory_that_is_not_there" \
-	  $(addprefix tests/kernels/test_,checks.py native.py variants.py) \
+	  $(addprefix tests/kernels/test_,attention.py checks.py elementwise.py grid_rows.py losses.py native.py products.py variants.py) \
 	  $(addprefix tests/serve/test_,attention.py generate.py int8_cache.py step.py)
 
 # One processor for each variant: the best one it has is the one that has to run.
