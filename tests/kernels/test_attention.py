@@ -101,6 +101,21 @@ def test_padding_at_either_end():
     assert out[1, 33:].any(-1).all()
 
 
+def test_nobody_sees_anything():
+    nothing = torch.zeros(1, 1, 40, 40, dtype=torch.bool)
+    assert not any(x.any() for x in results(in_tiles, random_heads((1, 4, 2, 64), 40), nothing, 0.0))
+
+
+def test_not_finite():
+    """A value that is no number reaches whoever sees it, and nobody else."""
+    q, k, v = random_heads((1, 4, 2, 64), 40)
+    k[0, 0, 20, 3] = torch.nan
+    out = in_tiles(q, k, v, causal(1, 40), 0.0)
+    assert out[0, 20:, :2].isnan().all()
+    assert out[0, :20].isfinite().all()
+    assert out[0, :, 2:].isfinite().all()
+
+
 def test_packed_sequences():
     place = torch.tensor([0] * 30 + [1] * 50 + [2] * 20)
     check(random_heads((1, 2, 1, 64), 100), causal(1, 100) & (place[:, None] == place[None]))
