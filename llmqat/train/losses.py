@@ -119,13 +119,20 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # so that what accumulates them may keep them
-        return None, None, *(_scaled(gradient, grad) for gradient in gradients)
+        return None, None, *_given_away(ctx, grad)
 
 
-def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
-    """`gradient` times a number, without a pass over it where that is known to be 1, as it is not on a GPU."""
-    return gradient if native.supports(grad) and grad == 1 else gradient * grad
+def _given_away(ctx: Any, grad: Tensor) -> list[Tensor]:
+    """Gradients that a forward has found, times `grad`, and held no more, so that what takes them need not copy them.
+
+    Raises:
+        LlmqatError: the second time.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise LlmqatError("the gradients of this loss are gone: call backward once for each forward")
+    # Spares a pass over them. On a GPU, to ask would be to wait.
+    return gradients if native.supports(grad) and grad == 1 else [gradient * grad for gradient in gradients]
 
 
 def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None) -> Tensor:
@@ -176,8 +183,7 @@ class _HiddenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(_scaled(gradient, grad) for gradient in gradients)
+        return None, None, *_given_away(ctx, grad)
 
 
 def hidden_loss(states: Sequence[Tensor], teacher_states: list[Tensor], places: Tensor | None = None) -> Tensor:

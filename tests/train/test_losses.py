@@ -158,6 +158,14 @@ def test_gradient_of_the_hidden_loss_is_that_of_its_formula(some):
     torch.testing.assert_close(found, expected)
 
 
+def test_gradients_are_given_once(loss):
+    ours, _, targets = loss
+    value = ours(torch.randn(2, 5, V, requires_grad=True), targets(2, 5))
+    value.backward(retain_graph=True)
+    with pytest.raises(LlmqatError, match="backward once for each forward"):
+        value.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("targets", ["teacher", "ids"])
 def test_few_tokens_at_a_time_give_the_same_bits(monkeypatch, dtype, targets):
