@@ -4,6 +4,7 @@ What the kernels do not know (float64, other devices, rows divided among process
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,16 +13,19 @@ from torch import Tensor
 
 from llmqat.kernels import native, training
 from llmqat.quant.fake_quant import fake_quantize as in_torch
-from llmqat.quant.grid import Compensation, Grid, Latent, lacks_values
+from llmqat.quant.grid import CHUNK_ELEMENTS, Compensation, Grid, Latent, lacks_values
 
 
 class GridRows(ctypes.Structure):
     """`llmqat_grid` of csrc/core/training.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("latent", "multiples", "step", "scale", "code_scale", "zero_point")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "added", "multiples", "step", "scale", "code_scale", "zero_point")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "groups")),
-        *((name, ctypes.c_int32) for name in ("latent_dtype", "scale_dtype", "qmin", "qmax")),
+        *((name, ctypes.c_int32) for name in ("weight_dtype", "scale_dtype", "qmin", "qmax")),
     )
 
 
@@ -75,6 +79,18 @@ def _known(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
     return known and plain and not lacks_values() and training.library() is not None
 
 
+_kept = threading.local()
+
+
+def _memory(columns: int) -> Tensor:
+    """Float32 memory of this thread for a chunk of rows: new memory is dear, since its pages come one by one."""
+    size = max(CHUNK_ELEMENTS, columns)
+    if getattr(_kept, "memory", None) is None or len(_kept.memory) < size:
+        _kept.memory = torch.empty(size)
+    memory: Tensor = _kept.memory
+    return memory
+
+
 class _Part(NamedTuple):
     """Some rows of a weight: the struct of the kernels, and the tensors that it borrows."""
 
@@ -102,17 +118,19 @@ class _Rows(NamedTuple):
     def parts(self) -> Iterator[_Part]:
         """All rows at once; with adapters, whose product rounds by chunks, chunk by chunk."""
         if self.latent.adapters is None:
-            yield self._part(slice(0, len(self.latent.weight)), self.latent.weight)
+            yield self._part(slice(0, len(self.latent.weight)), None)
             return
+        memory = _memory(self.latent.weight.shape[1])
         for rows in self.latent.chunks():
-            yield self._part(rows, self.latent.adapted(rows))
+            yield self._part(rows, self.latent.added(rows, torch.float32, memory))
 
-    def _part(self, rows: slice, values: Tensor) -> _Part:
+    def _part(self, rows: slice, added: Tensor | None) -> _Part:
         scale, zero_point, code_scale, scheme, _ = self.grid.rows(rows)
         change = self.latent.compensation
         multiples, step = (None, None) if change is None else (change.multiples[rows], change.step[rows])
-        borrowed = (values, multiples, step, scale, code_scale, zero_point)
-        sizes = (*values.shape, scale.shape[1])
-        dtypes = (native.DTYPES[values.dtype], native.DTYPES[scale.dtype])
+        weight = self.latent.weight[rows]
+        borrowed = (weight, added, multiples, step, scale, code_scale, zero_point)
+        sizes = (*weight.shape, scale.shape[1])
+        dtypes = (native.DTYPES[weight.dtype], native.DTYPES[scale.dtype])
         struct = GridRows(*map(training.pointer, borrowed), *sizes, *dtypes, scheme.qmin, scheme.qmax)
         return _Part(rows, struct, borrowed)

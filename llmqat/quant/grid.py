@@ -111,33 +111,35 @@ class Latent(NamedTuple):
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says."""
-        total = self.adapted(rows)
+        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.adapters is not None:
+            total = total + self.added(rows, total.dtype)
         if self.compensation is not None:  # last: merged adapters then give the same bits
             total = total + self.compensation.rows(rows, total.dtype)
         return total
 
-    def adapted(self, rows: slice) -> Tensor:
-        """Rows of the weight with the adapters added, if there are any: the sum without the compensation.
+    def added(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """``(scaling * b) @ a`` of some rows, ``(rows, in)`` in `dtype`, of a latent with adapters.
 
         A product of fewer rows may round otherwise: where a shard ends inside a chunk, that of the whole chunk is made.
+
+        Args:
+            rows: one of `chunks`.
+            dtype: float32 or wider.
+            out: memory for at least `CHUNK_ELEMENTS` of them or a whole row, or None; gradients want none.
         """
-        dtype, added = torch.promote_types(self.weight.dtype, torch.float32), self.adapters is not None
-        total = self.weight[rows].to(dtype, copy=added)
-        if self.adapters is None:
-            return total
+        assert self.adapters is not None
         a, b, scaling = self.adapters
-        chunk, within = rows, slice(0, len(total))
+        chunk, within = rows, slice(None)
         if self.shard is not None:
-            start, height = self.shard.rows.start + rows.start, chunk_height(total.shape[1])
+            start, height = self.shard.rows.start + rows.start, chunk_height(a.shape[1])
             first = start // height * height
             chunk = slice(first, min(first + height, self.shard.total))
-            within = slice(start - first, start - first + len(total))
-            if len(total) < chunk.stop - chunk.start:
-                whole = total.new_zeros(chunk.stop - chunk.start, total.shape[1])
-                whole[within] = total
-                total = whole
-        with torch.autocast(total.device.type, enabled=False):
-            return total.addmm_(b[chunk].to(dtype), a.to(dtype), alpha=scaling)[within]
+            within = slice(start - first, start - first + rows.stop - rows.start)
+        with torch.autocast(a.device.type, enabled=False):
+            b = b[chunk].to(dtype) * scaling
+            place = None if out is None else out[: len(b) * a.shape[1]].view(len(b), -1)
+            return torch.mm(b, a.to(dtype), out=place)[within]
 
     def at(self, ids: Tensor) -> Tensor:
         """Rows `ids` ``(n,)`` of the sum, ``(n, in)``, bit for bit those of `rows`; no gradient.

@@ -34,9 +34,9 @@ void check_grid(const TrainGrid& w) {
     check_size("columns of a weight", w.columns, 1);
     check_size("groups of a row", w.groups, 1, w.columns);
     if (w.columns % w.groups) fail("%lld columns are no whole number of %lld groups", (long long)w.columns, (long long)w.groups);
-    check_dtype("the latent", w.latent_dtype);
+    check_dtype("the weight", w.weight_dtype);
     check_dtype("the scale", w.scale_dtype);
-    if (w.rows) check_pointer("latent", w.latent), check_pointer("scale", w.scale);
+    if (w.rows) check_pointer("weight", w.weight), check_pointer("scale", w.scale);
     if (!w.multiples != !w.step) fail("multiples without their step, or a step without multiples");
 }
 

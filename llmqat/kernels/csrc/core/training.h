@@ -19,18 +19,20 @@ struct llmqat_product {
     int32_t dtype, accumulate;  // nonzero: c += the product, in float32
 };
 
-// Rows of a weight on its grid. The latent is the weight, to which GPTQ's change `multiples * step` is added in float32:
+// Rows of a weight on its grid. The latent is the weight, to which adapters and then GPTQ's change `multiples * step` are
+// added in float32:
 //     v = latent / code_scale    q = clamp(round(v) + zero_point, qmin, qmax)    W_hat = scale * (q - zero_point)
 // with W_hat rounded to the dtype of the scale.
 struct llmqat_grid {
-    const void* latent;        // (rows, columns), latent_dtype
+    const void* weight;        // (rows, columns), weight_dtype
+    const float* added;        // (rows, columns); null without adapters
     const int8_t* multiples;   // (rows, columns); null without
     const uint16_t* step;      // (rows, groups) bfloat16; null without multiples
     const void* scale;         // (rows, groups), scale_dtype
     const float* code_scale;   // (rows, groups); null where it is the scale
     const float* zero_point;   // (rows, groups); null if symmetric
     int64_t rows, columns, groups;
-    int32_t latent_dtype, scale_dtype, qmin, qmax;
+    int32_t weight_dtype, scale_dtype, qmin, qmax;
 };
 
 // RMSNorm of rows: x * inverse * (offset + weight) with inverse = 1 / sqrt(mean(x^2) + eps); unless `rounds_once`, x * inverse is
