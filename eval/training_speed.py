@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def variants(model: str, modes: list[str]) -> dict[str, tuple[str, Callable[[int
     return found
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step of every variant, by turns; the first round warms up and is dropped."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, list[float]]]:
+    """Seconds a step of every variant, by turns, after each round; the first round warms up and is dropped."""
     words = llmqat.load_float(args.model).config.vocab_size
     ids = torch.randint(words, (args.steps * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     steppers = variants(args.model, args.modes.split(","))
@@ -86,13 +86,15 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         for name, (switch, stepper) in steppers.items():
             os.environ[SWITCH] = switch
             taken = stepper(args.steps, ids)
+            print(f"round {round_}: {name:<24} {taken:7.3f} s a step", flush=True)
             if round_:
                 seconds[name].append(taken)
-    return seconds
+        if round_:
+            yield seconds
 
 
 def main() -> None:
-    """Measure, print a table, write the JSON."""
+    """Measure, print a table, write the JSON after each round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="name or directory of a float model (default: smollm2)")
     parser.add_argument("--modes", default="lora,full,float", help="of lora, full and float (default: all)")
@@ -102,15 +104,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file; none by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = {}
-    for name, samples in measure(args).items():
-        median = statistics.median(samples)
-        rows[name] = {"seconds": samples, "median": median, "tokens_per_second": BATCH * LENGTH / median}
-        print(f"{name:<24} {median:7.3f} s a step [{min(samples):.3f}, {max(samples):.3f}]", flush=True)
-    result = {"environment": llmqat.environment(), "model": args.model, "batch": [BATCH, LENGTH], "group_size": GROUP}
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({**result, "steps": args.steps, "variants": rows}, indent=2) + "\n")
+    result: dict[str, Any] = {"environment": llmqat.environment(), "model": args.model, "steps": args.steps}
+    result |= {"batch": [BATCH, LENGTH], "group_size": GROUP, "variants": {}}
+    for seconds in measure(args):
+        for name, samples in seconds.items():
+            median = statistics.median(samples)
+            row = {"seconds": samples, "median": median, "tokens_per_second": BATCH * LENGTH / median}
+            result["variants"][name] = row
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
+    for name, row in result["variants"].items():
+        low, high = min(row["seconds"]), max(row["seconds"])
+        print(f"{name:<24} {row['median']:7.3f} s a step [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":

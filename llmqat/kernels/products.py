@@ -5,6 +5,7 @@ input ``g W``, and that of the weight ``g^T x``.
 """
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -42,26 +43,25 @@ def has_tiles() -> bool:
 
 
 def in_tiles(a: Tensor, b: Tensor) -> bool:
-    """Whether the product of two matrices runs in tiles: bfloat16, on a CPU with AMX, and not too thin."""
+    """Whether the product `multiply` makes runs in tiles: bfloat16, on a CPU with AMX, and not too thin."""
     known = a.dtype == b.dtype == torch.bfloat16 and a.device.type == b.device.type == "cpu"
-    return known and min(*a.shape, b.shape[1]) >= LEAST and not _is_fake(a) and has_tiles()
+    return known and min(math.prod(a.shape[:-1]), *b.shape) >= LEAST and not _is_fake(a) and has_tiles()
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``a @ b + bias`` of matrices ``(m, k)`` and ``(k, n)``, or views that transpose them; no gradient.
+    """``a @ b + bias`` of matrices, or views that transpose them; no gradient.
 
     Args:
-        a: the left one.
-        b: the right one.
+        a: the left one, ``(m, k)``, or ``(..., k)``.
+        b: the right one, ``(k, n)``.
         bias: ``(n,)``, or None.
         dtype: of the result, by default theirs. float32 keeps the sums of bfloat16 products as they are.
     """
     dtype = dtype or a.dtype
     if not in_tiles(a, b) or dtype not in RESULTS:
-        product = a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
-        return product.to(dtype)
-    product = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
-    _run(a, b, bias, product, accumulate=False)
+        return torch.nn.functional.linear(a, b.T, bias if bias is None else bias.to(a.dtype)).to(dtype)
+    product = torch.empty(*a.shape[:-1], b.shape[1], dtype=dtype)
+    _run(a if a.ndim == 2 else a.reshape(-1, a.shape[-1]), b, bias, product, accumulate=False)
     return product
 
 

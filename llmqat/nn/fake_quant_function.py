@@ -76,7 +76,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         w_hat = whole_w_hat(*_values(tensors, ctx.constants), cast.dtype)
         x_hat = fake_quantize_activation(cast) if scheme.inputs == "dynamic" else cast
-        return _linear(x_hat, w_hat, None if bias is None else bias.to(cast.dtype))
+        return multiply(x_hat, w_hat.T, None if bias is None else bias.to(cast.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> _PerArgument:
@@ -112,10 +112,6 @@ def whole_w_hat(latent: Latent, grid: Grid, dtype: torch.dtype) -> Tensor:
         return fake_quantize(latent, grid, dtype)
     own = fake_quantize(latent, grid, narrower(dtype, grid.storage_dtype))
     return latent.shard.gathered(own).to(dtype)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return multiply(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
 
 
 def _gradients(

@@ -22,6 +22,9 @@ def training_kernels(*models: nn.Module) -> Iterator[None]:
 
     Args:
         models: those that run: the one that trains, and its teacher.
+
+    Returns:
+        a context manager.
     """
     with native_modules(*models), native_attention():
         yield

@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 TABLES = re.compile(r"(?<=<!-- names: begin -->\n).*?(?=<!-- names: end -->)", re.DOTALL)
 GROUPS = {
     "Quantize and train": "QuantScheme prepare prepare_from PrepareOptions choose_bits smooth add_lora finetune "
-    "observe_activations follow_activations convert",
+    "observe_activations follow_activations training_kernels convert",
     "Ship": "pack load verify export import_checkpoint inspect write_page",
     "Models and data": "load_float load_tokenizer load_corpus encode split_stream sequences FloatCopy FloatView",
     "Results": "CoverageReport Smoothed TrainResult Verification Exported Imported Inspection Perplexity Throughput",

@@ -8,7 +8,7 @@ import torch
 
 from llmqat.config import Recipe
 from llmqat.forecast.cost import cost_of, scored_batch, training_step
-from llmqat.kernels import training as training_kernels
+from llmqat.kernels.training import SWITCH
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.float_view import FloatView, copy_of_float
 from llmqat.models.loading import load_empty
@@ -36,7 +36,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def no_kernels_of_training(monkeypatch):
     """What is counted is operators of torch, of which compiled kernels take the place, with less memory."""
-    monkeypatch.setattr(training_kernels, "library", lambda: None)
+    monkeypatch.setenv(SWITCH, "torch")
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {' '.join(map(str, case[2].values()))}".strip())

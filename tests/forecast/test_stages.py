@@ -6,6 +6,7 @@ from llmqat.algorithms.blocks import BlockInputs
 from llmqat.config import Recipe, resolve
 from llmqat.forecast.cost import Cost
 from llmqat.forecast.stages import gptq, loading, reconstruction, sensitivity
+from llmqat.kernels.training import SWITCH
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.metrics.perplexity import BATCH_TOKENS
 from llmqat.models.experts import experts_as_linears
@@ -49,6 +50,7 @@ def test_reconstruction_takes_the_operations_that_were_predicted(tiny_llama, mon
 
         return run
 
+    monkeypatch.setenv(SWITCH, "torch")  # what is counted is operators of torch
     monkeypatch.setattr(gptq_model, "reconstruct", counted(gptq_model.reconstruct))
     monkeypatch.setattr(BlockInputs, "advance", counted(BlockInputs.advance))
     prepare(model, scheme, init="blockwise", calibration=list(torch.randint(0, 128, (16, 4, 24))), block_steps=6)

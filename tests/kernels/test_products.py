@@ -6,6 +6,8 @@ import torch
 from llmqat.errors import LlmqatError
 from llmqat.kernels import products, training
 from llmqat.kernels.products import add_product, in_tiles, linear, multiply
+from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.scheme import QuantScheme
 
 # (m, k, n): whole tiles, tails in every direction, several parts of a sum, several tasks.
 SHAPES = [(16, 16, 16), (32, 64, 32), (17, 33, 19), (100, 70, 200), (70, 1200, 90), (1050, 48, 40), (33, 577, 330)]
@@ -100,3 +102,12 @@ def test_gradients_are_those_of_a_linear_layer(shape):
     for ours, theirs in zip(found, exact, strict=True):
         assert ours.shape == theirs.shape
         assert error(ours, theirs) < 4e-3
+
+
+def test_outputs_of_a_layer_may_be_written_to():
+    """Some families scale queries in place, which torch forbids for views that an autograd function made."""
+    layer = FakeQuantLinear.from_linear(torch.nn.Linear(64, 32), QuantScheme(4, 32), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(2, 20, 64))
+        y.mul_(2).sum().backward()
+    assert layer.weight.grad is not None
