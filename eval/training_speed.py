@@ -3,10 +3,10 @@
     python eval/training_speed.py --model smollm2 --output eval/results/training_speed.json
 
 Random token ids, 4 x 256 a step, groups of 64, bfloat16 autocast. "distil" is `llmqat.finetune` with its default loss,
-the distance from the float model in logits and hidden states, timed as it times itself (a held-out loss of one sequence
-in it); each sample is a few steps. "float" is a step of all weights of the unquantized model by cross-entropy, through
-torch. Variants take turns in one process, so that noise of the machine meets all alike; `LLMQAT_TRAINING` tells which
-kernels run.
+the distance from the float model in logits and hidden states, timed as it times itself. A sample is what some steps and
+one take longer than one alone, which leaves out the held-out loss and the counting of codes after the last. "float" is
+a step of all weights of the unquantized model by cross-entropy, through torch. Variants take turns in one process, so
+that noise of the machine meets all alike; `LLMQAT_TRAINING` tells which kernels run.
 """
 
 import argparse
@@ -60,9 +60,12 @@ class Distillation:
 
     def __call__(self, steps: int, ids: torch.Tensor) -> float:
         """Seconds a step, the mean of some."""
+        return (self.seconds(1 + steps, ids) - self.seconds(1, ids)) / steps
+
+    def seconds(self, steps: int, ids: torch.Tensor) -> float:
+        """Seconds of some steps and what follows the last."""
         options = {"max_steps": steps, "batch_size": BATCH, "eval_every": steps, "lr": 1e-6}
-        result = llmqat.finetune(self.model, ids, ids[:1], mode=self.mode, teacher=self.teacher, **options)
-        return result.seconds / steps
+        return llmqat.finetune(self.model, ids, ids[:1], mode=self.mode, teacher=self.teacher, **options).seconds
 
 
 def variants(model: str, modes: list[str]) -> dict[str, tuple[str, Callable[[int, torch.Tensor], float]]]:
