@@ -73,10 +73,9 @@ def scale_gradients(
 def _known(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
     """Whether the kernels run here, and know the dtypes of a weight."""
     weight, change = latent.weight, latent.compensation
-    dtypes = (weight.dtype, grid.storage_dtype, out_dtype)
-    known = all(dtype in native.DTYPES for dtype in dtypes) and (change is None or change.multiples.dtype == torch.int8)
-    plain = weight.device.type == "cpu" and latent.shard is None and type(weight) in (Tensor, torch.nn.Parameter)
-    return known and plain and not lacks_values() and training.library() is not None
+    known = {grid.storage_dtype, out_dtype} <= native.DTYPES.keys()
+    narrow = change is None or change.multiples.dtype == torch.int8
+    return known and narrow and latent.shard is None and not lacks_values() and training.readable(weight)
 
 
 _kept = threading.local()

@@ -44,8 +44,8 @@ def has_tiles() -> bool:
 
 def in_tiles(a: Tensor, b: Tensor) -> bool:
     """Whether the product `multiply` makes runs in tiles: bfloat16, on a CPU with AMX, and not too thin."""
-    known = a.dtype == b.dtype == torch.bfloat16 and a.device.type == b.device.type == "cpu"
-    return known and min(math.prod(a.shape[:-1]), *b.shape) >= LEAST and not _is_fake(a) and has_tiles()
+    known = a.dtype == b.dtype == torch.bfloat16 and training.readable(a, b)
+    return known and min(math.prod(a.shape[:-1]), *b.shape) >= LEAST and has_tiles()
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,7 +77,7 @@ def _run(a: Tensor, b: Tensor, bias: Tensor | None, product: Tensor, accumulate:
     left, right = _readable(a), _readable(b)
     bias = None if bias is None else bias.float().contiguous()
     out = Product(training.pointer(product), training.pointer(bias), native.DTYPES[product.dtype], accumulate)
-    operands = [Operand(training.pointer(matrix), *matrix.shape, *_strides(matrix)) for matrix in (left, right)]
+    operands = [Operand(training.pointer(matrix), *matrix.shape, *matrix.stride()) for matrix in (left, right)]
     training.call("llmqat_multiply", *map(ctypes.byref, operands), ctypes.byref(out))
 
 
@@ -86,16 +86,6 @@ def _readable(matrix: Tensor) -> Tensor:
     (rows, columns), (down, across) = matrix.shape, matrix.stride()
     fits = (across == 1 and down >= columns) or (down == 1 and across >= rows)
     return matrix if fits else matrix.contiguous()
-
-
-def _strides(matrix: Tensor) -> tuple[int, int]:
-    """Strides of a readable matrix, of which those of a single row or column may say anything."""
-    return matrix.stride()[0], matrix.stride()[1]
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values: meta ones, and those of torch's fake mode."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 class _Linear(torch.autograd.Function):

@@ -47,7 +47,7 @@ class _PerArgument(NamedTuple):
 
 
 class _FakeQuantLinear(torch.autograd.Function):
-    """``y = x_hat @ W_hat.T + bias``; formulas in the module's docstring. `cast` is `x` in the dtype of the product."""
+    """``y = x_hat @ W_hat.T + bias``; formulas in `llmqat.quant.fake_quant`. `cast` is `x` in the dtype of the product."""
 
     @staticmethod
     def forward(

@@ -13,18 +13,6 @@
 namespace llmqat {
 namespace {
 
-// Values of a task: some thousands, so that threads share the work and starting a task costs nothing.
-constexpr int64_t TASK_VALUES = 16384;
-
-// Rows of a task, of `count` values each.
-int64_t rows_of_task(int64_t count) { return std::max<int64_t>(TASK_VALUES / count, 1); }
-
-// use(first, last) of runs of `length` rows.
-template <class Use>
-void each_run(int64_t rows, int64_t length, const Use& use) {
-    team_for((rows + length - 1) / length, [&](int64_t i) { use(i * length, std::min((i + 1) * length, rows)); });
-}
-
 void check_rows(int64_t rows, int64_t count) {
     check_size("number of rows", rows, 0);
     check_size("values of a row", count, 1);
@@ -108,9 +96,7 @@ int32_t llmqat_gate_forward(const llmqat_gate* gate) {
         llmqat::check_gate(*gate);
         if (gate->rows) llmqat::check_pointer("y", gate->y);
         const auto row = llmqat::variant().train->gate;
-        llmqat::each_run(gate->rows, llmqat::rows_of_task(gate->count), [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; ++n) row(*gate, n);
-        });
+        llmqat::each_row(gate->rows, gate->count, [&](int64_t n) { row(*gate, n); });
         return 0;
     });
 }
@@ -120,9 +106,7 @@ int32_t llmqat_gate_backward(const llmqat_gate* gate) {
         llmqat::check_gate(*gate);
         if (gate->rows) llmqat::check_pointer("g", gate->g), llmqat::check_pointer("dgate", gate->dgate), llmqat::check_pointer("dup", gate->dup);
         const auto row = llmqat::variant().train->gate_back;
-        llmqat::each_run(gate->rows, llmqat::rows_of_task(gate->count), [&](int64_t first, int64_t last) {
-            for (int64_t n = first; n < last; ++n) row(*gate, n);
-        });
+        llmqat::each_row(gate->rows, gate->count, [&](int64_t n) { row(*gate, n); });
         return 0;
     });
 }
@@ -132,9 +116,7 @@ int32_t llmqat_rotate(const llmqat_rotation* rotation) {
         const llmqat::Rotation& r = *rotation;
         llmqat::check_rotation(r);
         const auto rotate = llmqat::variant().train->rotate;
-        llmqat::each_run(r.batch * r.length, llmqat::rows_of_task(r.heads * r.dim), [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) rotate(r, i / r.length, i % r.length);
-        });
+        llmqat::each_row(r.batch * r.length, r.heads * r.dim, [&](int64_t i) { rotate(r, i / r.length, i % r.length); });
         return 0;
     });
 }

@@ -1,6 +1,4 @@
-// The C interface of losses (training.h): checks, and the rows of tokens as tasks.
-#include <algorithm>
-
+// The C interface of losses (training.h): checks, and tokens as rows of tasks.
 #include "checks.h"
 #include "cpu.h"
 #include "errors.h"
@@ -31,15 +29,6 @@ void check_errors(const StateErrors& e) {
     check_pointer("errors", e.errors), check_pointer("gradient", e.gradient);
 }
 
-// Tasks of some thousands of numbers each.
-template <class Use>
-void each_token(int64_t tokens, int64_t width, const Use& use) {
-    const int64_t few = std::max<int64_t>(16384 / width, 1);
-    team_for((tokens + few - 1) / few, [&](int64_t i) {
-        for (int64_t n = i * few; n < std::min((i + 1) * few, tokens); ++n) use(n);
-    });
-}
-
 }  // namespace
 }  // namespace llmqat
 
@@ -49,7 +38,7 @@ int32_t llmqat_find_losses(const llmqat_token_losses* losses) {
     return llmqat::guarded([&] {
         llmqat::check_losses(*losses);
         const auto loss = llmqat::variant().train->token_loss;
-        llmqat::each_token(losses->tokens, losses->vocabulary, [&](int64_t n) { loss(*losses, n); });
+        llmqat::each_row(losses->tokens, losses->vocabulary, [&](int64_t n) { loss(*losses, n); });
         return 0;
     });
 }
@@ -58,7 +47,7 @@ int32_t llmqat_find_state_errors(const llmqat_state_errors* errors) {
     return llmqat::guarded([&] {
         llmqat::check_errors(*errors);
         const auto error = llmqat::variant().train->state_error;
-        llmqat::each_token(errors->tokens, errors->width, [&](int64_t n) { error(*errors, n); });
+        llmqat::each_row(errors->tokens, errors->width, [&](int64_t n) { error(*errors, n); });
         return 0;
     });
 }

@@ -1,7 +1,5 @@
 #include "training.h"
 
-#include <algorithm>
-
 #include "checks.h"
 #include "cpu.h"
 #include "errors.h"
@@ -40,15 +38,6 @@ void check_grid(const TrainGrid& w) {
     if (!w.multiples != !w.step) fail("multiples without their step, or a step without multiples");
 }
 
-// Tasks of some thousands of weights each.
-template <class Use>
-void each_row(const TrainGrid& w, const Use& use) {
-    const int64_t rows = std::max<int64_t>(16384 / w.columns, 1);
-    team_for((w.rows + rows - 1) / rows, [&](int64_t i) {
-        for (int64_t n = i * rows; n < std::min((i + 1) * rows, w.rows); ++n) use(n);
-    });
-}
-
 }  // namespace
 }  // namespace llmqat
 
@@ -75,7 +64,7 @@ int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype
         llmqat::check_dtype("w_hat", dtype);
         if (grid->rows) llmqat::check_pointer("w_hat", w_hat);
         const auto row = llmqat::variant().train->fake_quantize;
-        llmqat::each_row(*grid, [&](int64_t n) { row(*grid, n, w_hat, dtype); });
+        llmqat::each_row(grid->rows, grid->columns, [&](int64_t n) { row(*grid, n, w_hat, dtype); });
         return 0;
     });
 }
@@ -86,7 +75,7 @@ int32_t llmqat_scale_gradients(const llmqat_grid* grid, const float* g, float* d
         llmqat::check_dtype("w_hat", dtype);
         if (grid->rows) llmqat::check_pointer("g", g), llmqat::check_pointer("ds", ds);
         const auto row = llmqat::variant().train->scale_gradients;
-        llmqat::each_row(*grid, [&](int64_t n) { row(*grid, n, g, ds, w_hat, dtype); });
+        llmqat::each_row(grid->rows, grid->columns, [&](int64_t n) { row(*grid, n, g, ds, w_hat, dtype); });
         return 0;
     });
 }
