@@ -47,7 +47,7 @@ class _PerArgument(NamedTuple):
 
 
 class _FakeQuantLinear(torch.autograd.Function):
-    """``y = x_hat @ W_hat.T + bias``, with `cast` for `x` in the dtype of the product; see `llmqat.quant.fake_quant`."""
+    """``y = x_hat @ W_hat.T + bias``. `cast` is `x` in the dtype of the product."""
 
     @staticmethod
     def forward(
