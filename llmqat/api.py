@@ -34,6 +34,7 @@ from llmqat.models.patcher import convert, prepare, quantized_layers, smooth, tr
 from llmqat.models.prepare_options import PrepareOptions
 from llmqat.models.sensitivity import choose_bits
 from llmqat.models.widening import compute_in_float32
+from llmqat.nn.training_kernels import training_kernels
 from llmqat.pipeline.export import Exported, export
 from llmqat.pipeline.import_checkpoint import Imported, import_checkpoint
 from llmqat.pipeline.measure_baselines import Baseline, quantized_by
@@ -42,7 +43,6 @@ from llmqat.report.plan import Inspection
 from llmqat.report.plan import inspect as inspect_recipe
 from llmqat.report.scoreboard import scoreboard
 from llmqat.train.checkpoint import Checkpoints
-from llmqat.train.kernels import training_kernels
 from llmqat.train.loop import TrainingData, TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 

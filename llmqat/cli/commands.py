@@ -62,8 +62,8 @@ def print_machine() -> None:
     """Print the machine, as `inspect --machine` shows it."""
     from llmqat.kernels.native import explain
     from llmqat.machine import environment
+    from llmqat.nn.training_kernels import explain as explain_training
     from llmqat.serve.paths import native_path
-    from llmqat.train.kernels import explain as explain_training
 
     for key, value in environment().items():
         print(f"{key:>13}: {value or '-'}")

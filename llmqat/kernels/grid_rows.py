@@ -1,4 +1,4 @@
-"""Weights on their grid by the compiled kernels: ``W_hat`` bit for bit as torch finds it, and gradients of scales.
+"""Weights on their grid by the compiled kernels: ``W_hat`` bit for bit as torch finds it, and gradients.
 
 What the kernels do not know (float64, other devices, rows divided among processes) torch computes.
 """
@@ -43,20 +43,20 @@ def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = No
     return w_hat
 
 
-def makes_scale_gradients(latent: Latent, grid: Grid) -> bool:
-    """Whether `scale_gradients` knows the weight."""
-    return _known(latent, grid, torch.float32)
+def makes_gradients(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
+    """Whether `grid_gradients` knows the weight, and a ``W_hat`` of `out_dtype`."""
+    return _known(latent, grid, out_dtype)
 
 
 @torch.no_grad()
-def scale_gradients(
+def grid_gradients(
     g: Tensor, latent: Latent, grid: Grid, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the scales ``(out, groups)`` float32, and ``W_hat`` beside it, whose codes are found only once.
 
     Args:
-        g: gradient of ``W_hat``, ``(out, in)`` float32.
-        latent: the weight, of which `makes_scale_gradients` holds.
+        g: gradient of ``W_hat``, ``(out, in)`` float32; it becomes that of the latents.
+        latent: the weight, of which `makes_gradients` holds.
         grid: its grid.
         out_dtype: of ``W_hat``; None for no ``W_hat``.
     """
@@ -66,7 +66,7 @@ def scale_gradients(
         out = None if w_hat is None else w_hat[part.rows]
         pointers = map(training.pointer, (g[part.rows], ds[part.rows], out))
         dtype = native.DTYPES[out_dtype or torch.float32]
-        training.call("llmqat_scale_gradients", ctypes.byref(part.struct), *pointers, dtype)
+        training.call("llmqat_grid_gradients", ctypes.byref(part.struct), *pointers, dtype)
     return ds, w_hat
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmqat.kernels.grid_rows import fake_quantize, makes_scale_gradients, scale_gradients
+from llmqat.kernels.grid_rows import fake_quantize, grid_gradients, makes_gradients
 from llmqat.kernels.products import multiply
 from llmqat.quant.affine import fake_quantize_activation
-from llmqat.quant.fake_quant import compute_dtype, grid_gradients
+from llmqat.quant.fake_quant import compute_dtype
+from llmqat.quant.fake_quant import grid_gradients as gradients_in_torch
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.input_cast import InputCast
 from llmqat.quant.row_shards import RowShard, narrower
@@ -130,8 +131,8 @@ def _gradients(
             da, db = _low_rank_gradients(gy, x, latent.adapters)
             return made._replace(lora_a=da, lora_b=db), None
     dw = multiply(gy.T, x, dtype=torch.promote_types(latent.weight.dtype, torch.float32))
-    if direct and need.scale and not need.zero_point and makes_scale_gradients(latent, grid):
-        of_scale, w_hat = scale_gradients(dw, latent, grid, x.dtype if need.x else None)
+    if need.scale and not need.zero_point and not clip_mask and makes_gradients(latent, grid, x.dtype):
+        of_scale, w_hat = grid_gradients(dw, latent, grid, x.dtype if need.x else None)
         made = made._replace(scale=of_scale)
     else:
         dw, ds, dz = _weight_gradients(dw, latent, grid, need, clip_mask)
@@ -181,7 +182,7 @@ def _weight_gradients(
     dz = torch.empty_like(grid.zero_point) if need.zero_point and grid.zero_point is not None else None
     grid = grid.widened(dw.dtype)
     for rows in latent.chunks():
-        dw[rows], ds_rows, dz_rows = grid_gradients(dw[rows], latent.rows(rows), grid.rows(rows), clip_mask)
+        dw[rows], ds_rows, dz_rows = gradients_in_torch(dw[rows], latent.rows(rows), grid.rows(rows), clip_mask)
         if ds is not None:
             ds[rows] = ds_rows
         if dz is not None:

@@ -21,12 +21,12 @@ from llmqat.errors import LlmqatError
 from llmqat.machine import return_freed_memory
 from llmqat.mapped import Disk, in_files
 from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
+from llmqat.nn.training_kernels import training_kernels
 from llmqat.processes import is_first
 from llmqat.progress import Meter
 from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
-from llmqat.train.kernels import training_kernels
 from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model

@@ -51,15 +51,17 @@ def test_w_hat_has_the_bits_of_torch(of_isa, bits, symmetric, group, stored):
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_gradients_of_scales_are_those_of_torch(of_isa, bits, symmetric, stored):
+def test_gradients_are_those_of_torch(of_isa, bits, symmetric, stored):
     g = torch.randn(ROWS, COLUMNS)
     for latent, grid in weights(QuantScheme(bits, 32, symmetric), stored):
-        ds, w_hat = grid_rows.scale_gradients(g, latent, grid, torch.bfloat16)
+        dw = g.clone()
+        ds, w_hat = grid_rows.grid_gradients(dw, latent, grid, torch.bfloat16)
         assert same_bits(w_hat, fake_quant.fake_quantize(latent, grid, torch.bfloat16))
         wide = grid.widened(torch.float64)
         rows = latent.rows(slice(0, ROWS)).double()
         _, exact, _ = fake_quant.grid_gradients(g.double(), rows, wide, clip_mask=False)
-        _, theirs, _ = fake_quant.grid_gradients(g, rows.float(), grid.widened(torch.float32), clip_mask=False)
+        of_latent, theirs, _ = fake_quant.grid_gradients(g, rows.float(), grid.widened(torch.float32), clip_mask=False)
+        assert same_bits(dw, of_latent)
         floor = 1e-7 * exact.norm()  # where torch is exact by chance
         assert (ds - exact).norm() <= 1.5 * (theirs - exact).norm() + floor
 
@@ -82,7 +84,8 @@ def test_not_finite_latents_are_those_of_torch(of_isa):
 def test_float64_is_left_to_torch():
     weight = torch.randn(4, 32, dtype=torch.float64)
     grid = Grid(torch.full((4, 2), 0.1), None, None, QuantScheme(4, 16), torch.float32)
-    assert not grid_rows.makes_scale_gradients(Latent(weight), grid)
+    assert not grid_rows.makes_gradients(Latent(weight), grid, torch.float32)
+    assert not grid_rows.makes_gradients(Latent(weight.float()), grid, torch.float64)
     assert torch.equal(grid_rows.fake_quantize(Latent(weight), grid), fake_quant.fake_quantize(Latent(weight), grid))
 
 

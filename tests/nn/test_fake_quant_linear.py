@@ -253,3 +253,10 @@ def test_nothing_of_weight_size_is_saved_but_the_weight(variant, storage_dtype, 
     large = {t.data_ptr() for t in saved if t.numel() >= layer.weight.numel()}
     assert layer.weight.data_ptr() in large
     assert large <= allowed
+
+
+def test_float64_inputs_reach_coupled_scales():
+    layer, _ = make(QuantScheme(4, 16, True), torch.float32)
+    layer.scale.requires_grad_(True)
+    layer(torch.randn(2, IN, dtype=torch.float64)).sum().backward()
+    assert layer.scale.grad is not None

@@ -17,8 +17,8 @@ using StateErrors = llmqat_state_errors;
 struct TrainSteps {
     // Row n of w_hat.
     void (*fake_quantize)(const TrainGrid&, int64_t n, void* w_hat, int32_t dtype);
-    // Row n of ds, and of w_hat unless that is null.
-    void (*scale_gradients)(const TrainGrid&, int64_t n, const float* g, float* ds, void* w_hat, int32_t dtype);
+    // Row n of ds, of g, and of w_hat unless that is null.
+    void (*grid_gradients)(const TrainGrid&, int64_t n, float* g, float* ds, void* w_hat, int32_t dtype);
     // Rows [first, last) of y and inverse; of dx, while their part of dweight is added to `dweight` unless that is null.
     void (*norm)(const TrainNorm&, int64_t first, int64_t last);
     void (*norm_back)(const TrainNorm&, int64_t first, int64_t last, float* dweight);

@@ -69,12 +69,12 @@ int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype
     });
 }
 
-int32_t llmqat_scale_gradients(const llmqat_grid* grid, const float* g, float* ds, void* w_hat, int32_t dtype) {
+int32_t llmqat_grid_gradients(const llmqat_grid* grid, float* g, float* ds, void* w_hat, int32_t dtype) {
     return llmqat::guarded([&] {
         llmqat::check_grid(*grid);
         llmqat::check_dtype("w_hat", dtype);
         if (grid->rows) llmqat::check_pointer("g", g), llmqat::check_pointer("ds", ds);
-        const auto row = llmqat::variant().train->scale_gradients;
+        const auto row = llmqat::variant().train->grid_gradients;
         llmqat::each_row(grid->rows, grid->columns, [&](int64_t n) { row(*grid, n, g, ds, w_hat, dtype); });
         return 0;
     });

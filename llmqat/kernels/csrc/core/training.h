@@ -130,8 +130,9 @@ int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const 
 // w_hat (rows, columns), contiguous in `dtype`.
 int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype);
 // ds (rows, groups) float32 = the sum over each group of g (q - zero_point - v), of g (rows, columns) in float32, without
-// the last term where there is a code scale; and w_hat, unless that is null, as above.
-int32_t llmqat_scale_gradients(const llmqat_grid* grid, const float* g, float* ds, void* w_hat, int32_t dtype);
+// the last term where there is a code scale; then g becomes the gradient of the latents, g * (scale / code_scale); and w_hat,
+// unless that is null, as above.
+int32_t llmqat_grid_gradients(const llmqat_grid* grid, float* g, float* ds, void* w_hat, int32_t dtype);
 int32_t llmqat_norm_forward(const llmqat_rms_norm* norm);
 int32_t llmqat_norm_backward(const llmqat_rms_norm* norm);
 int32_t llmqat_gate_forward(const llmqat_gate* gate);

@@ -16,8 +16,8 @@ from transformers import (
 
 from llmqat.kernels import attention
 from llmqat.kernels.attention import has_attention
-from llmqat.train import native_attention as module
-from llmqat.train.native_attention import native_attention
+from llmqat.nn import native_attention as module
+from llmqat.nn.native_attention import native_attention
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.skipif(not has_attention(), reason="attention of training needs tiles (AMX)")

@@ -7,9 +7,10 @@ from torch import nn
 
 from llmqat.kernels import training
 from llmqat.kernels.attention import has_attention
+from llmqat.kernels.heap import kept_memory
 from llmqat.kernels.products import has_tiles
+from llmqat.nn.native_attention import native_attention
 from llmqat.nn.native_modules import native_modules
-from llmqat.train.native_attention import native_attention
 
 
 @contextmanager
@@ -26,7 +27,10 @@ def training_kernels(*models: nn.Module) -> Iterator[None]:
     Returns:
         a context manager.
     """
-    with native_modules(*models), native_attention():
+    if training.library() is None:
+        yield
+        return
+    with native_modules(*models), native_attention(), kept_memory():
         yield
 
 
