@@ -106,7 +106,7 @@ def finetune(
     if recipe.device != "auto" or next(model.parameters()).device.type == "cpu":
         model.to(find_device(recipe.device))
     view = _teacher(model, teacher, mode)
-    if mode != "full" and recipe.train.precision == "fp32":  # else the weights that stay stored in 16 bits compute so
+    if mode != "full":  # of which some weights stay stored in 16 bits, between norms that train in float32
         compute_in_float32(transformers_model(model), quantized_layers(model)[0].layer.storage_dtype)
     select_trainable(model, mode, recipe.train.lr_scale > 0, recipe.train.lr_float > 0)
     if isinstance(view, FloatView) and view.model is model:

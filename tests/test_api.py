@@ -77,14 +77,18 @@ def test_from_the_float_model_to_the_packed_file(tiny_llama, tokens, tokenizer, 
     assert min(llmqat.throughput(packed, prompt=8, new_tokens=4, repeats=1).decode) > 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["full", "lora", "scales"])
-def test_a_model_of_16_bits_trains_in_float32(model_dir, tmp_path, mode):
-    model = llmqat.load_float(str(model_dir), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_16_bits_trains_and_then_computes_in_float32(model_dir, tmp_path, dtype, mode, precision):
+    model = llmqat.load_float(str(model_dir), dtype)
     llmqat.prepare(model, QuantScheme(4, 16))
     model = llmqat.add_lora(model, 4) if mode == "lora" else model
     ids = torch.randint(0, 128, (4, 16))
-    done = llmqat.finetune(model, ids, ids, mode=mode, precision="fp32", max_steps=1, batch_size=2)
+    done = llmqat.finetune(model, ids, ids, mode=mode, precision=precision, max_steps=1, batch_size=2)
     assert done.steps == 1
+    assert model(input_ids=ids).logits.dtype == torch.float32
+    assert model.generate(input_ids=ids[:1, :8], max_new_tokens=2, do_sample=False).shape == (1, 10)
     assert llmqat.verify(llmqat.pack(model, tmp_path), model).ok
 
 

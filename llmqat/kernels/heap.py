@@ -14,8 +14,8 @@ from typing import Any
 
 from llmqat.machine import return_freed_memory
 
-# Options of mallopt(3): how much free memory the heap may have at its end, which allocations are mappings of their own, and how
-# many of these there may be.
+# Options of mallopt(3): how much free memory the heap may have at its end; the size of allocations that are mappings of
+# their own, and how many of these there may be.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 # Where glibc's own rules end once large tensors were freed; an option that is set stops those rules for good.
@@ -26,7 +26,7 @@ _lock, _users = Lock(), 0
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep what is freed inside the ``with`` for this process, and give it back at the end; without glibc do nothing."""
+    """Keep what is freed inside the ``with``, and give it back at the end; without glibc do nothing."""
     _count(1)
     try:
         yield

@@ -30,6 +30,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.kv_cache import kv_bits_of, quantize_kv
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
+from llmqat.nn.training_kernels import training_kernels
 from llmqat.quant.affine import check_storable, check_weight
 from llmqat.quant.grid import Adapters
 from llmqat.scheme import QuantScheme
@@ -196,7 +197,8 @@ def run_gptq(
         LlmqatError: if there is no calibration data, its blocks cannot be found, or a Hessian cannot be used.
     """
     settings = settings._replace(whole=bool(whole_runs(model)))
-    errors = gptq_model(model, blocks_of(model), batches, settings, saved, gptq_head_of(model), team)
+    with training_kernels(model):
+        errors = gptq_model(model, blocks_of(model), batches, settings, saved, gptq_head_of(model), team)
     if not settings.keep_float:
         for on_grid in quantized_layers(model):
             on_grid.layer.holds_float = False

@@ -17,9 +17,10 @@ from llmqat.nn.native_modules import native_modules
 def training_kernels(*models: nn.Module) -> Iterator[None]:
     """Run attention, norms, gates and rotary embeddings of models by the compiled kernels inside the ``with``.
 
-    `llmqat.finetune` does so by itself; a loop of your own may say ``with llmqat.training_kernels(model):``. Quantized
-    layers use the kernels with and without it. Results are those of transformers, to rounding; what the kernels do not
-    take, and all of it where they are off (``LLMQAT_TRAINING=torch``), runs as before.
+    `llmqat.finetune` does so by itself, and `llmqat.prepare` with GPTQ or block-wise reconstruction; a loop of your own
+    may say ``with llmqat.training_kernels(model):``. Quantized layers use the kernels with and without it. Results are
+    those of transformers, to rounding; what the kernels do not take, and all of it where they are off
+    (``LLMQAT_TRAINING=torch``), runs as before. Memory that a step frees is kept for the next one.
 
     Args:
         models: those that run: the one that trains, and its teacher.

@@ -9,6 +9,7 @@ from llmqat.algorithms import gptq_model as driver
 from llmqat.algorithms.blocks import BlockInputs, layers_of
 from llmqat.algorithms.blockwise import Blockwise, Pairs, reconstruct, regrouped
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
+from llmqat.kernels import norms, training
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.scheme import QuantScheme
@@ -200,3 +201,13 @@ def test_too_few_batches_to_hold_any_out(tiny_llama, tokens):
     weights = [layer.weight.detach() for layer in layers_of(model.model.layers[0]).values()]
     error = reconstruct(model.model.layers[0], inputs, [h + 1 for h in inputs.hidden], weights, FEW)
     assert error.blockwise <= 1.1 * error.gptq
+
+
+@pytest.mark.skipif(training.library() is None, reason="no compiled kernels")
+def test_calibration_runs_by_the_kernels_of_training(tiny_llama, tokens, monkeypatch):
+    seen, original = [], norms.rms_norm
+    monkeypatch.setattr(norms, "rms_norm", lambda *args: (seen.append(1), original(*args))[1])
+    model = tiny_llama()
+    prepare(model, QuantScheme(3, 16), init="gptq", calibration=tokens)
+    assert seen
+    assert not any("forward" in vars(module) for module in model.modules())
