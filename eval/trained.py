@@ -79,6 +79,8 @@ class Bench(NamedTuple):
         rates = {} if cell.mode == "full" else {**NOTHING, **_merged(RATES[word] for word in cell.along)}
         teacher = self.reference() if cell.mode == "full" else "self"
         options = {**options, **rates, "lr": cell.lr, "seed": cell.seed}
+        if cell.mode == "full" and args.lr_float is not None:
+            options["lr_float"] = args.lr_float
         done = llmqat.finetune(model, self.rows, self.held_out.ids, mode=cell.mode, teacher=teacher, **options)
         return {
             "held_out": done.held_out,
@@ -140,6 +142,7 @@ def arguments() -> argparse.Namespace:
         "--along", nargs="+", default=["scales+norms"], help="beside adapters: none, scales, norms or scales+norms"
     )
     parser.add_argument("--full", type=float, nargs="*", default=[5e-3], help="learning rates of full weights")
+    parser.add_argument("--lr-float", type=float, help="of norms and embeddings beside full weights")
     parser.add_argument("--lora-r", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max-steps", type=int, default=150)
