@@ -100,7 +100,9 @@ def finetune(
     values["train"] = {**options, "mode": mode, "loss": _loss(options, teacher)}
     if static_layers(model):
         values["quant"] = {"act_bits": 8, "act_static": True}
-    recipe = config_module.resolve(config_module.from_dict(values), sum(p.numel() for p in model.parameters()))
+    # Without integers: what GPTQ changed is an int8 parameter beside each weight.
+    parameters = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    recipe = config_module.resolve(config_module.from_dict(values), parameters)
     if not quantized_layers(model):
         raise LlmqatError("no layer of this model is quantized; call llmqat.prepare before finetune")
     if recipe.device != "auto" or next(model.parameters()).device.type == "cpu":

@@ -14,6 +14,7 @@ from llmqat.config.recipe import (
     ResolvedQuant,
     ResolvedTrain,
     check_pattern,
+    default_lr,
     from_dict,
     resolve,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "ResolvedTrain",
     "TrainConfig",
     "check_pattern",
+    "default_lr",
     "fit_context",
     "from_dict",
     "from_yaml",

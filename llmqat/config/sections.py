@@ -149,7 +149,8 @@ class TrainConfig:
     accumulation: int = option(1, "batches summed into one step", "--accumulation", least=1)
     lr: float | None = option(
         None,
-        "learning rate; full: in codes per step, lora: of the adapters, scales: as a fraction of the scale",
+        "learning rate; full: in codes per step, lora: of the adapters, scales: as a fraction of the scale; default: "
+        "3e-3; full: 5e-3, beyond 6 M parameters falling with the root of their number (1e-3 at 150 M)",
         "--lr",
         least=0.0,
     )
