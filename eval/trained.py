@@ -79,8 +79,9 @@ class Bench(NamedTuple):
         rates = {} if cell.mode == "full" else {**NOTHING, **_merged(RATES[word] for word in cell.along)}
         teacher = self.reference() if cell.mode == "full" else "self"
         options = {**options, **rates, "lr": cell.lr, "seed": cell.seed}
-        if cell.mode == "full" and args.lr_float is not None:
-            options["lr_float"] = args.lr_float
+        if cell.mode == "full":
+            beside = {"lr_float": args.lr_float, "lr_scale": args.lr_scale}
+            options |= {key: value for key, value in beside.items() if value is not None}
         done = llmqat.finetune(model, self.rows, self.held_out.ids, mode=cell.mode, teacher=teacher, **options)
         return {
             "held_out": done.held_out,
@@ -143,6 +144,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--full", type=float, nargs="*", default=[5e-3], help="learning rates of full weights")
     parser.add_argument("--lr-float", type=float, help="of norms and embeddings beside full weights")
+    parser.add_argument("--lr-scale", type=float, help="of scales beside full weights")
     parser.add_argument("--lora-r", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max-steps", type=int, default=150)

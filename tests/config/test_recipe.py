@@ -112,10 +112,10 @@ def test_resolve_leaves_nothing_open(parameters, group_size, mode):
     assert recipe.scheme().group_size == group_size
 
 
-def test_the_default_rate_of_all_weights_falls_with_the_root_of_their_number():
+def test_the_default_rate_of_all_weights_falls_with_the_cube_root_of_their_number():
     assert default_lr("full", 1_000) == default_lr("full", 6_000_000) == DEFAULT_LR["full"]
-    assert default_lr("full", 24_000_000) == pytest.approx(DEFAULT_LR["full"] / 2)
-    assert default_lr("full", 600_000_000) == pytest.approx(DEFAULT_LR["full"] / 10)
+    assert default_lr("full", 48_000_000) == pytest.approx(DEFAULT_LR["full"] / 2)
+    assert default_lr("full", 750_000_000) == pytest.approx(DEFAULT_LR["full"] / 5)
     for mode in ("lora", "scales"):
         assert {default_lr(mode, count) for count in (1_000, 10**8, 10**10)} == {DEFAULT_LR[mode]}
     assert resolve(from_dict({"train": {"lr": 0.25}}), 10**8).train.lr == 0.25
