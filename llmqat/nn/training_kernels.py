@@ -7,7 +7,6 @@ from torch import nn
 
 from llmqat.kernels import training
 from llmqat.kernels.attention import has_attention
-from llmqat.kernels.heap import kept_memory
 from llmqat.kernels.products import has_tiles
 from llmqat.nn.native_attention import native_attention
 from llmqat.nn.native_modules import native_modules
@@ -20,7 +19,7 @@ def training_kernels(*models: nn.Module) -> Iterator[None]:
     `llmqat.finetune` does so by itself, and `llmqat.prepare` with GPTQ or block-wise reconstruction; a loop of your own
     may say ``with llmqat.training_kernels(model):``. Quantized layers use the kernels with and without it. Results are
     those of transformers, to rounding; what the kernels do not take, and all of it where they are off
-    (``LLMQAT_TRAINING=torch``), runs as before. Memory that a step frees is kept for the next one.
+    (``LLMQAT_TRAINING=torch``), runs as before.
 
     Args:
         models: those that run: the one that trains, and its teacher.
@@ -28,10 +27,7 @@ def training_kernels(*models: nn.Module) -> Iterator[None]:
     Returns:
         a context manager.
     """
-    if training.library() is None:
-        yield
-        return
-    with native_modules(*models), native_attention(), kept_memory():
+    with native_modules(*models), native_attention():
         yield
 
 
