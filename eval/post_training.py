@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from _peers.environments import from_requirements
 from _results import begun, write
+from _scores import scores
 
 import llmqat
 from llmqat import QuantScheme
@@ -73,18 +74,13 @@ class Comparison:
             options = {"overrides": overrides, "block_steps": self.args.steps, "min_coverage": 0.0}
             llmqat.prepare(model, self.scheme, init=method, calibration=batches, **options)
             found = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        return found | {name: self.score(model, windows) for name, windows in self.texts.items()}
+        return found | {name: scores(model, windows, self.reference) for name, windows in self.texts.items()}
 
     def float_rest(self, model: Any) -> dict[str, Any]:
         """Overrides that leave the blocks behind the first ``--blocks`` float."""
         blocks = len(model.get_decoder().layers)
         rest = "|".join(str(block) for block in range(self.args.blocks or blocks, blocks))
         return {rf"\.layers\.({rest})\.": "float"} if rest else {}
-
-    def score(self, model: Any, windows: Any) -> dict[str, float]:
-        """Perplexity, KL to the float model and top-1 agreement."""
-        result = llmqat.evaluate(model, windows, self.reference)
-        return {"perplexity": result.perplexity, "kl": result.kl_to_float, "top1": result.top1_agreement}
 
     def run_peer(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """AutoRound in its own environment: the model that it makes of the float one, and what it took."""

@@ -1,6 +1,6 @@
 """What training adds to post-training quantization, by what trains and how fast: KL divergence from the float model.
 
-    python eval/trained.py --model smollm2 --dataset my.txt --also other.txt --group-size 64 --init blockwise --full
+    python eval/trained.py --model smollm2 --dataset my.txt --also other.txt --init blockwise --full 2e-3
 
 All cells begin with the same codes, of GPTQ or of block-wise reconstruction, read the same tokens in one order, and
 keep the state with the least divergence on validation text, which also chooses between them; test text is scored once
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import _results
 import torch
+from _scores import scores
 
 import llmqat
 from llmqat import QuantScheme
@@ -29,6 +30,7 @@ class Bench(NamedTuple):
     Attributes:
         args: of the command line.
         start: prepared, with its codes and the float weights beside them.
+        reference: the float model, which also teaches full weights.
         rows: to train on.
         held_out: windows that choose.
         test: windows of the numbers to publish, by dataset.
@@ -36,6 +38,7 @@ class Bench(NamedTuple):
 
     args: argparse.Namespace
     start: Any
+    reference: llmqat.FloatCopy
     rows: torch.Tensor
     held_out: llmqat.Windows
     test: dict[str, llmqat.Windows]
@@ -55,19 +58,12 @@ class Bench(NamedTuple):
         held_out = llmqat.windows(tokenizer, corpus.validation, args.length, args.eval_tokens)
         names = (args.dataset, *args.also)
         test = {name: llmqat.scored_windows(name, tokenizer, args.window, args.eval_tokens) for name in names}
-        return cls(args, model, rows, held_out, test)
-
-    def reference(self) -> llmqat.FloatCopy:
-        """The float model."""
-        return llmqat.FloatCopy(llmqat.load_float(self.args.model, torch.float32))
+        reference = llmqat.FloatCopy(llmqat.load_float(args.model, torch.float32))
+        return cls(args, model, reference, rows, held_out, test)
 
     def scores(self, model: Any) -> dict[str, Any]:
-        """Perplexity, KL to the float model and top-1 agreement on test text, by dataset."""
-        found = {name: llmqat.evaluate(model, windows, self.reference()) for name, windows in self.test.items()}
-        return {
-            name: {"perplexity": row.perplexity, "kl": row.kl_to_float, "top1": row.top1_agreement}
-            for name, row in found.items()
-        }
+        """On test text, by dataset."""
+        return {name: scores(model, windows, self.reference) for name, windows in self.test.items()}
 
     def run(self, cell: "Cell") -> dict[str, Any]:
         """Train one cell."""
@@ -77,7 +73,7 @@ class Bench(NamedTuple):
         model = llmqat.add_lora(model, r=args.lora_r) if cell.mode == "lora" else model
         options = {"max_steps": args.max_steps, "batch_size": args.batch_size, "eval_every": args.eval_every}
         rates = {} if cell.mode == "full" else {**NOTHING, **_merged(RATES[word] for word in cell.along)}
-        teacher = self.reference() if cell.mode == "full" else "self"
+        teacher = self.reference if cell.mode == "full" else "self"
         options = {**options, **rates, "lr": cell.lr, "seed": cell.seed}
         if cell.mode == "full":
             beside = {"lr_float": args.lr_float, "lr_scale": args.lr_scale}
@@ -167,18 +163,24 @@ def main() -> None:
     fixed = {key: value for key, value in vars(args).items() if key not in varied}
     header = {"environment": llmqat.environment(), "arguments": fixed}
     results = _results.begun(args.output, header, "cells", {})
-    missing = [cell for cell in cells(args) if str(cell) not in results["cells"]]
-    bench = Bench.load(args) if missing or "start" not in results else None
-    if bench is not None and "start" not in results:
+    bench = None if all(str(cell) in results["cells"] for cell in cells(args)) else Bench.load(args)
+    if bench is not None:
+        complete(results, bench)
+    show(args.init, results["start"])
+    for name, row in results["cells"].items():
+        show(f"{name}: held out {row['best']:.5f}", row["test"])
+
+
+def complete(results: dict[str, Any], bench: Bench) -> None:
+    """Score the start and run the cells that `results` lacks, written one by one."""
+    args = bench.args
+    if "start" not in results:
         results["start"] = bench.scores(bench.start)
         _results.write(args.output, results)
-    show(args.init, results["start"])
     for cell in cells(args):
-        if bench is not None and cell in missing:
+        if str(cell) not in results["cells"]:
             results["cells"][str(cell)] = bench.run(cell)
             _results.write(args.output, results)
-        row = results["cells"][str(cell)]
-        show(f"{cell}: held out {row['best']:.5f}", row["test"])
 
 
 def show(name: str, test: dict[str, Any]) -> None:

@@ -97,7 +97,8 @@ def default_lr(mode: str, parameters: int) -> float:
     """The learning rate of a mode where none is given, for a model of so many parameters.
 
     All weights move at once, so that the more there are the more a step changes what the model computes: their rate
-    falls with the cube root of the number, which is what was best at 6 and at 135 million; see docs/ablations.md.
+    falls with the cube root of the number. 5e-3 was found at 1 and 6 million; at 135 million 2e-3 was the best of four,
+    and 5e-3 far too much; see docs/ablations.md.
     """
     rate = DEFAULT_LR[mode]
     return rate * min(1.0, (SMALL / max(1, parameters)) ** (1 / 3)) if mode == "full" else rate

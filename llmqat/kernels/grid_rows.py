@@ -29,10 +29,18 @@ class GridRows(ctypes.Structure):
     )
 
 
+def is_known(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
+    """Whether the kernels run here, and know the dtypes of a weight, and of its ``W_hat``."""
+    weight, change = latent.weight, latent.compensation
+    known = {grid.storage_dtype, out_dtype} <= native.DTYPES.keys()
+    narrow = change is None or change.multiples.dtype == torch.int8
+    return known and narrow and latent.shard is None and not lacks_values() and training.readable(weight)
+
+
 @torch.no_grad()
 def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = None) -> Tensor:
     """`llmqat.quant.fake_quant.fake_quantize`, by the kernels where they know the weight."""
-    if not _known(latent, grid, out_dtype or grid.storage_dtype):
+    if not is_known(latent, grid, out_dtype or grid.storage_dtype):
         return in_torch(latent, grid, out_dtype)
     rows, w_hat = _Rows.of(latent, grid), torch.empty(latent.weight.shape, dtype=out_dtype or grid.storage_dtype)
     for part in rows.parts():
@@ -43,11 +51,6 @@ def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = No
     return w_hat
 
 
-def makes_gradients(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
-    """Whether `grid_gradients` knows the weight, and a ``W_hat`` of `out_dtype`."""
-    return _known(latent, grid, out_dtype)
-
-
 @torch.no_grad()
 def grid_gradients(
     g: Tensor, latent: Latent, grid: Grid, out_dtype: torch.dtype | None
@@ -56,7 +59,7 @@ def grid_gradients(
 
     Args:
         g: gradient of ``W_hat``, ``(out, in)`` float32; it becomes that of the latents.
-        latent: the weight, of which `makes_gradients` holds.
+        latent: the weight, of which `is_known` holds.
         grid: its grid.
         out_dtype: of ``W_hat``; None for no ``W_hat``.
     """
@@ -68,14 +71,6 @@ def grid_gradients(
         dtype = native.DTYPES[out_dtype or torch.float32]
         training.call("llmqat_grid_gradients", ctypes.byref(part.struct), *pointers, dtype)
     return ds, w_hat
-
-
-def _known(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
-    """Whether the kernels run here, and know the dtypes of a weight."""
-    weight, change = latent.weight, latent.compensation
-    known = {grid.storage_dtype, out_dtype} <= native.DTYPES.keys()
-    narrow = change is None or change.multiples.dtype == torch.int8
-    return known and narrow and latent.shard is None and not lacks_values() and training.readable(weight)
 
 
 _kept = threading.local()

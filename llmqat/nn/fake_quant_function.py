@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmqat.kernels.grid_rows import fake_quantize, grid_gradients, makes_gradients
+from llmqat.kernels.grid_rows import fake_quantize, grid_gradients, is_known
 from llmqat.kernels.products import multiply
 from llmqat.quant.affine import fake_quantize_activation
 from llmqat.quant.fake_quant import compute_dtype
@@ -131,7 +131,7 @@ def _gradients(
             da, db = _low_rank_gradients(gy, x, latent.adapters)
             return made._replace(lora_a=da, lora_b=db), None
     dw = multiply(gy.T, x, dtype=torch.promote_types(latent.weight.dtype, torch.float32))
-    if need.scale and not need.zero_point and not clip_mask and makes_gradients(latent, grid, x.dtype):
+    if need.scale and not need.zero_point and not clip_mask and is_known(latent, grid, x.dtype):
         of_scale, w_hat = grid_gradients(dw, latent, grid, x.dtype if need.x else None)
         made = made._replace(scale=of_scale)
     else:

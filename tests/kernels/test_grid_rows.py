@@ -84,8 +84,8 @@ def test_not_finite_latents_are_those_of_torch(of_isa):
 def test_float64_is_left_to_torch():
     weight = torch.randn(4, 32, dtype=torch.float64)
     grid = Grid(torch.full((4, 2), 0.1), None, None, QuantScheme(4, 16), torch.float32)
-    assert not grid_rows.makes_gradients(Latent(weight), grid, torch.float32)
-    assert not grid_rows.makes_gradients(Latent(weight.float()), grid, torch.float64)
+    assert not grid_rows.is_known(Latent(weight), grid, torch.float32)
+    assert not grid_rows.is_known(Latent(weight.float()), grid, torch.float64)
     assert torch.equal(grid_rows.fake_quantize(Latent(weight), grid), fake_quant.fake_quantize(Latent(weight), grid))
 
 
