@@ -4,6 +4,7 @@ With a vocabulary of 262,144 words the logits of 4,096 tokens are 4 GiB in float
 the hidden states that they come from are a few MiB.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llmqat.quant.fake_quant import compute_dtype
 from llmqat.quant.grid import slices
 
 CHUNK_LOGITS = 2**24  # numbers in the logits of a chunk: 64 MiB in float32
+TILE_ROWS = 32  # tokens that kernels multiply at once
 CACHED_LOGITS = 2**18  # and in those of a few of its tokens: 1 MiB, so that what is computed of them stays in the cache
 
 
@@ -75,8 +77,12 @@ class BelowHead:
     weights: Callable[[torch.dtype], HeadWeights] | None = None
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of `tokens` tokens, each of so many that their logits are few."""
-        size = max(1, CHUNK_LOGITS // self.vocabulary)
+        """Slices of `tokens` tokens, each of so many that their logits are few; about equal, since one of a few tokens
+        would pass over the whole head like the others."""
+        most = max(1, CHUNK_LOGITS // self.vocabulary)
+        equal = max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
+        whole_tiles = math.ceil(equal / TILE_ROWS) * TILE_ROWS
+        size = whole_tiles if whole_tiles <= most else equal
         return (slice(start, start + size) for start in range(0, tokens, size))
 
 

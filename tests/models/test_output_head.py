@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -90,6 +92,14 @@ def test_the_logits_of_a_chunk_are_few(vocabulary, tokens):
     lengths = [len(range(tokens)[chunk]) for chunk in below.chunks(tokens)]
     assert sum(lengths) == tokens
     assert max(lengths) == 1 or max(lengths) * vocabulary <= output_head.CHUNK_LOGITS
+
+
+@pytest.mark.parametrize("tokens", [342, 1024, 2048, 4096])
+def test_no_chunk_is_of_a_few_tokens_left_over(tokens):
+    below = output_head.BelowHead(None, torch.ones(1), lambda x: x, 49_152)
+    lengths = [len(range(tokens)[chunk]) for chunk in below.chunks(tokens)]
+    assert len(lengths) == math.ceil(tokens / (output_head.CHUNK_LOGITS // 49_152))
+    assert min(lengths) >= 4 * output_head.TILE_ROWS
 
 
 def gradients(model, head, teacher, targets):
