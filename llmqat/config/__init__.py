@@ -14,7 +14,6 @@ from llmqat.config.recipe import (
     ResolvedQuant,
     ResolvedTrain,
     check_pattern,
-    default_lr,
     from_dict,
     resolve,
 )
@@ -57,7 +56,6 @@ __all__ = [
     "ResolvedTrain",
     "TrainConfig",
     "check_pattern",
-    "default_lr",
     "fit_context",
     "from_dict",
     "from_yaml",

@@ -13,8 +13,7 @@ from llmqat.config.unused import check_used
 from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.scheme import QuantScheme
 
-DEFAULT_LR = {"full": 5e-3, "lora": 3e-3, "scales": 3e-3}
-SMALL = 6_000_000  # parameters up to which all weights train at their default rate; it falls with the cube root beyond
+DEFAULT_LR = {"full": 2e-3, "lora": 3e-3, "scales": 3e-3}
 DEFAULT_LR_SCALE = {"full": 0.0, "lora": 3e-3, "scales": 0.0}  # where --lr is not that of the scales
 # Keys of the version before -> their names today.
 RENAMED = {"train.length": "data.length"}
@@ -93,17 +92,6 @@ class Resolved(Recipe):
         return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static, q.scale_dtype)
 
 
-def default_lr(mode: str, parameters: int) -> float:
-    """The learning rate of a mode where none is given, for a model of so many parameters.
-
-    All weights move at once, so that the more there are the more a step changes what the model computes: their rate
-    falls with the cube root of the number. 5e-3 was found at 1 and 6 million; at 135 million 2e-3 was the best of four,
-    and 5e-3 far too much; see docs/ablations.md.
-    """
-    rate = DEFAULT_LR[mode]
-    return rate * min(1.0, (SMALL / max(1, parameters)) ** (1 / 3)) if mode == "full" else rate
-
-
 def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> Resolved:
     """Choose what a recipe leaves to the model: group size, mode and learning rates.
 
@@ -120,7 +108,7 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
     mode = train.mode or ("full" if parameters < 1e9 and not recipe.low_memory else "lora")
     check_used(quant, recipe.init, train, mode)
     rates = {
-        "lr": train.lr if train.lr is not None else default_lr(mode, parameters),
+        "lr": train.lr if train.lr is not None else DEFAULT_LR[mode],
         "lr_scale": train.lr_scale if train.lr_scale is not None else DEFAULT_LR_SCALE[mode],
     }
     checkpointing = train.gradient_checkpointing or recipe.low_memory  # else all blocks would stay for the backward

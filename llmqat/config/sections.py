@@ -150,7 +150,7 @@ class TrainConfig:
     lr: float | None = option(
         None,
         "learning rate; full: in codes per step, lora: of the adapters, scales: as a fraction of the scale; default: "
-        "3e-3; full: 5e-3, beyond 6 M parameters falling with the cube root of their number (1.8e-3 at 135 M)",
+        "3e-3; full: 2e-3",
         "--lr",
         least=0.0,
     )

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from llmqat.cli.recipes import bundled_recipes
-from llmqat.config import DEFAULT_LR, DEFAULT_LR_SCALE, Recipe, default_lr, from_dict, from_yaml, resolve, to_yaml
+from llmqat.config import DEFAULT_LR, DEFAULT_LR_SCALE, Recipe, from_dict, from_yaml, resolve, to_yaml
 from llmqat.errors import LlmqatError
 
 RECIPES = sorted(bundled_recipes().values())
@@ -107,18 +107,8 @@ def test_with_values_is_checked_like_yaml():
 )
 def test_resolve_leaves_nothing_open(parameters, group_size, mode):
     recipe = resolve(Recipe(), int(parameters), group_size)
-    assert (recipe.quant.group_size, recipe.train.mode) == (group_size, mode)
-    assert recipe.train.lr == default_lr(mode, int(parameters))
+    assert (recipe.quant.group_size, recipe.train.mode, recipe.train.lr) == (group_size, mode, DEFAULT_LR[mode])
     assert recipe.scheme().group_size == group_size
-
-
-def test_the_default_rate_of_all_weights_falls_with_the_cube_root_of_their_number():
-    assert default_lr("full", 1_000) == default_lr("full", 6_000_000) == DEFAULT_LR["full"]
-    assert default_lr("full", 48_000_000) == pytest.approx(DEFAULT_LR["full"] / 2)
-    assert default_lr("full", 750_000_000) == pytest.approx(DEFAULT_LR["full"] / 5)
-    for mode in ("lora", "scales"):
-        assert {default_lr(mode, count) for count in (1_000, 10**8, 10**10)} == {DEFAULT_LR[mode]}
-    assert resolve(from_dict({"train": {"lr": 0.25}}), 10**8).train.lr == 0.25
 
 
 def test_resolve_keeps_what_was_chosen():
