@@ -40,8 +40,8 @@ class FloatPass:
         self.reference, self.data, self.layers, self.team = reference, data, tuple(layers), team
         self.kept: dict[int, Kept] = {}
         with training_kernels(reference.model):
-            kept = self._run()
-        if not all(team.all_of(kept)):
+            apart = self._run()
+        if not all(team.all_of(apart)):
             self.kept = {}
             return
         for index in range(len(data.parts())):
