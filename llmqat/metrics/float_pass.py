@@ -12,7 +12,6 @@ from llmqat.metrics.forwards import Kept, ReferenceForwards
 from llmqat.metrics.perplexity import Perplexity, Windows, compare, score
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.nn.context import check_sequence
-from llmqat.nn.training_kernels import training_kernels
 from llmqat.team import ALONE, Team
 
 
@@ -39,9 +38,7 @@ class FloatPass:
     ) -> None:
         self.reference, self.data, self.layers, self.team = reference, data, tuple(layers), team
         self.kept: dict[int, Kept] = {}
-        with training_kernels(reference.model):
-            apart = self._run()
-        if not all(team.all_of(apart)):
+        if not all(team.all_of(self._run())):
             self.kept = {}
             return
         for index in range(len(data.parts())):

@@ -30,7 +30,6 @@ from llmqat.metrics.layer_error import LayerErrors
 from llmqat.metrics.scores import Scores
 from llmqat.models.output_head import Reference
 from llmqat.nn.context import check_sequence
-from llmqat.nn.training_kernels import training_kernels
 from llmqat.progress import track
 from llmqat.team import ALONE, Team
 
@@ -249,11 +248,10 @@ def score(
     Each process of `team` scores its share of the batches. What they found is added up in the order of the batches:
     all processes get, to the bit, what one alone would.
     """
-    with training_kernels(forwards.model, *([] if theirs is None else [theirs.model])):
-        own = [
-            _score_batch(forwards, theirs, index, batch.to(forwards.device))
-            for index, batch in data.batches(description, team)
-        ]
+    own = [
+        _score_batch(forwards, theirs, index, batch.to(forwards.device))
+        for index, batch in data.batches(description, team)
+    ]
     scores, errors, shares = Scores(), LayerErrors(forwards.layers), team.all_of(own)
     for index in range(len(data.parts())):
         found, found_errors = shares[team.owner(index)][index // team.count]

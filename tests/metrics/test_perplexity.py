@@ -12,7 +12,6 @@ from torch import nn
 from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.writer import save_packed
-from llmqat.kernels import norms
 from llmqat.metrics import perplexity as module
 from llmqat.metrics.perplexity import Perplexity, Windows, bootstrap_difference, evaluate, windows
 from llmqat.models.float_view import FloatCopy
@@ -112,22 +111,6 @@ def test_packed_equals_fake_quantized(tiny_llama, tmp_path, scheme, dtype):
     round_float_parts(model)
     packed = load_packed(save_packed(model, tmp_path), torch.float32)
     assert evaluate(packed, DATA).perplexity == pytest.approx(evaluate(model, DATA).perplexity, rel=1e-6)
-
-
-def test_scores_by_the_compiled_kernels(tiny_llama, monkeypatch):
-    model, calls = tiny_llama(), []
-    reference = FloatCopy(copy.deepcopy(model))
-    prepare(model, QuantScheme(4, 32), storage_dtype=torch.float32)
-    monkeypatch.setenv("LLMQAT_TRAINING", "torch")
-    by_torch = evaluate(model, DATA, reference)
-    monkeypatch.delenv("LLMQAT_TRAINING")
-    original = norms.rms_norm
-    monkeypatch.setattr(norms, "rms_norm", lambda x, *args: calls.append(x.shape[:-1]) or original(x, *args))
-    found = evaluate(model, DATA, reference)
-    norms_of_a_model = 2 * model.config.num_hidden_layers + 1
-    assert calls.count(DATA.ids.shape) == 2 * norms_of_a_model  # besides the trials of each
-    np.testing.assert_allclose(found.losses, by_torch.losses, rtol=1e-5)
-    assert found.kl_to_float == pytest.approx(by_torch.kl_to_float, rel=1e-4)
 
 
 def test_evaluation_restores_the_mode(tiny_llama):
