@@ -22,9 +22,10 @@ from llmqat.formats.weights import tensor_headers
 from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import OnGrid, float_parameters, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear, packed_layers
-from llmqat.quant.affine import grouped, holds_exactly
+from llmqat.quant.affine import holds_exactly
 from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Grid, Latent
+from llmqat.quant.interval_ends import inside_intervals
 from llmqat.scheme import QuantScheme
 
 INSIDE = 1 / 16  # of a code: how far from the end of its interval a latent is put
@@ -55,14 +56,7 @@ def latent_of(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
     Raises:
         LlmqatError: if the codes are not on the grid.
     """
-    grid, scheme = grid.stored(), grid.scheme
-    s = grid.scale.float().unsqueeze(-1)
-    z = 0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
-    q = grouped(codes.float(), scheme)
-    low = torch.where(q > scheme.qmin, q - 0.5 + INSIDE, -torch.inf)  # the first and the last code have no end
-    high = torch.where(q < scheme.qmax, q + 0.5 - INSIDE, torch.inf)
-    u = (grouped(weight.float(), scheme) / s + z).clamp(low, high)
-    latent = ((u - z) * s).flatten(-2)
+    latent = inside_intervals(weight.float(), codes.float(), grid.stored(), INSIDE)
     # A group of zeros has a scale of any kind, and its latents no use.
     latent = torch.where(latent.isfinite(), latent, weight.float())
     if not torch.equal(codes_of(Latent(latent), grid), codes):

@@ -22,8 +22,8 @@ from llmqat.quant.fake_quant import compute_dtype
 from llmqat.quant.grid import slices
 
 CHUNK_LOGITS = 2**24  # numbers in the logits of a chunk: 64 MiB in float32
-TILE_ROWS = 32  # tokens that kernels multiply at once
 CACHED_LOGITS = 2**18  # and in those of a few of its tokens: 1 MiB, so that what is computed of them stays in the cache
+TILE_ROWS = 32  # tokens that kernels multiply at once
 
 
 def soft_capped(logits: Tensor, cap: float) -> Tensor:
@@ -80,7 +80,8 @@ class BelowHead:
         """Slices of `tokens` tokens, each of so many that their logits are few; about equal, since one of a few tokens
         would pass over the whole head like the others."""
         most = max(1, CHUNK_LOGITS // self.vocabulary)
-        equal = max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
+        count = math.ceil(tokens / most) or 1
+        equal = math.ceil(tokens / count) or 1
         whole_tiles = math.ceil(equal / TILE_ROWS) * TILE_ROWS
         size = whole_tiles if whole_tiles <= most else equal
         return (slice(start, start + size) for start in range(0, tokens, size))

@@ -59,7 +59,7 @@ def codes_of(latent: Latent, grid: Grid) -> Tensor:
 def count_clipped(latent: Latent, grid: Grid) -> Tensor:
     """How many latent weights lie more than half a code beyond the ends of the grid, a scalar on their device."""
     grid, (low, high) = grid.stored(), (grid.scheme.qmin - 0.5, grid.scheme.qmax + 0.5)
-    s0 = grid.scale if grid.code_scale is None else grid.code_scale
+    s0 = grid.scale_of_codes
     count = torch.zeros((), dtype=torch.int64, device=latent.weight.device)
     for rows in latent.chunks():
         u = grouped(latent.rows(rows), grid.scheme) / s0[rows, :, None]

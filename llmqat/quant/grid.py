@@ -176,6 +176,11 @@ class Grid(NamedTuple):
     scheme: QuantScheme
     storage_dtype: torch.dtype
 
+    @property
+    def scale_of_codes(self) -> Tensor:
+        """The scale that finds the codes, ``(out, groups)``."""
+        return self.scale if self.code_scale is None else self.code_scale
+
     def stored(self) -> "Grid":
         """The grid as a file holds it: the scale in the storage dtype, zero points integers of the code range."""
         zero_point = self.zero_point
@@ -199,8 +204,7 @@ class Grid(NamedTuple):
 
     def code_values(self, latent: Tensor) -> Tensor:
         """Codes of `latent` ``(rows, in)``, in floating point; the grid is `stored`, and that of these rows."""
-        scale = self.scale if self.code_scale is None else self.code_scale
-        return code_values(latent, scale, self.zero_point, self.scheme)
+        return code_values(latent, self.scale_of_codes, self.zero_point, self.scheme)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """``W_hat`` of `codes` ``(rows, in)`` in the storage dtype; the grid is `stored`, and that of these rows."""

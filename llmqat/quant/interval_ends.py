@@ -20,25 +20,32 @@ def away_from_ends(weight: Tensor, grid: Grid, margin: float) -> Tensor:
     Args:
         weight: of a layer ``(out, in)``; not written to.
         grid: that finds the codes.
-        margin: in codes, less than a half. There is none at the outer ends of the grid.
+        margin: see `inside_intervals`.
     """
     moved, grid = weight.clone(), grid.stored()
     for rows in Latent(weight).chunks():
         part, before = grid.rows(rows), weight[rows]
         codes = part.code_values(before)
-        after = _inwards(before, codes, part, 0.5 - margin).to(weight.dtype)
+        after = inside_intervals(before, codes, part, margin).to(weight.dtype)
         moved[rows] = torch.where(part.code_values(after) == codes, after, before)
     return moved
 
 
-def _inwards(weight: Tensor, codes: Tensor, grid: Grid, limit: float) -> Tensor:
-    """Some rows, brought so near to the middle of their intervals; those that were are left as they are."""
-    scale = (grid.scale if grid.code_scale is None else grid.code_scale).to(codes.dtype).unsqueeze(-1)
-    zero_point = 0 if grid.zero_point is None else grid.zero_point.unsqueeze(-1)
-    codes = grouped(codes, grid.scheme)
-    offset = grouped(weight.to(codes.dtype), grid.scheme) / scale - (codes - zero_point)
-    lowest = torch.where(codes > grid.scheme.qmin, -limit, -math.inf)
-    highest = torch.where(codes < grid.scheme.qmax, limit, math.inf)
+def inside_intervals(weight: Tensor, codes: Tensor, grid: Grid, margin: float) -> Tensor:
+    """The values next to some weights that lie at least a margin inside the intervals of given codes; weights that do
+    are returned as they are. A group whose scale is 0 has none, and gives NaN.
+
+    Args:
+        weight: ``(rows, in)``.
+        codes: of the same shape, floating point, in float32 or wider.
+        grid: `stored`, and that of these rows.
+        margin: in codes. There is none at the outer ends of the grid.
+    """
+    scale, scheme = grid.scale_of_codes.to(codes.dtype).unsqueeze(-1), grid.scheme
+    weight, codes = grouped(weight.to(codes.dtype), scheme), grouped(codes, scheme)
+    middle = codes if grid.zero_point is None else codes - grid.zero_point.to(codes.dtype).unsqueeze(-1)
+    lowest = torch.where(codes > scheme.qmin, margin - 0.5, -math.inf)
+    highest = torch.where(codes < scheme.qmax, 0.5 - margin, math.inf)
+    offset = weight / scale - middle
     nearer = offset.clamp(lowest, highest)
-    moved = (codes - zero_point + nearer) * scale
-    return torch.where(nearer == offset, grouped(weight, grid.scheme).to(moved.dtype), moved).flatten(-2)
+    return torch.where(nearer == offset, weight, (middle + nearer) * scale).flatten(-2)
