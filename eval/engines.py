@@ -32,22 +32,27 @@ GRIDS = {
 }
 # Format -> engines that may run it.
 ENGINES = {
-    PACKED: ("transformers", "vllm"),
+    PACKED: ("llmqat", "transformers", "vllm"),
     "dense": ("transformers", "vllm"),
     "gguf": ("llama.cpp", "transformers"),
     "gptq": ("gptqmodel", "transformers", "vllm"),
     "awq": ("gptqmodel", "transformers", "vllm"),
     "mlx": ("mlx",),
+    "onnx": ("onnxruntime", "openvino"),
 }
 # Engine -> the folder of its environment; transformers runs GPTQ and AWQ checkpoints by GPTQModel.
-HOMES = {"vllm": "vllm", "llama.cpp": "llama-cpp", "gptqmodel": "gptqmodel", "mlx": "mlx"}
+HOMES = {
+    **{"vllm": "vllm", "llama.cpp": "llama-cpp", "gptqmodel": "gptqmodel", "mlx": "mlx"},
+    **{"onnxruntime": "onnx", "openvino": "onnx"},
+}
 BY_GPTQMODEL = ("gptq", "awq")
+WEIGHTS = ".safetensors", ".gguf", ".data"  # files that hold them
 # In a line of llmqat that says that an environment lacks something.
 NOT_INSTALLED = ("needs packages that", "ModuleNotFoundError", "ImportError")
 BEGIN, END = "<!-- engines: begin -->\n", "<!-- engines: end -->"
 HEAD = (
-    "| format | engine | model | grid | weights | tokens equal | max error | KL (bound) | top-1 |\n"
-    "|---|---|---|---|---|---:|---:|---:|---:|\n"
+    "| format | engine | model | grid | weights | tokens equal | max error | KL (bound) | top-1 | MB | tokens/s |\n"
+    "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|\n"
 )
 
 
@@ -109,7 +114,7 @@ def compared(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     against = [] if cell.format == PACKED else ["--against", PACKED]
     command = ["verify", cell.format, *against, "--runtime", cell.engine]
     said = verified(command, folder, python)
-    size = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in WEIGHTS)
     return {"command": " ".join(["llmqat", *command]), "bytes": size, **said}
 
 
@@ -148,6 +153,8 @@ def row(cell: Cell, found: dict[str, Any]) -> str:
         f"{run['max_error']:.1e}",
         f"{run['kl']:.1e} ({run['kl_bound']:.1e})" + ("" if run["ok"] else " **beyond**"),
         f"{run['top1']:.1%}",
+        f"{found['bytes'] / 1e6:.1f}",
+        f"{run['tokens_s']:.0f}",
     )
     return f"| {' | '.join(columns)} |"
 

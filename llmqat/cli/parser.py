@@ -69,6 +69,8 @@ Move a packed model to the format of another engine: the same codes and scales, 
       one file for llama.cpp, out-gguf/model.gguf; for grids in groups of 32 and multiples
   llmqat export runs/llmqat --to gptq --output out-gptq
       a checkpoint for vLLM, SGLang and GPTQModel; so is awq; mlx is one for Apple silicon
+  llmqat export runs/llmqat --to onnx --output out-onnx
+      a graph for ONNX Runtime and OpenVINO; needs llmqat[onnx]
 
 What a format cannot hold without loss is refused, with the nearest grid to train instead. Where it only rounds scales
 or zero points, --allow-rounding goes on, and says how much was lost.

@@ -15,6 +15,7 @@ from llmqat.formats.export.gguf import write_gguf
 from llmqat.formats.export.gptq import write_gptq
 from llmqat.formats.export.holds import HOLDS
 from llmqat.formats.export.mlx import write_mlx
+from llmqat.formats.export.onnx import write_onnx
 from llmqat.formats.export.rounding import Rounding, measure_rounding
 from llmqat.formats.export.source import Source
 from llmqat.pipeline.output import check_apart, holds_files
@@ -26,6 +27,7 @@ WRITERS: dict[str, Callable[[Source, Path], None]] = {
     "gptq": write_gptq,
     "awq": write_awq,
     "mlx": write_mlx,
+    "onnx": write_onnx,
 }
 
 
@@ -61,7 +63,7 @@ def export(directory: str | Path, to: str, output: str | Path, allow_rounding: b
 
     Args:
         directory: of the packed model; or its Hub id.
-        to: the format: dense, gguf, gptq, awq or mlx.
+        to: the format: dense, gguf, gptq, awq, mlx or onnx.
         output: directory to write, which must be empty or not there.
         allow_rounding: go on where the format holds the grid, but rounds scales or minima; the loss is measured over
             all weights, and stands in the card.
@@ -91,7 +93,7 @@ def card(to: str, rounding: Rounding | None = None, notes: Sequence[str] = ()) -
     """The model card of an export, which holds no measurement of what it generates."""
     import yaml
 
-    library = {"gguf": "gguf", "mlx": "mlx"}.get(to, "transformers")
+    library = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnxruntime-genai"}.get(to, "transformers")
     head = yaml.safe_dump({"library_name": library, "tags": ["llmqat", to]}, sort_keys=False)
     same = (
         "Codes and scales are those of the packed model that this was made of, bit for bit; nothing was quantized again"

@@ -2,18 +2,15 @@
 
 import json
 import os
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmqat.errors import LlmqatError, shortened
+from llmqat.errors import LlmqatError, last_word
 from llmqat.pipeline import worker
 
 LOG = "log.txt"
-RANK = re.compile(r"^\[rank\d+\]: ")
-ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 # Module -> what to install for it, where that is not its name.
 PACKAGES = {
     "auto_round": "auto-round",
@@ -89,13 +86,5 @@ def _start(python: str, folder: Path, failed: str) -> None:
     except OSError as error:
         raise LlmqatError(f"cannot start {python}: {error.strerror}; give the Python of an environment") from error
     if done.returncode:
-        lines = (folder / LOG).read_text("utf-8", "replace").splitlines()
-        raise LlmqatError(f"{failed}: {_last_word(lines, done.returncode)}")
-
-
-def _last_word(lines: list[str], status: int) -> str:
-    """The last exception that a process named, with what it said behind it; what came last, if there was none."""
-    said = [RANK.sub("", line).strip() for line in lines if line.strip()] or ["nothing was said"]
-    errors = [index for index, line in enumerate(said) if ERROR_LINE.search(line)]
-    word = shortened(" ".join(said[errors[-1] :] if errors else said[-1:]))
-    return word if status > 0 else f"signal {-status} ended it; its last line: {word}"
+        said = (folder / LOG).read_text("utf-8", "replace")
+        raise LlmqatError(f"{failed}: {last_word(said, done.returncode)}")

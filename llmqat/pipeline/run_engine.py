@@ -23,12 +23,14 @@ class Ran(NamedTuple):
         versions: of the packages that ran.
         ids: of the texts of the passages, by the engine's tokenizer.
         greedy: continuations of the prompts.
+        tokens_s: tokens a second of the continuations, with the prompts before them, median.
         log_probabilities: of the next tokens of each passage, ``(length - 1, vocabulary)``.
     """
 
     versions: dict[str, str]
     ids: list[list[int]]
     greedy: list[list[int]]
+    tokens_s: float
     log_probabilities: list[Tensor]
 
 
@@ -63,4 +65,4 @@ def run_engine(runtime: str, directory: Path, held_as: str, passages: Passages, 
         said = run_in(tool, module, job, folder, f"{runtime} cannot run {directory}")
         with np.load(folder / run_passages.LOG_PROBABILITIES) as file:
             found = [torch.from_numpy(file[name]) for name in file.files]
-    return Ran(said["versions"], said["ids"], said["greedy"], found)
+    return Ran(said["versions"], said["ids"], said["greedy"], said["tokens_s"], found)

@@ -75,6 +75,7 @@ class RuntimeCheck:
         tokens: in them.
         same_ids: passages that both cut into the same tokens.
         same_greedy: prompts that both continue by the same tokens, with their caches.
+        tokens_s: tokens a second of the engine's continuations, with the prompts before them, median.
         gap: how much less likely than the likeliest one a token of the engine's continuations is at most, by the packed
             model, in nats.
         gap_bound: twice the largest error: what may exchange two tokens.
@@ -93,6 +94,7 @@ class RuntimeCheck:
     tokens: int
     same_ids: int
     same_greedy: int
+    tokens_s: float
     gap: float
     gap_bound: float
     max_error: float
@@ -126,6 +128,7 @@ class RuntimeCheck:
             f"runtime          {versions}, in {self.dtype}{int8}\n"
             f"same tokens      {self.same_ids} of {self.passages} passages, {self.tokens} tokens\n"
             f"same greedy      {self.same_greedy} of {self.passages}\n"
+            f"tokens/s         {self.tokens_s:.1f}\n"
             f"greedy gap       {self.gap:.2e}\n"
             f"gap bound        {self.gap_bound:.2e}\n"
             f"max error        {self.max_error:.2e}\n"
@@ -165,21 +168,22 @@ def verify_runtime(
     arithmetic = dtype, engine.rounds or held_as == "dense", engine.int8
     lost = sum(Distance.of(right, other).kl for other in other_arithmetic(packed, passages, *arithmetic))
     return RuntimeCheck(
-        runtime,
-        ran.versions,
-        held_as,
-        engine.dtype(held_as),
-        engine.int8,
-        len(passages.ids),
-        sum(map(len, passages.ids)),
-        sum(a == tokenizer(b)["input_ids"] for a, b in zip(ran.ids, passages.texts, strict=True)),
-        sum(a == b for a, b in zip(own, ran.greedy, strict=True)),
-        max(gaps),
-        2 * found.max_error,
-        found.max_error,
-        found.kl,
-        BOUND * lost,
-        found.top1,
+        runtime=runtime,
+        versions=ran.versions,
+        format=held_as,
+        dtype=engine.dtype(held_as),
+        int8=engine.int8,
+        passages=len(passages.ids),
+        tokens=sum(map(len, passages.ids)),
+        same_ids=sum(a == tokenizer(b)["input_ids"] for a, b in zip(ran.ids, passages.texts, strict=True)),
+        same_greedy=sum(a == b for a, b in zip(own, ran.greedy, strict=True)),
+        tokens_s=ran.tokens_s,
+        gap=max(gaps),
+        gap_bound=2 * found.max_error,
+        max_error=found.max_error,
+        kl=found.kl,
+        kl_bound=BOUND * lost,
+        top1=found.top1,
     )
 
 

@@ -51,7 +51,7 @@ CONFLICTS = {
     "name": (
         "vllm,exl3",
         {},
-        "--serve-with does not know 'exl3'; choose of dense, gguf, gptq, awq, mlx, vllm, vllm-cpu",
+        "--serve-with does not know 'exl3'; choose of dense, gguf, gptq, awq, mlx, onnx, vllm, vllm-cpu",
     ),
 }
 

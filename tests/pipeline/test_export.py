@@ -79,7 +79,7 @@ def test_an_output_that_holds_anything_is_refused(finished, tmp_path):
 
 
 def test_unknown_format(finished, tmp_path):
-    with pytest.raises(LlmqatError, match="unknown format 'nothing'; choose one of dense, gguf, gptq, awq, mlx"):
+    with pytest.raises(LlmqatError, match="unknown format 'nothing'; choose one of dense, gguf, gptq, awq, mlx, onnx"):
         export(finished, "nothing", tmp_path / "out")
 
 

@@ -83,6 +83,7 @@ def ran(packed, merging_tokenizer):
         {},
         [merging_tokenizer(text)["input_ids"] for text in passages.texts],
         [TorchModel(ours).greedy(ids[: passages.prompt], passages.new) for ids in passages.ids],
+        1.0,
         [verify_runtime.log_probabilities(ours, ids) for ids in passages.ids],
     )
 

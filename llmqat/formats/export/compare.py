@@ -14,6 +14,7 @@ from llmqat.formats.compressed_tensors import METHOD
 from llmqat.formats.directory import TEXT_FILES, model_files
 from llmqat.formats.export.gguf import FILE
 from llmqat.formats.export.holds import HOLDS, PACKED
+from llmqat.formats.export.onnx_graph import GRAPH, SETTINGS, nodes_of, tensors_of
 from llmqat.formats.weights import read_tensors
 from llmqat.models.gguf_file import opened
 
@@ -43,6 +44,8 @@ def format_of(directory: Path) -> str:
     """
     if (directory / FILE).exists():
         return "gguf"
+    if (directory / GRAPH).exists():
+        return "onnx"
     config = _config(directory)
     if "quantization" in config:
         return "mlx"
@@ -61,10 +64,19 @@ def parts_of(directory: Path) -> Parts:
     """
     if (directory / FILE).exists():
         return _parts_of_gguf(directory / FILE)
+    if (directory / GRAPH).exists():
+        return _parts_of_onnx(directory)
     tensors = {name: _digest(tensor) for name, tensor in read_tensors(directory)}
+    return Parts(tensors, _texts(directory), _said(_config(directory)))
+
+
+def _texts(directory: Path) -> dict[str, str]:
     names = sorted(model_files(directory, TEXT_FILES))
-    texts = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
-    return Parts(tensors, texts, {key: json.dumps(value) for key, value in _config(directory).items()})
+    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
+
+
+def _said(config: dict[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in config.items()}
 
 
 def _parts_of_gguf(path: Path) -> Parts:
@@ -76,6 +88,11 @@ def _parts_of_gguf(path: Path) -> Parts:
     said = {key: str(field.contents()) for key, field in reader.fields.items() if not key.startswith(OWN_FACTS)}
     texts = {key: value for key, value in said.items() if key.startswith("tokenizer.")}
     return Parts(tensors, texts, {key: value for key, value in said.items() if key not in texts})
+
+
+def _parts_of_onnx(directory: Path) -> Parts:
+    tensors = {name: _digest(tensor) for name, tensor in tensors_of(directory)}
+    return Parts(tensors, _texts(directory), nodes_of(directory) | _said(_config(directory, SETTINGS)))
 
 
 def differences(found: Parts, right: Parts) -> Iterator[str]:
@@ -108,14 +125,14 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(head + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     try:
-        config = json.loads((directory / CONFIG).read_text("utf-8"))
+        config = json.loads((directory / name).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LlmqatError(
-            f"{directory} holds no exported model: neither {FILE} nor a {CONFIG} that can be read; give the output of "
+            f"{directory} holds no exported model: neither {FILE} nor a {name} that can be read; give the output of "
             "llmqat export"
         ) from error
     if not isinstance(config, dict):
-        raise LlmqatError(f"{directory / CONFIG} is damaged; export the model again")
+        raise LlmqatError(f"{directory / name} is damaged; export the model again")
     return config

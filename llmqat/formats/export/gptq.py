@@ -13,6 +13,7 @@ https://github.com/ModelCloud/GPTQModel
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,14 @@ from llmqat.quant.packing import pack_rows
 
 def write_gptq(source: Source, scratch: Path) -> None:
     """Write the model to `scratch` with weights in GPTQ's format."""
+    entries = {"quantization_config": gptq_entries(source)}
+    write_directory(source, scratch, moved(source, gptq_layer), source.model.dtype, entries)
+
+
+def gptq_entries(source: Source) -> dict[str, Any]:
+    """The grid of a model as config.json names it."""
     scheme = next(iter(source.layers.values())).scheme
-    quantization = {
+    return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
         "bits": scheme.bits,
@@ -36,19 +43,21 @@ def write_gptq(source: Source, scratch: Path) -> None:
         "lm_head": False,
         "pack_dtype": "int32",
     }
-    write_directory(
-        source, scratch, moved(source, gptq_layer), source.model.dtype, {"quantization_config": quantization}
-    )
 
 
 def gptq_layer(layer: PackedLinear) -> dict[str, Tensor]:
     """Tensors of a layer by their names in the format, but for its bias."""
+    return gptq_tensors(layer, 1 if layer.scheme.symmetric else 2, torch.float16)
+
+
+def gptq_tensors(layer: PackedLinear, version: int, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a layer in a version of the format; in version 1 a zero point of 0 wraps around."""
     codes, scale, zero_point = layer.unsigned()
     groups, bits = scale.shape[1], layer.scheme.bits
-    stored_zero = zero_point if not layer.scheme.symmetric else zero_point - 1
+    stored_zero = zero_point if version == 2 else (zero_point - 1) & (2**bits - 1)
     return {
         "qweight": pack_rows(codes, bits).T,
         "qzeros": pack_rows(stored_zero.T.contiguous(), bits),
-        "scales": scale.T.to(torch.float16),
+        "scales": scale.T.to(scale_dtype),
         "g_idx": torch.arange(layer.in_features, dtype=torch.int32) // (layer.in_features // groups),
     }

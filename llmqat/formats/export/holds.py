@@ -71,6 +71,7 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
 
 PACKED = "packed"  # the packed directory itself, beside the formats that it is exported to
 
+BYTES = 2, 4, 8  # widths that fill a byte
 # Formats of `llmqat export`: the columns of docs/serve.md's table.
 HOLDS = {
     "dense": Holds(transposed=True),
@@ -78,6 +79,7 @@ HOLDS = {
     "gptq": Holds(scale_dtype="float16", head=False, mixed=False, float_layers=False, rows=32),
     "awq": Holds((4,), (4,), scale_dtype="float16", head=False, mixed=False, rows=8),
     "mlx": Holds(asymmetric=(), rounded=BITS, groups=(32, 64, 128)),
+    "onnx": Holds(BYTES, BYTES, (), (16, 32, 64, 128, 256), head=False, mixed=False, float_layers=False, rows=32),
 }
 # Engines that run the packed directory, and hold less than it does: vLLM, by its kernels for CPUs, which were run, and
 # those for GPUs, which were read.

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from .run_passages import log_softmax
+
 
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
@@ -29,10 +31,7 @@ class LlamaCpp:
         """Log-probabilities of next tokens, from one batch."""
         self.llama.reset()
         self.llama.eval(ids)
-        logits = np.array(self.llama.scores[: len(ids) - 1], np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        found: np.ndarray = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
-        return found
+        return log_softmax(self.llama.scores[: len(ids) - 1])
 
 
 def load(directory: str, job: dict[str, Any]) -> LlamaCpp:

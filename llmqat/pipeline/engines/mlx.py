@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from .run_passages import log_softmax
+
 
 class Mlx:
     """A directory in mlx-lm."""
@@ -29,10 +31,7 @@ class Mlx:
 
     def log_probabilities(self, ids: list[int]) -> np.ndarray:
         """Log-probabilities of next tokens, from one forward without a cache."""
-        logits = np.array(self.model(self.mx.array([ids]))[0, :-1], np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        found: np.ndarray = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
-        return found
+        return log_softmax(np.array(self.model(self.mx.array([ids]))[0, :-1]))
 
 
 def load(directory: str, job: dict[str, Any]) -> Mlx:

@@ -30,7 +30,7 @@ class Engine:
         return [OWN_MODULES.get(own, own), *self.formats[held_as]]
 
 
-OWN_MODULES = {"llama.cpp": "llama_cpp", "mlx": "mlx_lm"}
+OWN_MODULES = {"llama.cpp": "llama_cpp", "mlx": "mlx_lm", "onnxruntime": "onnxruntime_genai"}
 GPTQMODEL = ("gptqmodel", "optimum")
 ENGINES = {
     "transformers": Engine(
@@ -40,5 +40,7 @@ ENGINES = {
     "llama.cpp": Engine({"gguf": ()}, int8=True),
     "gptqmodel": Engine(dict.fromkeys(("gptq", "awq"), ()), in_bfloat16=("gptq", "awq")),  # whose kernels have 16 bits
     "mlx": Engine({"mlx": ()}),
+    "onnxruntime": Engine({"onnx": ()}),
+    "openvino": Engine({"onnx": ("transformers",)}),
     "llmqat": Engine({PACKED: (), "dense": ()}, rounds=True),
 }

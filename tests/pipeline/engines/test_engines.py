@@ -1,6 +1,7 @@
 """The files of engines, on stand-ins for the engines: what each is asked, and what becomes of its answer."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmqat.pipeline import worker
-from llmqat.pipeline.engines import llama_cpp, mlx, torch_model, transformers, vllm
+from llmqat.pipeline.engines import llama_cpp, mlx, openvino, torch_model, transformers, vllm
 from llmqat.pipeline.engines.table import ENGINES
 
 FOLDER = Path(vllm.__file__).parent
@@ -94,6 +95,42 @@ def test_vllm(monkeypatch):
     assert vllm.os.environ["VLLM_CPU_INT4_W4A8"] == "0"
     assert model.tokens("ab") == [97, 98]
     assert model.greedy([1, 2, 3, 4, 5], 3) == [0, 1, 2]
+    np.testing.assert_allclose(model.log_probabilities([1, 2, 3, 4, 5]), RIGHT, atol=1e-6)
+
+
+class Port(str):
+    """An input or output of a graph, by its name."""
+
+    def get_any_name(self):
+        return str(self)
+
+
+class Graph:
+    """A compiled model whose logits are those of `LOGITS` behind the text so far, and which keeps it as its cache."""
+
+    inputs = Port("input_ids"), Port("past_key_values.0.key")
+    outputs = Port("logits"), Port("present.0.key")
+
+    def __call__(self, given):
+        past, ids = given["past_key_values.0.key"], given["input_ids"]
+        kept = np.concatenate([past, np.zeros((1, 2, ids.shape[1], 3), np.float32)], 2)
+        return dict(zip(self.outputs, (LOGITS[None, past.shape[2] : kept.shape[2]], kept), strict=True))
+
+
+def test_openvino(monkeypatch, tmp_path):
+    decoder = {"num_key_value_heads": 2, "head_size": 3}
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+
+    def compile_model(path, device, options):
+        assert (path, device, options["INFERENCE_PRECISION_HINT"]) == (tmp_path / "model.onnx", "CPU", "f32")
+        return Graph()
+
+    tokenizer = SimpleNamespace(from_pretrained=lambda directory: lambda text: {"input_ids": [*text.encode()]})
+    stand_in(monkeypatch, "openvino", compile_model=compile_model)
+    stand_in(monkeypatch, "transformers", AutoTokenizer=tokenizer)
+    model = openvino.load(str(tmp_path), JOB)
+    assert model.tokens("ab") == [97, 98]
+    assert model.greedy([1, 2], 3) == LOGITS[1:4].argmax(-1).tolist()
     np.testing.assert_allclose(model.log_probabilities([1, 2, 3, 4, 5]), RIGHT, atol=1e-6)
 
 
