@@ -263,6 +263,7 @@ def run_report(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     """Run `llmqat generate`."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from llmqat.data.template import as_question
     from llmqat.nn.context import check_sequence
@@ -270,15 +271,26 @@ def run_generate(args: argparse.Namespace) -> None:
     check_sampling(args)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, tokenizer = load_any(args.model, args.device, dtype, args.activations)
-    text = as_question(tokenizer, args.prompt) if args.chat else args.prompt
-    encoded = tokenizer(text, add_special_tokens=not args.chat)
-    ids = torch.tensor([encoded["input_ids"]], dtype=torch.long, device=model.device)
-    if ids.numel() == 0:
+    texts = [as_question(tokenizer, prompt) if args.chat else prompt for prompt in args.prompt]
+    prompts = [torch.tensor(tokenizer(text, add_special_tokens=not args.chat)["input_ids"]) for text in texts]
+    if not all(map(len, prompts)):
         raise LlmqatError("the prompt gives no token, and this tokenizer adds none; give a longer --prompt")
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left").long()
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
     check_sequence(model, ids, args.max_new_tokens - 1)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **sampling)
-    print(tokenizer.decode(output[0, ids.shape[1] if args.chat else 0 :], skip_special_tokens=True))
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    for index, (row, kept) in enumerate(zip(output, mask, strict=True)):
+        if len(texts) > 1:
+            print(f"--- {index + 1} of {len(texts)}")
+        begin = len(kept) if args.chat else len(kept) - int(kept.sum())
+        print(tokenizer.decode(row[begin:], skip_special_tokens=True))
 
 
 def check_sampling(args: argparse.Namespace) -> None:
@@ -287,7 +299,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     Raises:
         LlmqatError: naming the flag, its value and its limit.
     """
-    check_value(str, args.prompt, "--prompt", {**NO_LIMITS, "free": True})
+    for prompt in args.prompt:
+        check_value(str, prompt, "--prompt", {**NO_LIMITS, "free": True})
     check_value(int, args.max_new_tokens, "--max-new-tokens", {**NO_LIMITS, "least": 1})
     check_value(float, args.temperature, "--temperature", {**NO_LIMITS, "least": 0, "most": 100})
 

@@ -95,6 +95,8 @@ Continue a text with a float or packed model.
 
   llmqat generate runs/llmqat --prompt 'def read_lines(path):'
   llmqat generate runs/chat --chat --prompt 'How do I make crepes?'
+  llmqat generate runs/llmqat --prompt 'import os' --prompt 'import sys'
+      decoded together, the weights read once a step
   llmqat generate runs/llmqat --prompt 'import os' --dtype float32
       logits that are rounded to bfloat16 are often equal, and the kernels then decide; in float32 they do not
 """
@@ -206,7 +208,9 @@ def add_other_commands(command: Callable[[str, str], Parser]) -> None:
 
     sub = command("generate", GENERATE)
     sub.add_argument("model", help="directory, Hub id, GGUF file, llama or smollm2")
-    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument(
+        "--prompt", required=True, action="append", help="text to continue; several, each behind its flag, run together"
+    )
     sub.add_argument(
         "--chat", action="store_true", help="answer the prompt, by the chat template; print the answer only"
     )

@@ -137,6 +137,15 @@ def test_generate(finished, model_dir, capsys, call):
     for model in (finished, model_dir):
         assert call(["generate", model, "--prompt", "def x", "--max-new-tokens", "5"]) == 0
         assert capsys.readouterr().out.startswith("def x")
+    alone = {}
+    for prompt in ("def x", "import os, sys"):
+        options = ["--prompt", prompt, "--max-new-tokens", "5", "--dtype", "float32"]
+        assert call(["generate", finished, *options]) == 0
+        alone[prompt] = capsys.readouterr().out
+    options = [word for prompt in alone for word in ("--prompt", prompt)]
+    assert call(["generate", finished, *options, "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+    first, second = alone.values()
+    assert capsys.readouterr().out == f"--- 1 of 2\n{first}--- 2 of 2\n{second}"
     outputs = set()
     for _ in range(3):
         assert call(["generate", finished, "--prompt", "def x", "--max-new-tokens", "8", "--temperature", "1.5"]) == 0
