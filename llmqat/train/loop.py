@@ -20,7 +20,7 @@ from llmqat.data.tokens import EndlessSampler
 from llmqat.errors import LlmqatError
 from llmqat.machine import return_freed_memory
 from llmqat.mapped import Disk, in_files
-from llmqat.nn.dtensor import from_shard, local_shard, sharded_like
+from llmqat.nn.dtensor import from_shard, sharded_like
 from llmqat.nn.training_kernels import training_kernels
 from llmqat.processes import is_first
 from llmqat.progress import Meter
@@ -108,9 +108,9 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.config, self.teacher, self.checkpoints, self.data, self.seed = config, teacher, checkpoints, data, seed
-        directory = None if checkpoints is None else checkpoints.directory
-        check_tracker(config.tracker, directory)
-        self.accelerator = accelerator_for(config, directory, next(model.parameters()).device)
+        self.directory = None if checkpoints is None else checkpoints.directory
+        check_tracker(config.tracker, self.directory)
+        self.accelerator = accelerator_for(config, self.directory, next(model.parameters()).device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.held_out = data.held_out.split(config.batch_size)
@@ -168,7 +168,7 @@ class Trainer:
         result.held_out[result.steps] = loss
         if loss <= min(result.held_out.values()):
             result.best_step = result.steps
-            self.best = taken_out(self.unwrapped_model)
+            self.best = taken_out(moving_tensors(self.unwrapped_model), self.directory)
         counted = {}
         if not self.sharded:
             self.count_codes(result.steps)
@@ -257,7 +257,8 @@ class Trainer:
         load_gathered_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         best, moving = state["best"] or state["trained"], moving_tensors(self.unwrapped_model)
-        self.best = {name: local_shard(sharded_like(best[name], tensor)).cpu() for name, tensor in moving.items()}
+        own = {name: sharded_like(best[name], tensor) for name, tensor in moving.items()}
+        self.best = taken_out(own, self.directory)
         self.result = TrainResult(**state["result"])
         put_back_random(state["rng"], self.accelerator.device)
 

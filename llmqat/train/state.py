@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.errors import LlmqatError
-from llmqat.mapped import release
+from llmqat.files import make_directory
+from llmqat.mapped import Disk, release
 from llmqat.nn.dtensor import gathered, local_shard
 from llmqat.train.checkpoint import REMEDY
 
@@ -42,9 +43,14 @@ def check_base(saved: str, found: str, directory: Path) -> None:
         )
 
 
-def taken_out(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of what this process holds of the `moving_tensors`."""
-    return {name: local_shard(tensor).to("cpu", copy=True) for name, tensor in moving_tensors(model).items()}
+def taken_out(tensors: dict[str, Tensor], directory: Path | None) -> dict[str, Tensor]:
+    """Copies of what this process holds of some tensors: in a file of a directory, where they take no memory; in memory
+    without one."""
+    if directory is None:
+        return {name: local_shard(tensor).to("cpu", copy=True) for name, tensor in tensors.items()}
+    make_directory(directory)
+    disk = Disk(directory)
+    return {name: disk.put(local_shard(tensor)) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmqat.mapped import is_mapped
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora
@@ -32,7 +33,8 @@ def test_bytes_of_a_lora_checkpoint(config, blocks, parameters, share):
     assert share <= 0.15
 
 
-def test_what_moves_and_what_it_stands_on_are_all_of_a_model(tiny_llama, tokens):
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_what_moves_and_what_it_stands_on_are_all_of_a_model(tiny_llama, tokens, tmp_path, in_a_file):
     model = tiny_llama(tie_word_embeddings=True, num_hidden_layers=1)
     scheme = QuantScheme(4, 32, symmetric=False, act_bits=8, act_static=True)
     prepare(model, scheme, init="gptq", calibration=tokens, keep_float=True)
@@ -41,7 +43,8 @@ def test_what_moves_and_what_it_stands_on_are_all_of_a_model(tiny_llama, tokens)
     endings = {name.removesuffix(".default.weight").rpartition(".")[-1] for name in moving}
     assert endings == {"lora_A", "lora_B", "act_scale", "act_state"}
     assert len(moving) == 4 * 7
-    taken = taken_out(model)
+    taken = taken_out(moving, tmp_path / "state" if in_a_file else None)
+    assert all(map(is_mapped, taken.values())) == in_a_file
     for name, tensor in model.state_dict().items():
         before = tensor.clone()
         tensor.add_(1)
