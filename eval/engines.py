@@ -115,7 +115,7 @@ def compared(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     command = ["verify", cell.format, *against, "--runtime", cell.engine]
     said = verified(command, folder, python)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in WEIGHTS)
-    return {"command": " ".join(["llmqat", *command]), "bytes": size, **said}
+    return {"command": " ".join(["llmqat", *command]), "bytes": size, "cpu": llmqat.environment()["cpu"], **said}
 
 
 def verified(command: list[str], folder: Path, python: Path) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def row(cell: Cell, found: dict[str, Any]) -> str:
         f"{run['kl']:.1e} ({run['kl_bound']:.1e})" + ("" if run["ok"] else " **beyond**"),
         f"{run['top1']:.1%}",
         f"{found['bytes'] / 1e6:.1f}",
-        f"{run['tokens_s']:.0f}",
+        f"{run['tokens_s']:.0f} ({found['cpu']})" if "tokens_s" in run else "",  # measured since it is
     )
     return f"| {' | '.join(columns)} |"
 
