@@ -253,11 +253,11 @@ class Trainer:
         self.team.wait()  # for the first, which may take long to write, before any collective that has a time limit
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, whose tensors are in the model already."""
+        """Continue from a checkpoint, whose tensors are in the model already; it lets go of them."""
         load_gathered_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        best, moving = state["best"] or state["trained"], moving_tensors(self.unwrapped_model)
-        own = {name: sharded_like(best[name], tensor) for name, tensor in moving.items()}
+        best, trained, moving = state.pop("best"), state.pop("trained"), moving_tensors(self.unwrapped_model)
+        own = {name: sharded_like((best or trained)[name], tensor) for name, tensor in moving.items()}
         self.best = taken_out(own, self.directory)
         self.result = TrainResult(**state["result"])
         put_back_random(state["rng"], self.accelerator.device)
