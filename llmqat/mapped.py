@@ -123,8 +123,8 @@ class Disk:
             self.file.flush()
         except OSError as error:
             raise LlmqatError(
-                f"cannot write to {self.directory}: {storage_problem(error)}; free some space, or choose another "
-                "--output"
+                f"cannot write to {self.directory} {values.nbytes >> 20} MB: {storage_problem(error)}; free some "
+                "space, or choose another --output"
             ) from error
         found = _tensor(place, values.dtype, values.shape, self.used - self.start)
         self.used += -(-len(raw) // mmap.PAGESIZE) * mmap.PAGESIZE

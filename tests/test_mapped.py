@@ -69,7 +69,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.file, "write", full, raising=False)
-    with pytest.raises(LlmqatError, match=r"cannot write to .*: No space left on device; free some space, or"):
+    with pytest.raises(LlmqatError, match=r"cannot write to .* 3 MB: No space left on device; free some space, or"):
         disk.put(torch.zeros(1 << 20, dtype=torch.float32)[: 3 << 18])
 
 
