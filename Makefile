@@ -104,7 +104,7 @@ $(DEMO)/.smollm2: $(DEMO)/.package
 	@touch $@
 
 $(DEV)/.package: pyproject.toml constraints/tested.txt $(CSRC_FILES) | $(DEV)/bin/python
-	$(DEV_BIN)/python -m pip install --constraint constraints/tested.txt --editable '.[test,check]'
+	$(DEV_BIN)/python -m pip install --constraint constraints/tested.txt --editable '.[test,triton,check]'
 	@touch $@
 
 $(OLDEST)/.package: pyproject.toml constraints/oldest.txt $(CSRC_FILES) | $(OLDEST)/bin/python

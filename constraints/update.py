@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 
-# Every entry of pyproject.toml reads `name>=lower,<upper`.
-REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<lower>[0-9.]+),<(?P<upper>[0-9.]+)")
+# Every entry of pyproject.toml reads `name>=lower,<upper`, and may name the only system it is for.
+REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<lower>[0-9.]+),<(?P<upper>[0-9.]+)(; sys_platform == '\w+')?")
 
 HEADERS = {
     "tested.txt": "# The newest releases that pyproject.toml allows, as tested.",

@@ -1,10 +1,14 @@
 """Fixtures shared by all tests."""
 
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Triton's kernels run on CPU tensors. It asks when it is first imported, which peft does.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest

@@ -1,0 +1,40 @@
+"""Whether the Triton kernels run on a device, and in words why they do not."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from llmqat.kernels import native, training
+
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 in tensor cores, and what `make test` compiles for
+
+
+def off_because(device: torch.device) -> str | None:
+    """Why torch computes on this device instead of the Triton kernels; None if they run."""
+    if device.type == "cpu":
+        return "it is a CPU"
+    if os.environ.get("LLMQAT_KERNELS") == native.REFERENCE:
+        return f"LLMQAT_KERNELS={native.REFERENCE} leaves it to torch"
+    if training.is_off():
+        return f"{training.SWITCH} leaves it to torch"
+    return _missing_on(device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device."""
+    return device.type != "cpu" and off_because(device) is None
+
+
+@cache
+def _missing_on(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton does not know {device.type} devices"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            return "its compute capability is {}.{}, and the kernels need 8.0".format(*capability)
+    return None

@@ -1,0 +1,66 @@
+"""Compile every row of `LAUNCHES` for every capability of `CAPABILITIES`, and print what came of it as JSON.
+
+A process of its own, since the interpreter of the other tests cannot compile.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+
+from llmqat.kernels.gpu import grid_rows
+from llmqat.quant.affine import choose_scale
+from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
+from llmqat.scheme import QuantScheme
+from tests.kernels.gpu.absent_gpu import compiled_for
+
+CAPABILITIES = (80, 89, 90)
+ROWS, COLUMNS, RANK = 256, 1024, 32
+
+
+def weight_of(scheme: QuantScheme, *, adapters: bool, dtype: torch.dtype = torch.float32) -> tuple[Latent, Grid]:
+    """A weight of `ROWS` rows and its grid; adapters come with a compensation."""
+    weight = torch.zeros(ROWS, COLUMNS, dtype=dtype)
+    scale, zero_point = choose_scale(weight, scheme, torch.bfloat16)
+    step = torch.zeros(scale.shape, dtype=torch.bfloat16)
+    change = Compensation(weight.to(torch.int8), step) if adapters else None
+    lora = Adapters(torch.zeros(RANK, COLUMNS), torch.zeros(ROWS, RANK), 2.0) if adapters else None
+    return Latent(weight, change, lora), Grid(scale.float(), zero_point, None, scheme, torch.bfloat16)
+
+
+def w_hat(scheme: QuantScheme, *, adapters: bool) -> Callable[[], object]:
+    """A launch that makes ``W_hat`` of a base stored in bfloat16."""
+    latent, grid = weight_of(scheme, adapters=adapters, dtype=torch.bfloat16)
+    return lambda: grid_rows.fake_quantize(latent, grid, torch.bfloat16)
+
+
+def gradients(scheme: QuantScheme, *, clip_mask: bool) -> Callable[[], object]:
+    """A launch that finds all gradients of a grid."""
+    latent, grid = weight_of(scheme, adapters=True)
+    found = grid_rows.GridGradients(*(torch.zeros_like(grid.scale) for _ in range(2)), None)
+    return lambda: grid_rows.grid_gradients(torch.zeros(ROWS, COLUMNS), latent, grid, found, clip_mask)
+
+
+LAUNCHES = {
+    "w_hat": w_hat(QuantScheme(4, 128), adapters=False),
+    "w_hat of small groups": w_hat(QuantScheme(4, 32, symmetric=False), adapters=False),
+    "w_hat of whole rows": w_hat(QuantScheme(8, -1), adapters=False),
+    "w_hat with adapters": w_hat(QuantScheme(4, 128), adapters=True),
+    "gradients": gradients(QuantScheme(4, 128), clip_mask=False),
+    "gradients with mask": gradients(QuantScheme(4, 64, symmetric=False), clip_mask=True),
+}
+
+
+def main() -> None:
+    """Print a list of rows: the launch, the capability, and the fields of `Compiled`."""
+    rows = []
+    for capability in CAPABILITIES:
+        for launch, run in LAUNCHES.items():
+            with compiled_for(capability) as compiled:
+                run()
+            rows += [{"launch": launch, "capability": capability, **kernel._asdict()} for kernel in compiled]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
