@@ -154,14 +154,14 @@ class _Call(NamedTuple):
         numbers = grid.storage_dtype if scheme.scale_dtype is None else getattr(torch, scheme.scale_dtype)
         dtypes = (TRITON_DTYPES[dtype] for dtype in (numbers, grid.storage_dtype, out_dtype or torch.float32))
         constants = _Constants(columns, group, rank, scheme.qmin, scheme.qmax, *dtypes, tile.rows, tile.width)
-        return cls((_Weight(*parts, float(scaling)), _Scales(*scales)), constants, {"num_warps": tile.warps, **EXACT})
+        return cls((_Weight(*parts, scaling=float(scaling)), _Scales(*scales)), constants, {"num_warps": tile.warps, **EXACT})
 
     def programs(self, rows: int) -> tuple[int, int]:
         """Programs along groups, which lie beside each other in memory, and along rows."""
         return self.constants.columns // self.constants.group, triton.cdiv(rows, self.constants.rows)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def _dense(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().contiguous()
 
 
