@@ -142,19 +142,26 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, latent: Latent, grid: Grid, out_dtype: torch.dtype | None, tile: Tile | None) -> "_Call":
         """The arguments of a weight; of a shard, the rows of its adapters."""
-        weight, change, adapters, shard = latent
-        columns, scheme = weight.shape[1], grid.scheme
+        change, adapters, scheme = latent.compensation, latent.adapters, grid.scheme
+        multiples, step = (None, None) if change is None else map(_dense, change)
         a, b, scaling = (None, None, 1.0) if adapters is None else adapters
-        if b is not None and shard is not None:
-            b = b[shard.rows]
-        parts = map(_dense, (weight, *((None, None) if change is None else change), a, b))
-        scales = map(_dense, (grid.scale, grid.code_scale, grid.zero_point))
-        group, rank = columns // grid.scale.shape[1], 0 if a is None else len(a)
+        if b is not None and latent.shard is not None:
+            b = b[latent.shard.rows]
+        weight = _Weight(_dense(latent.weight), multiples, step, _dense(a), _dense(b), float(scaling))
+        scales = _Scales(_dense(grid.scale), _dense(grid.code_scale), _dense(grid.zero_point))
+        columns, rank = latent.weight.shape[1], 0 if a is None else len(a)
+        group = columns // grid.scale.shape[1]
         tile = tile or grid_tile(group, rank > 0)
         numbers = grid.storage_dtype if scheme.scale_dtype is None else getattr(torch, scheme.scale_dtype)
-        dtypes = (TRITON_DTYPES[dtype] for dtype in (numbers, grid.storage_dtype, out_dtype or torch.float32))
-        constants = _Constants(columns, group, rank, scheme.qmin, scheme.qmax, *dtypes, tile.rows, tile.width)
-        return cls((_Weight(*parts, scaling=float(scaling)), _Scales(*scales)), constants, {"num_warps": tile.warps, **EXACT})
+        constants = _Constants(
+            *(columns, group, rank, scheme.qmin, scheme.qmax),
+            numbers=TRITON_DTYPES[numbers],
+            stored=TRITON_DTYPES[grid.storage_dtype],
+            out=TRITON_DTYPES[out_dtype or torch.float32],
+            rows=tile.rows,
+            width=tile.width,
+        )
+        return cls((weight, scales), constants, {"num_warps": tile.warps, **EXACT})
 
     def programs(self, rows: int) -> tuple[int, int]:
         """Programs along groups, which lie beside each other in memory, and along rows."""
