@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from llmqat.kernels.grid_rows import codes_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import grouped, smallest_scale
-from llmqat.quant.fake_quant import codes_of
 from llmqat.quant.grid import Compensation, Grid, Latent
 from llmqat.quant.interval_ends import away_from_ends
 

@@ -11,9 +11,9 @@ from llmqat.compat.torch import KeepsDtypes
 from llmqat.errors import LlmqatError
 from llmqat.nn.context import check_token_ids
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.nn.fake_quant_lookup import fake_quant_embedding
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
-from llmqat.quant.fake_embedding import fake_quant_embedding
 from llmqat.quant.grid import Adapters
 
 

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmqat.kernels.grid_rows import fake_quantize, grid_gradients, is_known
+from llmqat.kernels.grid_rows import fake_quantize, grid_gradients
 from llmqat.kernels.products import multiply
 from llmqat.quant.affine import fake_quantize_activation
 from llmqat.quant.fake_quant import compute_dtype
-from llmqat.quant.fake_quant import grid_gradients as gradients_in_torch
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.input_cast import InputCast
 from llmqat.quant.row_shards import RowShard, narrower
@@ -131,12 +130,14 @@ def _gradients(
             da, db = _low_rank_gradients(gy, x, latent.adapters)
             return made._replace(lora_a=da, lora_b=db), None
     dw = multiply(gy.T, x, dtype=torch.promote_types(latent.weight.dtype, torch.float32))
-    if need.scale and not need.zero_point and not clip_mask and is_known(latent, grid, x.dtype):
-        of_scale, w_hat = grid_gradients(dw, latent, grid, x.dtype if need.x else None)
-        made = made._replace(scale=of_scale)
-    else:
-        dw, ds, dz = _weight_gradients(dw, latent, grid, need, clip_mask)
-        made = made._replace(scale=ds, zero_point=dz)
+    if latent.shard is not None:
+        dw = latent.shard.mean_of(dw)
+    if need.scale or need.zero_point or not direct:
+        out_dtype = x.dtype if need.x and latent.shard is None else None
+        of_scale, of_zero, w_hat = grid_gradients(
+            dw, latent, grid, clip_mask=clip_mask, zero_point=need.zero_point, out_dtype=out_dtype
+        )
+        made = made._replace(scale=of_scale if need.scale else None, zero_point=of_zero if need.zero_point else None)
     if need.weight:
         made = made._replace(weight=dw.to(latent.weight.dtype))
     if adapted:
@@ -168,26 +169,6 @@ def _adapter_gradients(dw: Tensor, latent: Latent) -> tuple[Tensor, Tensor]:
     db = torch.zeros_like(b)
     db[rows] = scaling * (dw @ a.to(dw.dtype).T).to(b.dtype)
     return scaling * (b[rows].to(dw.dtype).T @ dw).to(a.dtype), db
-
-
-def _weight_gradients(
-    g: Tensor, latent: Latent, grid: Grid, need: _PerArgument, clip_mask: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of latent weight, in float32 or wider, scale and zero point, from ``G (out, in)`` of all rows; those of
-    the grid that are not needed are None."""
-    dw = g if latent.shard is None else latent.shard.mean_of(g)
-    if not (need.scale or need.zero_point or clip_mask or grid.code_scale is not None):
-        return dw, None, None
-    ds = torch.empty_like(grid.scale) if need.scale else None
-    dz = torch.empty_like(grid.zero_point) if need.zero_point and grid.zero_point is not None else None
-    grid = grid.widened(dw.dtype)
-    for rows in latent.chunks():
-        dw[rows], ds_rows, dz_rows = gradients_in_torch(dw[rows], latent.rows(rows), grid.rows(rows), clip_mask)
-        if ds is not None:
-            ds[rows] = ds_rows
-        if dz is not None:
-            dz[rows] = dz_rows
-    return dw, ds, dz
 
 
 def fake_quant_linear(

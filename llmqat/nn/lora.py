@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmqat.compat.torch import KeepsDtypes
 from llmqat.errors import LlmqatError
+from llmqat.kernels import grid_rows
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.grid import Adapters, Latent
 
@@ -97,9 +98,7 @@ class LoraFakeQuantLinear(KeepsDtypes, LoraLayer):
         if names:
             layer = self.base_layer
             weight = layer.weight.data = layer.weight.data.to(layer.compute_dtype)  # the sum is no stored weight
-            merged = Latent(weight, None, self._side_by_side(names))
-            for rows in merged.chunks():
-                weight[rows] = merged.rows(rows)
+            grid_rows.merge(Latent(weight, None, self._side_by_side(names)), layer.grid)
             self.merged_adapters.extend(names)
 
     @torch.no_grad()

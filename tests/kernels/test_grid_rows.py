@@ -55,7 +55,7 @@ def test_gradients_are_those_of_torch(of_isa, bits, symmetric, stored):
     g = torch.randn(ROWS, COLUMNS)
     for latent, grid in weights(QuantScheme(bits, 32, symmetric), stored):
         dw = g.clone()
-        ds, w_hat = grid_rows.grid_gradients(dw, latent, grid, torch.bfloat16)
+        ds, _, w_hat = grid_rows.grid_gradients(dw, latent, grid, out_dtype=torch.bfloat16)
         assert same_bits(w_hat, fake_quant.fake_quantize(latent, grid, torch.bfloat16))
         wide = grid.widened(torch.float64)
         rows = latent.rows(slice(0, ROWS)).double()
@@ -84,8 +84,8 @@ def test_not_finite_latents_are_those_of_torch(of_isa):
 def test_float64_is_left_to_torch():
     weight = torch.randn(4, 32, dtype=torch.float64)
     grid = Grid(torch.full((4, 2), 0.1), None, None, QuantScheme(4, 16), torch.float32)
-    assert not grid_rows.is_known(Latent(weight), grid, torch.float32)
-    assert not grid_rows.is_known(Latent(weight.float()), grid, torch.float64)
+    assert not grid_rows._on_cpu(Latent(weight), grid, torch.float32)
+    assert not grid_rows._on_cpu(Latent(weight.float()), grid, torch.float64)
     assert torch.equal(grid_rows.fake_quantize(Latent(weight), grid), fake_quant.fake_quantize(Latent(weight), grid))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from llmqat.kernels.gpu.launch import on
 from llmqat.kernels.gpu.numerics import EXACT, TRITON_DTYPES, clamp, quotient, round_half_even, rounded_to
 from llmqat.kernels.gpu.tiles import Tile, grid_tile
+from llmqat.kernels.grid_rows import GridGradients
 from llmqat.quant.grid import Grid, Latent
 
 
@@ -32,20 +33,6 @@ class GridValues(NamedTuple):
     codes: Tensor | None = None
     w_hat: Tensor | None = None
     clipped: Tensor | None = None
-
-
-class GridGradients(NamedTuple):
-    """Places for gradients of the grid and for ``W_hat``; None for what is not wanted.
-
-    Attributes:
-        scale: ``(out, groups)`` float32.
-        zero_point: ``(out, groups)`` float32.
-        w_hat: ``(out, in)``.
-    """
-
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-    w_hat: Tensor | None = None
 
 
 def takes(latent: Latent, grid: Grid, out_dtype: torch.dtype = torch.float32) -> bool:
@@ -77,11 +64,34 @@ def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype, tile: Tile
     return w_hat
 
 
+def codes_of(latent: Latent, grid: Grid) -> Tensor:
+    """The codes of `fake_quantize`, ``(out, in)``: int8 for a symmetric scheme, else uint8."""
+    dtype = torch.int8 if grid.scheme.symmetric else torch.uint8
+    codes = torch.empty(latent.weight.shape, dtype=dtype, device=latent.weight.device)
+    find(latent, grid, GridValues(codes=codes))
+    return codes
+
+
+def count_clipped(latent: Latent, grid: Grid) -> Tensor:
+    """How many latents lie more than half a code beyond the ends of the grid, a scalar on their device."""
+    count = torch.zeros((), dtype=torch.int64, device=latent.weight.device)
+    find(latent, grid, GridValues(clipped=count))
+    return count
+
+
+def latents_of(latent: Latent, grid: Grid, index: Tensor | None = None) -> Tensor:
+    """The sum that is quantized, ``(rows, in)`` float32: all rows, or those of an index."""
+    rows = len(latent.weight) if index is None else len(index)
+    latents = torch.empty(rows, latent.weight.shape[1], device=latent.weight.device)
+    find(latent, grid, GridValues(latents=latents), index)
+    return latents
+
+
 @torch.no_grad()
 def grid_gradients(
     g: Tensor, latent: Latent, grid: Grid, wanted: GridGradients, clip_mask: bool, tile: Tile | None = None
 ) -> None:
-    """Fill the tensors of `wanted` by one launch, from the gradient of ``W_hat``.
+    """Fill the tensors of `wanted`, float32 and ``W_hat``, by one launch from the gradient of ``W_hat``.
 
     Args:
         g: gradient of ``W_hat``, ``(out, in)`` float32; it becomes that of the latents.

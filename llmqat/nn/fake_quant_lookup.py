@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from llmqat.kernels.grid_rows import latents_at
 from llmqat.quant.fake_quant import grid_gradients
 from llmqat.quant.grid import Grid, Latent
 from llmqat.scheme import QuantScheme
@@ -82,8 +83,7 @@ def fake_quant_embedding(
     """
     flat = ids.flatten()
     rows = embedding(flat, latent.weight, padding_idx)
-    with torch.no_grad():
-        exact = latent.at(flat)
+    exact = latents_at(latent, grid, flat)
     if latent.adapters is not None:  # for the gradient only
         a, b, scaling = latent.adapters
         with torch.autocast(ids.device.type, enabled=False):
