@@ -20,7 +20,7 @@ CSRC_FILES := $(shell find llmqat/kernels/csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-llm test test-oldest test-asan test-aarch64 fuzz check style bench engines native constraints
+.PHONY: help demo demo-llm test test-oldest test-asan test-aarch64 fuzz check style bench gpu engines native constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench: $(DEV)/.bench  ## speed beside other tools, cost of training and perplexi
 	$(DEV_BIN)/python eval/throughput.py
 	$(DEV_BIN)/python eval/training_cost.py
 	$(DEV_BIN)/python eval/perplexity.py
+
+gpu: $(DEV)/.package  ## the kernels of a GPU on one: bits of a CPU, speed beside torch; under ten minutes
+	$(DEV_BIN)/python eval/gpu.py --output eval/results/gpu.json
 
 engines: $(DEV)/.package  ## every format in every engine that runs it, each in an environment of its own; writes docs/serve.md's table
 	$(DEV_BIN)/python eval/engines.py --install

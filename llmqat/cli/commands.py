@@ -60,6 +60,10 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def print_machine() -> None:
     """Print the machine, as `inspect --machine` shows it."""
+    import torch
+
+    from llmqat.devices import devices_here
+    from llmqat.kernels.gpu.available import explain as explain_gpu
     from llmqat.kernels.native import explain
     from llmqat.machine import environment
     from llmqat.nn.training_kernels import explain as explain_training
@@ -70,6 +74,8 @@ def print_machine() -> None:
     print(f"{'kernels':>13}: {explain()}")
     print(f"{'training':>13}: {explain_training()}")
     print(f"{'native path':>13}: {native_path()}")
+    for name in devices_here()[1:]:
+        print(f"{name:>13}: {explain_gpu(torch.device(name))}")
 
 
 def load_any(name: str, device: str, dtype: Any = None, activations: Any = None) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -38,3 +39,9 @@ def _missing_on(device: torch.device) -> str | None:
         if capability < OLDEST_CAPABILITY:
             return "its compute capability is {}.{}, and the kernels need 8.0".format(*capability)
     return None
+
+
+def explain(device: torch.device) -> str:
+    """One line: what computes on an accelerator, and why it is not the Triton kernels."""
+    reason = off_because(device)
+    return f"triton {version('triton')}" if reason is None else f"torch, since {reason}"
