@@ -16,6 +16,7 @@ from llmqat.formats.writer import save_packed, storage_dtype
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
+from tests.covering import every
 
 
 def w_hat_of_forward(layer, dtype, *adapters):
@@ -28,9 +29,11 @@ def listing(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("group_size", [-1, 8, 16])
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size", "dtype", "mode"),
+    every(3, (2, 3, 4, 8), (True, False), (-1, 8, 16), (torch.bfloat16, torch.float32), ("full", "lora")),
+    ids=str,
+)
 def test_bit_exact(trained, decode, tmp_path, bits, symmetric, group_size, dtype, mode):
     scheme = QuantScheme(bits, group_size, symmetric)
     model = trained(scheme, dtype, mode)

@@ -49,23 +49,23 @@ def test_logits(dtype, isa, calls):
     model = int8_model("qwen3", dtype=dtype)
 
     def stepwise(ids):
-        cache, prompt = Int8Cache(model.config), ids.shape[1] // 2
+        cache, prompt = Int8Cache(model.config), ids.shape[1] - 5
         pieces = (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1))
         return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
 
     assert errors(model, stepwise).median() <= 2  # a code may round the other way
-    assert calls == [37, *[1] * 38, *[4, *[1] * 5] * 4]
+    assert calls == [70, *[1] * 5, *[4, *[1] * 5] * 4]
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.mixer])
 @pytest.mark.usefixtures("small_buffers")
 def test_greedy_tokens(family, steps):
     model = int8_model(family)
-    expected = generate(model, max_new_tokens=40)
+    expected = generate(model, max_new_tokens=30)
     assert accelerate_forward(model)
     accelerate_generate(model)
-    assert torch.equal(generate(model, max_new_tokens=40), expected)
-    assert len(steps) == 39
+    assert torch.equal(generate(model, max_new_tokens=30), expected)
+    assert len(steps) == 29
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -10,6 +10,7 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.scheme import QuantScheme
 from llmqat.serve.families import FAMILIES
 from llmqat.serve.generate import accelerate_generate
+from tests.covering import every
 from tests.serve.helpers import PROMPT, generate, native_blocks, rope_options
 
 PROMPT_LENGTH = PROMPT.shape[1]
@@ -44,9 +45,11 @@ def generally(model, **options):
     return generate(model, logits_processor=LogitsProcessorList([Same()]), **options)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("act_bits", [None, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tied", "act_bits", "dtype"),
+    every(2, (True, False), (None, 8), (torch.float32, torch.bfloat16, torch.float16)),
+    ids=str,
+)
 def test_the_tokens_of_the_general_loop(tied, act_bits, dtype, isa, steps, greedy_steps):
     model = greedy_model(tied=tied, dtype=dtype, scheme=QuantScheme(4, 32, act_bits=act_bits))
     assert isinstance(model.model.embed_tokens, PackedEmbedding) == tied
@@ -68,19 +71,19 @@ def test_the_tokens_of_the_general_loop(tied, act_bits, dtype, isa, steps, greed
 @pytest.mark.usefixtures("small_buffers")
 def test_the_cache_over_grown_buffers(family, kv_bits, steps, greedy_steps):
     """Mistral with a window that forgets."""
-    window = {"sliding_window": 24} if family == "mistral" else {}
+    window = {"sliding_window": 16} if family == "mistral" else {}
     model = greedy_model(family, kv_bits=kv_bits, scheme=QuantScheme(4, 32, act_bits=8), **window)
     accelerate_generate(model)
     runs = []
     for run in (generally, generate):
         caches = []
         model.register_forward_hook(lambda *call, kept=caches: kept.append(call[-1].past_key_values))
-        tokens = run(model, max_new_tokens=60)
+        tokens = run(model, max_new_tokens=30)
         runs.append((tokens, caches[0]))
     (expected, known), (tokens, cache) = runs
     assert torch.equal(tokens, expected)
-    assert len(steps) == len(greedy_steps) == 59
-    assert cache.get_seq_length() == known.get_seq_length() == PROMPT_LENGTH + 59
+    assert len(steps) == len(greedy_steps) == 29
+    assert cache.get_seq_length() == known.get_seq_length() == PROMPT_LENGTH + 29
     attention = [pair for pair in zip(cache.layers, known.layers, strict=True) if isinstance(pair[0], CacheLayerMixin)]
     for layer, other in attention:
         for held, truth in zip(*((x.codes, x.scales) if kv_bits else (x,) for x in (layer, other)), strict=True):
