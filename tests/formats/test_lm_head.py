@@ -20,6 +20,7 @@ from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from llmqat.train.modes import add_lora, select_trainable
+from tests.covering import every
 from tests.formats.conftest import rate
 
 IDS = torch.arange(24).view(2, 12)
@@ -48,9 +49,10 @@ def head_trained(small_llama):
     return make
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "scales"])
-@pytest.mark.parametrize("head_bits", [4, 8])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("mode", "head_bits", "tied", "symmetric"),
+    every(3, ("full", "lora", "scales"), (4, 8), (True, False), (True, False)),
+)
 def test_round_trip(head_trained, tmp_path, tied, head_bits, symmetric, mode):
     model = head_trained(QuantScheme(4, 16, symmetric), head_bits, tied, mode)
     layers = {name: (layer, adapters) for name, layer, adapters in quantized_layers(model)}

@@ -17,6 +17,7 @@ from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.models.patcher import prepare
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
+from tests.covering import every
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -27,7 +28,11 @@ def edit(directory, name, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("dtype", "act_bits"), [(torch.bfloat16, 8), (torch.float32, None)], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "dtype", "act_bits"),
+    every(2, (2, 3, 4, 8), (True, False), (torch.bfloat16, torch.float32), (8, None)),
+    ids=str,
+)
 def test_what_was_packed_verifies(trained, tmp_path, bits, symmetric, dtype, act_bits):
     model = trained(QuantScheme(bits, 16, symmetric, act_bits), dtype, "lora")
     directory = save_packed(model, tmp_path)

@@ -39,6 +39,11 @@ def test_family(outcome, model_type, init, mode):
     assert result.within_bound
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_scales_alone_train(scales_train, model_type):
+    assert scales_train(model_type)
+
+
 def test_the_support_table_is_what_the_tests_gave(support_table, request):
     """``pytest tests/models/test_families.py --write-support`` brings it up to date."""
     text, table = PAGE.read_text(encoding="utf-8"), support_table()
