@@ -50,7 +50,7 @@ MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 7
 # torch lays the arguments of these out flat: steps of an autograd Function, and the schema of an operator.
 FLAT_STEPS = ("forward", "setup_context")
-SCHEMAS = (("llmqat/kernels/ops.py", "_schema"),)
+SCHEMAS = (("llmqat/kernels/ops.py", "_schema"), ("llmqat/nn/fake_quant_operator.py", "_schema"))
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "matplotlib")
 

@@ -183,6 +183,12 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, slower", "--gradient-checkpointing"
     )
+    compile: bool = option(
+        False,
+        "run decoder blocks through torch.compile, for GPUs, after minutes of compiling; on a CPU it turns off the "
+        "kernels that do more",
+        "--compile",
+    )
     eval_every: int = option(100, "steps between held-out losses; the best state is kept", "--eval-every", least=1)
     freeze_observers: int = option(
         100, "steps after which the ranges of static activations stay as they are", "--freeze-observers", least=0

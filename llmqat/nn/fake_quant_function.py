@@ -24,7 +24,7 @@ from llmqat.scheme import QuantScheme
 _input_cast = InputCast()
 
 
-class _PerArgument(NamedTuple):
+class PerArgument(NamedTuple):
     """One entry for each argument of `_FakeQuantLinear.forward`, in order: whether a gradient is needed, or the
     gradient."""
 
@@ -73,29 +73,56 @@ class _FakeQuantLinear(torch.autograd.Function):
         ctx.save_for_backward(cast, *tensors)
         ctx.constants = (lora_scaling, scheme, storage_dtype, shard)
         ctx.clip_mask = clip_mask
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        w_hat = whole_w_hat(*_values(tensors, ctx.constants), cast.dtype)
-        x_hat = fake_quantize_activation(cast) if scheme.inputs == "dynamic" else cast
-        return multiply(x_hat, w_hat.T, None if bias is None else bias.to(cast.dtype))
+        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
+        return output_of(cast, bias, *values_of(tensors, ctx.constants))
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> _PerArgument:
+    def backward(ctx: Any, grad_y: Tensor) -> PerArgument:
         x, *tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no second look
-        latent, grid = _values(tensors, ctx.constants)
-        need = _PerArgument(*ctx.needs_input_grad)
-        gy, x2 = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if grid.scheme.inputs == "dynamic":
-            x2 = fake_quantize_activation(x2)
-        made, w_hat = _gradients(gy, x2, latent, grid, need, ctx.clip_mask)
-        if need.bias:
-            made = made._replace(bias=gy.sum(0, dtype=ctx.bias_dtype))
-        if need.x:
-            w_hat = whole_w_hat(latent, grid, x.dtype) if w_hat is None else w_hat
-            made = made._replace(x=multiply(gy, w_hat, dtype=ctx.x_dtype).view(x.shape))
-        return made
+        need = PerArgument(*ctx.needs_input_grad)
+        return gradients_of(grad_y, x, *values_of(tensors, ctx.constants), need, ctx.clip_mask, ctx.dtypes)
 
 
-def _values(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype, RowShard | None]) -> tuple[Latent, Grid]:
+def output_of(x: Tensor, bias: Tensor | None, latent: Latent, grid: Grid) -> Tensor:
+    """``x_hat @ W_hat.T + bias`` in the dtype of `x`, no gradient."""
+    w_hat = whole_w_hat(latent, grid, x.dtype)
+    x_hat = fake_quantize_activation(x) if grid.scheme.inputs == "dynamic" else x
+    return multiply(x_hat, w_hat.T, None if bias is None else bias.to(x.dtype))
+
+
+def gradients_of(
+    grad_y: Tensor,
+    x: Tensor,
+    latent: Latent,
+    grid: Grid,
+    need: PerArgument,
+    clip_mask: bool,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> PerArgument:
+    """Gradients of what is needed from that of the output.
+
+    Args:
+        grad_y: ``(..., out)``.
+        x: the input ``(..., in)`` in the dtype of the product.
+        latent: the weight.
+        grid: its grid.
+        need: which gradients are needed.
+        clip_mask: see `fake_quant_linear`.
+        dtypes: of the gradients of input and bias.
+    """
+    gy, x2 = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if grid.scheme.inputs == "dynamic":
+        x2 = fake_quantize_activation(x2)
+    made, w_hat = _gradients(gy, x2, latent, grid, need, clip_mask)
+    if need.bias:
+        made = made._replace(bias=gy.sum(0, dtype=dtypes[1]))
+    if need.x:
+        w_hat = whole_w_hat(latent, grid, x.dtype) if w_hat is None else w_hat
+        made = made._replace(x=multiply(gy, w_hat, dtype=dtypes[0]).view(x.shape))
+    return made
+
+
+def values_of(tensors: Any, constants: tuple[float, QuantScheme, torch.dtype, RowShard | None]) -> tuple[Latent, Grid]:
     """`Latent` and `Grid`, built again from the tensors and constants of `_FakeQuantLinear.forward`."""
     weight, multiples, step, a, b, scale, zero_point, code_scale = tensors
     scaling, scheme, storage_dtype, shard = constants
@@ -115,11 +142,11 @@ def whole_w_hat(latent: Latent, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def _gradients(
-    gy: Tensor, x: Tensor, latent: Latent, grid: Grid, need: _PerArgument, clip_mask: bool
-) -> tuple[_PerArgument, Tensor | None]:
+    gy: Tensor, x: Tensor, latent: Latent, grid: Grid, need: PerArgument, clip_mask: bool
+) -> tuple[PerArgument, Tensor | None]:
     """Gradients of what makes the weight, as far as they are needed, from those of the outputs ``(tokens, out)`` and
     the inputs ``(tokens, in)``; and ``W_hat`` in the dtype of `x`, where it was found on the way."""
-    made, w_hat, adapted = _PerArgument(), None, need.lora_a or need.lora_b
+    made, w_hat, adapted = PerArgument(), None, need.lora_a or need.lora_b
     # Without mask and with s0 = s the latent's gradient is G itself, a product of two matrices: where nothing else
     # needs it, adapters take theirs from its thin side, and G is never formed.
     direct = not clip_mask and grid.code_scale is None
@@ -191,6 +218,12 @@ def fake_quant_linear(
     weight, compensation, adapters, shard = latent
     factors = (None, None, 1.0) if adapters is None else adapters
     change = (None, None) if compensation is None else compensation
+    tensors = (bias, weight, *change, *factors[:2], *grid[:3])
+    constants = (factors[2], grid.scheme, grid.storage_dtype, shard)
+    if torch.compiler.is_compiling() and shard is None:
+        from llmqat.nn.fake_quant_operator import fake_quant_linear as opaque
+
+        return opaque(x, *tensors, *constants[:3], dtype, clip_mask)
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _eager(x, dtype, bias, weight, *change, *factors, *grid, shard, clip_mask)
     return y
@@ -198,5 +231,5 @@ def fake_quant_linear(
 
 @torch.compiler.disable
 def _eager(x: Tensor, dtype: torch.dtype, *args: Any) -> Any:
-    """Run eagerly, inside `torch.compile` too: Inductor fuses the rounding of scale and ``W_hat`` away."""
+    """Run eagerly, inside `torch.compile` too, which does not know what processes send each other here."""
     return _FakeQuantLinear.apply(x, _input_cast(x, dtype), *args)

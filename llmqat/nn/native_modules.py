@@ -32,13 +32,13 @@ def native_modules(*models: nn.Module) -> Iterator[None]:
             for module in {id(module): module for model in models for module in model.modules()}.values():
                 forward = _native_forward(module)
                 if forward is not None:
-                    stack.enter_context(_forward_by(module, forward))
+                    stack.enter_context(forward_by(module, forward))
             stack.enter_context(rotary_by(_native_rotary, models))
         yield
 
 
 @contextmanager
-def _forward_by(module: nn.Module, forward: Forward) -> Iterator[None]:
+def forward_by(module: nn.Module, forward: Forward) -> Iterator[None]:
     """Shadow the forward of a module's class."""
     module.forward = forward
     try:

@@ -28,6 +28,7 @@ MAY_DIFFER = (
     "device",
     "low_memory",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.batch_size",
     "train.accumulation",
 )

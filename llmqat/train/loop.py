@@ -27,6 +27,7 @@ from llmqat.progress import Meter
 from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
+from llmqat.train.compiled_blocks import compiled_blocks
 from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
@@ -324,7 +325,8 @@ def fit(
     if config.tracker:
         trainer.accelerator.init_trackers("llmqat")
     models = [model] if teacher is None else [model, teacher.model]
-    with trainer.writing, training_kernels(*models):
+    faster = compiled_blocks if config.compile else training_kernels
+    with trainer.writing, faster(*models):
         if checkpoints is None or checkpoints.state is None:
             trainer.evaluate()
             trainer.save()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from llmqat.nn import fake_quant_operator
 from llmqat.nn.fake_quant_function import fake_quant_linear
 from llmqat.quant import grid
 from llmqat.quant.affine import choose_scale, dequantize, fake_quantize_activation, grouped, quantize, ranges_of
@@ -218,13 +219,26 @@ def test_any_leading_shape(x_shape):
     ("lora", "storage_dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)]
 )
 def test_torch_compile_trains_on_the_same_grid(lora, storage_dtype):
-    """A fused kernel that skips the rounding of the scale to bfloat16 would train on codes that are never packed."""
+    """In one piece, bit for bit: a fused kernel that skips the rounding of the scale would train on other codes."""
     torch._dynamo.reset()
     scheme = QuantScheme(4, 16, symmetric=not lora, act_bits=8 if lora else None)
     case = Case.make(scheme, storage_dtype, lora=lora, clip_mask=lora).to(torch.float32)
-    eager, compiled = case.gradients(), case.gradients(torch.compile(by_value))
+    eager, compiled = case.gradients(), case.gradients(torch.compile(by_value, fullgraph=True))
     for name, value in compiled.items():
-        torch.testing.assert_close(value, eager[name], rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(value, eager[name]), name
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_the_operator_is_one_for_torch(autocast):
+    """Schema, shapes without values, and gradients, as `torch.library.opcheck` tests them."""
+    scheme = QuantScheme(4, 16, symmetric=False)
+    case = Case.make(scheme, torch.float32, lora=True, compensation=True).to(torch.float32)
+    t, dtype = case.tensors, autocast or torch.float32
+    latent = (t["weight"], *case.options["compensation"], t["lora_a"], t["lora_b"])
+    fields = (scheme.bits, scheme.group_size, scheme.symmetric, None, False, None)
+    scales = (t["scale"], t["zero_point"], None)
+    arguments = (t["x"], t["bias"], *latent, *scales, 0.5, *fields, torch.float32, dtype, False)
+    torch.library.opcheck(fake_quant_operator.operator, arguments)
 
 
 def test_autocast_leaves_the_grid_alone():
