@@ -353,7 +353,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-family", action="store_true", help="run tests/families on all kinds of models, not a few")
     parser.addoption("--write-families", action="store_true", help="write docs/families.md, with --every-family")
     parser.addoption("--write-api", action="store_true", help="write the tables of docs/api.md")
-    parser.addoption("--kill-points", default="0:4", metavar="FIRST:END", help="random points of test_kill_points.py")
+    parser.addoption("--kill-points", default="0:3", metavar="FIRST:END", help="random points of test_kill_points.py")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,6 +9,7 @@ from llmqat.models.patcher import prepare
 from llmqat.quant.affine import fake_quantize_activation, grouped
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
+from tests.covering import every
 
 
 def run_gptq(model, tokens, keep_float=False):
@@ -50,7 +51,9 @@ def test_every_layer_is_fitted_to_its_inputs_on_the_quantized_prefix(
         torch.testing.assert_close(given[layer], 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("storage", "symmetric"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
 def test_keep_float_finds_the_same_codes_and_keeps_the_float_model(tiny_llama, tokens, storage, symmetric):
     float_logits = logits(tiny_llama(), tokens)
     models = {}
@@ -90,7 +93,7 @@ def test_latents_are_kept_between_codes_for_training(tiny_llama, tokens):
     assert (layer.weight - layer.quantized_weight()).abs().max() > 0.2 * layer.scale.abs().min()
 
 
-@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize(("bits", "symmetric", "act_bits"), every(2, (2, 3, 4, 8), (True, False), (None, 8)), ids=str)
 def test_every_layer_improves_and_so_does_the_model(tiny_llama, tokens, bits, symmetric, act_bits):
     scheme = QuantScheme(bits, 16, symmetric, act_bits)
     model, _ = prepared(tiny_llama(), scheme)

@@ -185,7 +185,6 @@ def test_finetune(go, model_dir, mode):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.mode": "full"},
         {"train.mode": "lora", "train.precision": "fp32", "init.method": "blockwise", "init.block_steps": 2},
         {"train.mode": "scales", "init.smooth": "auto", "quant.symmetric": False},
         {"train.mode": "full", "train.loss": "ce", "eval.control": True, "init.method": "rtn"},
@@ -197,9 +196,10 @@ def test_finetune(go, model_dir, mode):
             "train.freeze_observers": 4,
         },
     ],
-    ids=["full", "lora-fp32-blockwise", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
+    ids=["lora-fp32-blockwise", "scales-smooth-asym", "ce-control-rtn", "static-activations"],
 )
 def test_resume_equals_the_uninterrupted_run(go, tmp_path, monkeypatch, changes):
+    """Full mode without more to it: test_kill_points.py."""
     changes = {"train.max_steps": 5, **changes}
     whole = go(changes, "whole")
     with monkeypatch.context() as patch:
@@ -355,9 +355,8 @@ def test_asymmetric_with_integer_activations(go):
     assert (config["weights"]["symmetric"], config["weights"]["strategy"]) == (False, "channel")
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_static_activations(go, mode):
-    done = go({"quant.act_bits": 8, "quant.act_static": True, "train.mode": mode, "train.freeze_observers": 2})
+def test_static_activations(go):
+    done = go({"quant.act_bits": 8, "quant.act_static": True, "train.mode": "lora", "train.freeze_observers": 2})
     ppl = done.report["perplexity"]
     assert ppl["packed"] == pytest.approx(ppl["qat"], rel=1e-4)  # a rounding of an activation may fall the other way
     assert done.report["verify"]["max_logit_error"] <= done.report["verify"]["bound"]
@@ -479,27 +478,34 @@ def changed(directory, name):
         path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "{{ messages }}"}))
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("data.txt", "test tokens"),
-        ("calibration.txt", "calibration tokens"),
-        ("weights", "float weights"),
-        ("tokenizer", "rules of the tokenizer"),
-    ],
-)
-def test_changed_inputs_are_not_resumed(go, model_dir, text_file, tmp_path, name, what):
-    shutil.copytree(model_dir, tmp_path / "model")
-    for text in ("data.txt", "calibration.txt"):
-        shutil.copy(text_file, tmp_path / text)
+CHANGED = {
+    "data.txt": "test tokens",
+    "calibration.txt": "calibration tokens",
+    "weights": "float weights",
+    "tokenizer": "rules of the tokenizer",
+}
+
+
+def test_changed_inputs_are_not_resumed(go, model_dir, text_file, tmp_path):
+    """Each of them on its own, the others as the run had them."""
+
+    def put_inputs():
+        shutil.copytree(model_dir, tmp_path / "model", dirs_exist_ok=True)
+        for text in ("data.txt", "calibration.txt"):
+            shutil.copy(text_file, tmp_path / text)
+
+    put_inputs()
     changes = {"model": str(tmp_path / "model"), "data.dataset": str(tmp_path / "data.txt")}
     changes |= {"data.calibration": str(tmp_path / "calibration.txt")}
     done = go(changes, train=False)
     before = listing(done.directory)
-    changed(tmp_path, name)
-    with pytest.raises(LlmqatError, match=f"the {what} are not those that the run in .* began with; give it the same"):
-        go(changes, train=False, resume=True)
-    assert listing(done.directory) == before
+    for name, what in CHANGED.items():
+        put_inputs()
+        changed(tmp_path, name)
+        message = f"the {what} are not those that the run in .* began with; give it the same"
+        with pytest.raises(LlmqatError, match=message):
+            go(changes, train=False, resume=True)
+        assert listing(done.directory) == before, name
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "measured.json", "inputs.json"])
