@@ -18,6 +18,7 @@ from llmqat.algorithms.stand_ins import StandIns
 from llmqat.errors import LlmqatError
 from llmqat.nn.experts import SplitExperts
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.quant.full_float32 import full_float32
 from llmqat.team import ALONE, Team
 
 # An expert's layer that saw fewer calibration tokens than this many for each of its inputs keeps round-to-nearest.
@@ -220,6 +221,7 @@ class Statistics(NamedTuple):
     enough: bool
 
 
+@full_float32()
 def hessians_of(
     block: nn.Module, inputs: BlockInputs, layers: dict[str, FakeQuantLinear], stand_ins: StandIns | None = None
 ) -> dict[str, Statistics]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmqat.errors import LlmqatError
 from llmqat.quant.affine import check_weight, code_values, dequantize, grouped, ranges_of
+from llmqat.quant.full_float32 import full_float32
 from llmqat.quant.grid import row_chunks
 from llmqat.scheme import QuantScheme
 
@@ -117,6 +118,7 @@ def inverse_cholesky(hessian: Tensor, damp: float, layer: str) -> Tensor:
             hessian.diagonal().copy_(diagonal)
 
 
+@full_float32()
 def gptq(
     weight: Tensor,
     hessian: Tensor,

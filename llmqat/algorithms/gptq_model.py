@@ -19,6 +19,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.progress import Meter, log
 from llmqat.quant.affine import dequantize, on_grid
+from llmqat.quant.full_float32 import full_float32
 from llmqat.quant.grid import Compensation
 from llmqat.team import ALONE, Team
 
@@ -194,6 +195,7 @@ def gptq_head(
         return _quantize_layer(head, statistics, settings, HEAD)
 
 
+@full_float32()
 def gptq_model(
     model: nn.Module,
     blocks: nn.ModuleList,

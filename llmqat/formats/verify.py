@@ -27,6 +27,7 @@ from llmqat.nn.kv_cache import kv_bits_of
 from llmqat.nn.packed_linear import PackedLinear, packed_layers
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.quant.affine import dequantize, fake_quantize_input
+from llmqat.quant.full_float32 import full_float32
 
 # The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.
 PROBES = 5, 128
@@ -130,6 +131,7 @@ def verify(
     return verify_loaded(directory, load_packed(directory, torch.float32, device), expected, logits)
 
 
+@full_float32()
 def verify_loaded(directory: Path, model: PreTrainedModel, expected: Expected, logits: bool = True) -> Verification:
     """Compare `directory`, and the float32 `model` that was loaded from it, with what is expected; see `verify`."""
     changed = set(changed_tensors(directory, expected.tensors))

@@ -12,6 +12,7 @@ from llmqat.metrics.forwards import Kept, ReferenceForwards
 from llmqat.metrics.perplexity import Perplexity, Windows, compare, score
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.nn.context import check_sequence
+from llmqat.quant.full_float32 import full_float32
 from llmqat.team import ALONE, Team
 
 
@@ -47,6 +48,7 @@ class FloatPass:
                 self.kept[index] = kept
 
     @torch.no_grad()
+    @full_float32()
     def _run(self) -> bool:
         """Keep the share of this process; returns whether the head of the model runs apart."""
         forwards, shape = ReferenceForwards(self.reference, self.layers), self.data.ids.shape

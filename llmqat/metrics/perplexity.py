@@ -31,6 +31,7 @@ from llmqat.metrics.scores import Scores
 from llmqat.models.output_head import Reference
 from llmqat.nn.context import check_sequence
 from llmqat.progress import track
+from llmqat.quant.full_float32 import full_float32
 from llmqat.team import ALONE, Team
 
 BATCH_TOKENS = 4096
@@ -236,6 +237,7 @@ def compare(
 
 
 @torch.no_grad()
+@full_float32()
 def score(
     forwards: Forwards,
     data: Windows,

@@ -17,6 +17,7 @@ from llmqat.compat.torch import KeepsDtypes
 from llmqat.errors import LlmqatError
 from llmqat.kernels import grid_rows
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
+from llmqat.quant.full_float32 import full_float32
 from llmqat.quant.grid import Adapters, Latent
 
 
@@ -82,6 +83,7 @@ class LoraFakeQuantLinear(KeepsDtypes, LoraLayer):
         y: Tensor = self.base_layer(x, self.adapters())
         return y
 
+    @full_float32()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``(alpha / r) B A``, ``(out, in)`` float32."""
         a, b = self.factors(adapter)

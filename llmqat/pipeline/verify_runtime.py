@@ -26,6 +26,7 @@ from llmqat.pipeline.engines.table import ENGINES
 from llmqat.pipeline.engines.torch_model import TorchModel
 from llmqat.pipeline.passages import Passages
 from llmqat.pipeline.run_engine import run_engine
+from llmqat.quant.full_float32 import full_float32
 
 # KL grows with the square of an error: the bound is four times the error of the packed model itself.
 BOUND = 16
@@ -138,6 +139,7 @@ class RuntimeCheck:
         )
 
 
+@full_float32()
 def verify_runtime(
     directory: str | Path, against: str | Path, runtime: str, text: str | None = None, python: str = sys.executable
 ) -> RuntimeCheck:

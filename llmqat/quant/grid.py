@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmqat.quant.affine import code_values, dequantize, round_scale
+from llmqat.quant.full_float32 import full_float32
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 
@@ -136,7 +137,7 @@ class Latent(NamedTuple):
             first = start // height * height
             chunk = slice(first, min(first + height, self.shard.total))
             within = slice(start - first, start - first + rows.stop - rows.start)
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast(a.device.type, enabled=False), full_float32():
             b = b[chunk].to(dtype) * scaling
             place = None if out is None else out[: len(b) * a.shape[1]].view(len(b), -1)
             return torch.mm(b, a.to(dtype), out=place)[within]

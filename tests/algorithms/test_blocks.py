@@ -16,6 +16,7 @@ from llmqat.algorithms.blocks import (
 from llmqat.models.patcher import prepare
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
+from tests.narrow_products import narrow_products
 
 
 def test_stages_in_running_order(tiny_llama, tokens):
@@ -109,3 +110,13 @@ def test_half_of_a_hessian_is_summed(columns):
         _add_square(H, half)
     assert torch.equal(_mirrored(H), H.T)
     torch.testing.assert_close(H, 2 * x.T @ x)
+
+
+def test_hessians_are_those_of_float32(tiny_llama, tokens):
+    model, _ = prepared(tiny_llama())
+    block = model.model.layers[0]
+    inputs, layers = BlockInputs.capture(model, [block], tokens), layers_of(block)
+    expected = hessians_of(block, inputs, layers)
+    with narrow_products():
+        found = hessians_of(block, inputs, layers)
+    assert all(torch.equal(found[name].H, expected[name].H) for name in layers)

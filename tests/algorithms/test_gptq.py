@@ -8,6 +8,7 @@ from llmqat.algorithms.gptq import LATENT_MARGIN, gptq, inverse_cholesky, search
 from llmqat.errors import LlmqatError
 from llmqat.quant.affine import choose_scale, dequantize, grouped, quantize
 from llmqat.scheme import QuantScheme
+from tests.narrow_products import narrow_products
 
 COLUMNS = 96
 
@@ -197,3 +198,12 @@ def test_a_weight_that_is_not_finite_is_refused():
     weight[1, 2] = float("nan")
     with pytest.raises(LlmqatError, match="the weight of block 0 q_proj holds NaN or infinity"):
         gptq(weight, torch.eye(32), QuantScheme(4, 16), torch.float32, layer="block 0 q_proj")
+
+
+def test_products_are_those_of_float32(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_COLUMNS", 32)
+    weight, H = problem()
+    expected = gptq(weight, H, QuantScheme(4, 16), torch.bfloat16)
+    with narrow_products():
+        found = gptq(weight, H, QuantScheme(4, 16), torch.bfloat16)
+    assert torch.equal(found.latent, expected.latent)

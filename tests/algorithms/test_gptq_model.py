@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from llmqat.quant.affine import fake_quantize_activation, grouped
 from llmqat.scheme import QuantScheme
 from tests.algorithms.helpers import STAGES, prepared
 from tests.covering import every
+from tests.narrow_products import narrow_products
 
 
 def run_gptq(model, tokens, keep_float=False):
@@ -139,3 +142,13 @@ def test_a_failure_names_the_layer(tiny_llama, tokens):
 def test_blocks_without_quantized_layers_are_passed_through(tiny_llama, tokens):
     model, _ = prepared(tiny_llama(), overrides={r"layers\.0\.": "float"})
     assert {e.layer.split()[1] for e in run_gptq(model, tokens)} == {"1"}
+
+
+def test_products_are_those_of_float32(tiny_llama, tokens):
+    models = []
+    for narrow in (False, True):
+        models.append(prepared(tiny_llama(), QuantScheme(4, 16))[0])
+        with narrow_products() if narrow else nullcontext():
+            run_gptq(models[-1], tokens)
+    for a, b in zip(*(layers_of(model).values() for model in models), strict=True):
+        assert torch.equal(a.weight, b.weight)

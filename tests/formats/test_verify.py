@@ -18,6 +18,7 @@ from llmqat.models.patcher import prepare
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.scheme import QuantScheme
 from tests.covering import every
+from tests.narrow_products import narrow_products
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -239,3 +240,10 @@ def test_a_family_that_casts_to_float32_is_compared_in_float64():
     assert in_float64(lambda x: x.float() / 3, True, x).dtype == torch.float32, "rounded as everywhere"
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         in_float64(lambda x: x @ x, False, x)
+
+
+def test_bounds_are_those_of_float32(trained, tmp_path):
+    directory = save_packed(trained(QuantScheme(4, 16), torch.bfloat16), tmp_path)
+    expected = verify(directory)
+    with narrow_products():
+        assert verify(directory) == expected

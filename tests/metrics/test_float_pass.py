@@ -8,6 +8,7 @@ from llmqat.metrics.perplexity import Windows, evaluate
 from llmqat.models.float_view import FloatCopy, FloatView
 from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
+from tests.narrow_products import narrow_products
 
 TEXT = torch.randint(0, 128, (6, 48), generator=torch.Generator().manual_seed(2))
 ANSWERS = torch.stack([TEXT, torch.where(torch.arange(48) % 7 < 3, TEXT, -100)], 1)
@@ -75,3 +76,12 @@ def test_a_model_whose_head_cannot_run_apart_runs_again(tiny_llama, forwards, mo
 def doubled(outputs):
     outputs["logits"] = outputs.logits * 2
     return outputs
+
+
+def test_scores_are_those_of_float32(tiny_llama):
+    model, data = tiny_llama(), Windows(TEXT, "none")
+    expected = FloatPass(FloatCopy(model), data).compare(tiny_llama(), "again")
+    with narrow_products():
+        found = FloatPass(FloatCopy(model), data).compare(tiny_llama(), "again")
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    assert found.kl_to_float == expected.kl_to_float

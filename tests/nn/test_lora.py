@@ -9,6 +9,7 @@ from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.lora import LoraFakeQuantLinear
 from llmqat.quant.affine import dequantize
 from llmqat.scheme import QuantScheme
+from tests.narrow_products import narrow_products
 from tests.quant.helpers import random_change
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -185,3 +186,10 @@ def test_safe_merge_refuses_non_finite_adapters(trained):
 def test_peft_does_not_warn_of_our_layer(prepared, recwarn):
     get_peft_model(prepared(), lora_config())
     assert not [warning for warning in recwarn if "Unsupported layer type" in str(warning.message)]
+
+
+def test_what_adapters_add_is_multiplied_in_float32(trained):
+    layer = adapters_of(trained())[0]
+    expected = layer.get_delta_weight("default")
+    with narrow_products():
+        assert torch.equal(layer.get_delta_weight("default"), expected)
