@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmqat.kernels.gpu import available
+
 PRETENDED = torch.device("xpu", 0)
 CPU = torch.device("cpu")
 DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
@@ -170,6 +172,8 @@ def entered(patch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
     patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(PRETENDED.type))
     # Gradient checkpointing compares the devices of tensors where no mode of torch sees who asks.
     patch.setitem(checkpoint._allowed_determinism_checks_to_fns, "default", lambda _: None)
+    # The interpreter would run the kernels, of GPUs whose tensors numpy cannot read.
+    patch.setattr(available, "_missing_on", lambda _: "it is pretended")
     _let_autocast_be_that_of_the_cpu(patch)
     _let_gradients_be_seen(patch, device)
     _let_groups_tell_the_device(patch, device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmqat.kernels.grid_rows import codes_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.affine import grouped, smallest_scale
+from llmqat.quant.affine import grouped, quotient, smallest_scale
 from llmqat.quant.grid import Compensation, Grid, Latent
 from llmqat.quant.interval_ends import away_from_ends
 
@@ -40,7 +40,7 @@ def compensation_of(weight: Tensor, latent: Tensor, grid: Grid) -> Compensation:
     largest = grouped(torch.maximum(change.abs(), to_middle.abs()), grid.scheme).amax(-1)
     for dtype in (torch.int8, torch.int16, torch.int32):
         limit = torch.iinfo(dtype).max
-        step = (largest / limit).clamp(min=smallest_scale(torch.bfloat16)).to(torch.bfloat16)
+        step = quotient(largest, limit).clamp(min=smallest_scale(torch.bfloat16)).to(torch.bfloat16)
         steps = step.float().unsqueeze(-1).expand_as(grouped(weight, grid.scheme)).flatten(-2)
         near_end = codes_of(Latent(latent + outward * steps), grid) != codes
         nearest, multiples = (change / steps).round_(), (to_middle / steps).round_()

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.kernels.gpu.available import runs_on
 from llmqat.quant.affine import check_weight, code_values, dequantize, grouped, ranges_of
 from llmqat.quant.full_float32 import full_float32
-from llmqat.quant.grid import row_chunks
+from llmqat.quant.grid import Grid, row_chunks
 from llmqat.scheme import QuantScheme
 
 SHRINK_GRID = tuple(1 - i / 40 for i in range(24))
@@ -57,10 +58,14 @@ def search_scale(
         scheme: the grid.
         storage_dtype: dtype in which scales are stored.
     """
-    ranges = ranges_of(weight, scheme)
-    scale, zero_point = ranges.scale(scheme, storage_dtype)
     flips = (False, True) if scheme.symmetric else (False,)
     candidates = [(shrink, flip) for shrink in SHRINK_GRID for flip in flips]
+    if _in_kernels(weight, storage_dtype):
+        from llmqat.kernels.gpu import gptq as kernels
+
+        return kernels.search_scale(weight, importance, scheme, storage_dtype, candidates)
+    ranges = ranges_of(weight, scheme)
+    scale, zero_point = ranges.scale(scheme, storage_dtype)
     for rows in row_chunks(*weight.shape):
         best = torch.full_like(scale[rows], torch.inf, dtype=torch.float32)
         for shrink, flip in candidates:
@@ -73,6 +78,15 @@ def search_scale(
             if z is not None and zero_point is not None:
                 zero_point[rows] = torch.where(better, z, zero_point[rows])
     return scale, zero_point
+
+
+def _in_kernels(weight: Tensor, storage_dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels take a weight, whose scales are stored in a dtype, where it is."""
+    if not runs_on(weight.device):
+        return False
+    from llmqat.kernels.gpu import gptq as kernels
+
+    return kernels.takes(weight, storage_dtype)
 
 
 def check_hessian(hessian: Tensor, layer: str) -> None:
@@ -156,36 +170,56 @@ def gptq(
     scale, zero_point = search_scale(W, importance, scheme, storage_dtype)
 
     group = torch.div(perm, scheme.group_length(W.shape[1]), rounding_mode="floor")
-    s = scale[:, group]
-    z = None if zero_point is None else zero_point[:, group]
-    latent, codes = _quantize_columns(W[:, perm], U, s, z, scheme)
+    grid = Grid(scale, zero_point, None, scheme, storage_dtype)
+    latent, codes = _quantize_columns(W[:, perm], U, group, grid)
 
     codes, latent = codes[:, inverse], latent[:, inverse]
     return GPTQResult(codes, scale, zero_point, _anchor(latent, codes, scale, zero_point, scheme))
 
 
-def _quantize_columns(W: Tensor, U: Tensor, s: Tensor, z: Tensor | None, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """The column loop (paper, algorithm 1) on permuted columns with one scale per column: ``s``, ``z (out, in)``.
+def _quantize_columns(W: Tensor, U: Tensor, group: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The column loop (paper, algorithm 1) on permuted columns, whose groups on the grid are `group` ``(in,)``.
 
     Returns:
         the weight of each column just before it was rounded, and its codes.
     """
-    per_column = QuantScheme(scheme.bits, 1, scheme.symmetric)
+    quantize_block = _quantize_block
+    if _in_kernels(W, grid.storage_dtype):
+        from llmqat.kernels.gpu.gptq import quantize_block
     latent = W.T.contiguous()  # a column lies in one piece, and so do the columns behind it
-    codes, s, z = torch.empty_like(latent), s.T.contiguous(), None if z is None else z.T.contiguous()
-    columns = len(latent)
+    codes, columns = torch.empty_like(latent), len(latent)
     for i1 in range(0, columns, BLOCK_COLUMNS):
-        i2 = min(i1 + BLOCK_COLUMNS, columns)
-        Err1 = torch.empty_like(latent[i1:i2])
-        for j in range(i1, i2):
-            w, sc, zc = latent[j, :, None], s[j, :, None], None if z is None else z[j, :, None]
-            code = code_values(w, sc, zc, per_column)
-            q = dequantize(code, sc, zc, per_column).float()
-            codes[j], err = code[:, 0], ((w - q) / U[j, j])[:, 0]
-            Err1[j - i1] = err
-            latent[j + 1 : i2] -= U[j, j + 1 : i2, None] * err
-        latent[i2:] -= U[i1:i2, i2:].T @ Err1
+        block = slice(i1, min(i1 + BLOCK_COLUMNS, columns))
+        Err1 = quantize_block(latent[block], codes[block], U[block, block], group[block], grid)
+        latent[block.stop :] -= U[block, block.stop :].T @ Err1
     return latent.T, codes.T
+
+
+def _quantize_block(latent: Tensor, codes: Tensor, U: Tensor, group: Tensor, grid: Grid) -> Tensor:
+    """The columns of a block, one after the other: writes their codes, and changes those behind each.
+
+    Args:
+        latent: ``(block, out)``; it becomes the weight of each column just before it is rounded.
+        codes: of the same shape; they are written.
+        U: of the block, ``(block, block)``.
+        group: of each column.
+        grid: of the weight.
+
+    Returns:
+        the error of each column, divided by the diagonal of U, ``(block, out)``.
+    """
+    per_column = QuantScheme(grid.scheme.bits, 1, grid.scheme.symmetric)
+    s = grid.scale[:, group].T.contiguous()
+    z = None if grid.zero_point is None else grid.zero_point[:, group].T.contiguous()
+    Err1 = torch.empty_like(latent)
+    for j in range(len(latent)):
+        w, sc, zc = latent[j, :, None], s[j, :, None], None if z is None else z[j, :, None]
+        code = code_values(w, sc, zc, per_column)
+        q = dequantize(code, sc, zc, per_column).float()
+        codes[j], err = code[:, 0], ((w - q) / U[j, j])[:, 0]
+        Err1[j] = err
+        latent[j + 1 :] -= U[j, j + 1 :, None] * err
+    return Err1
 
 
 def _anchor(latent: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> Tensor:

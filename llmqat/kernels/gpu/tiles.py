@@ -22,6 +22,10 @@ class Tile(NamedTuple):
 GRID_WEIGHTS = {False: 4096, True: 2048}
 LONGEST_WIDTH = 256
 MOST_ROWS = 64
+# The walk of GPTQ along the columns of a block: a row's columns have to be at hand at once, and each waits for the one
+# before, so that many small programs hide what a step costs. Of one warp, so that none waits for another; the rows are
+# the least that fill the 32 bytes of a transfer. The width is that of the block.
+COLUMNS_IN_ORDER = Tile(8, 128, 1)
 
 
 def grid_tile(group: int, adapters: bool) -> Tile:
@@ -33,6 +37,15 @@ def grid_tile(group: int, adapters: bool) -> Tile:
     """
     width = min(LONGEST_WIDTH, power_of_two(group))
     return Tile(min(MOST_ROWS, GRID_WEIGHTS[adapters] // width), width, 4)
+
+
+def search_tile(group: int) -> Tile:
+    """The tile of the search for scales: weights that stay in registers while all candidates are tried.
+
+    Args:
+        group: weights of a row that share a scale; of a longer one parts are read for each candidate again.
+    """
+    return grid_tile(group, adapters=False)
 
 
 def power_of_two(number: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmqat.kernels.gpu import grid_rows
+from llmqat.kernels.gpu import gptq, grid_rows
 from llmqat.quant.affine import choose_scale
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.scheme import QuantScheme
@@ -41,6 +41,20 @@ def gradients(scheme: QuantScheme, *, clip_mask: bool) -> Callable[[], object]:
     return lambda: grid_rows.grid_gradients(torch.zeros(ROWS, COLUMNS), latent, grid, found, clip_mask)
 
 
+def search(scheme: QuantScheme) -> Callable[[], object]:
+    """A launch that searches for the scales of a weight."""
+    weight, candidates = torch.zeros(ROWS, COLUMNS), [(1.0, False), (0.9, False)]
+    return lambda: gptq.search_scale(weight, torch.ones(COLUMNS), scheme, torch.bfloat16, candidates)
+
+
+def walk(scheme: QuantScheme) -> Callable[[], object]:
+    """A launch that quantizes a block of columns, one after the other."""
+    _, grid = weight_of(scheme, adapters=False)
+    grid = grid._replace(scale=grid.scale.to(grid.storage_dtype))
+    latent, codes = torch.zeros(2, 128, ROWS)
+    return lambda: gptq.quantize_block(latent, codes, torch.zeros(128, 128), torch.zeros(128, dtype=torch.int64), grid)
+
+
 LAUNCHES = {
     "w_hat": w_hat(QuantScheme(4, 128), adapters=False),
     "w_hat of small groups": w_hat(QuantScheme(4, 32, symmetric=False), adapters=False),
@@ -48,6 +62,9 @@ LAUNCHES = {
     "w_hat with adapters": w_hat(QuantScheme(4, 128), adapters=True),
     "gradients": gradients(QuantScheme(4, 128), clip_mask=False),
     "gradients with mask": gradients(QuantScheme(4, 64, symmetric=False), clip_mask=True),
+    "search for scales": search(QuantScheme(4, 128)),
+    "search for scales of whole rows": search(QuantScheme(4, -1, symmetric=False, scale_dtype="float16")),
+    "walk along columns": walk(QuantScheme(4, 128, symmetric=False)),
 }
 
 

@@ -37,7 +37,7 @@ def test_no_kernel_spills_or_outgrows_shared_memory():
         assert row["shared"] <= SHARED[row["capability"]], row
 
 
-@pytest.mark.parametrize("launch", ["w_hat", "gradients"])
+@pytest.mark.parametrize("launch", ["w_hat", "gradients", "search", "walk"])
 def test_what_finds_codes_divides_exactly_and_contracts_nothing(launch):
     for row in of(launch):
         assert "div.rn.f32" in row["ptx"]
@@ -48,8 +48,9 @@ def test_what_finds_codes_divides_exactly_and_contracts_nothing(launch):
         assert ("fma.rn.f32" in row["ptx"]) == adapters, row["launch"]
 
 
-def test_weights_are_read_sixteen_bytes_at_a_time():
-    for row in of("w_hat"):
+@pytest.mark.parametrize("launch", ["w_hat", "search", "walk"])
+def test_weights_are_read_sixteen_bytes_at_a_time(launch):
+    for row in of(launch):
         assert "ld.global.v4" in row["ptx"], row["launch"]
 
 
