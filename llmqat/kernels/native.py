@@ -27,6 +27,7 @@ SOURCES = Path(__file__).with_name("csrc") / "core"  # of an editable install
 # Names by the number of `llmqat_isa` in csrc/core/llmqat.h.
 ISAS = ("portable", "neon", "dotprod", "i8mm", "avx2", "avxvnni", "avx512", "amx")
 REFERENCE = "reference"
+TRITON = "triton"  # the kernels of GPUs, llmqat/kernels/gpu
 # What the functions that compute return: negative numbers are errors.
 RESULTS = {
     **dict.fromkeys(("llmqat_linear", "llmqat_linears", "llmqat_rows", "llmqat_decode"), ctypes.c_int32),
@@ -167,7 +168,12 @@ def available() -> list[str]:
 
 def kernel_name(device: torch.device | str = "cpu") -> str:
     """Name of what runs `packed_linear` on a device here, as reports print it."""
-    if library() is None or torch.device(device).type != "cpu":
+    from llmqat.kernels.gpu.available import runs_inference_on
+
+    there, kernels = torch.device(device), library()
+    if there.type != "cpu":
+        return TRITON if runs_inference_on(there) else REFERENCE
+    if kernels is None:
         return REFERENCE
     return os.environ.get("LLMQAT_KERNELS") or available()[-1]
 

@@ -1,6 +1,7 @@
 """The operator `llmqat::packed_linear`: schema, shape function and the pure-torch reference.
 
-On a CPU the compiled kernels of `native` run under this same operator; nothing above this layer knows which one runs.
+On a CPU the compiled kernels of `native` run under this same operator, on a GPU those of `gpu.linear`; nothing above
+this layer knows which one runs.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.functional import linear
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
+from llmqat.kernels.gpu.available import runs_inference_on
 from llmqat.kernels.packed import Packed, check_input, check_packed
 from llmqat.quant.affine import dequantize, fake_quantize_activation
 
@@ -66,8 +68,20 @@ def _run(x: Tensor, *fields: Any) -> Tensor:
     packed = Packed(*fields)
     check_packed(packed)
     check_input(x, packed)
-    run = native.linear if native.supports(x, packed.scale, packed.in_features) else reference
-    return run(x, packed)
+    if native.supports(x, packed.scale, packed.in_features):
+        return native.linear(x, packed)
+    gpu = gpu_kernels(x, packed)
+    y: Tensor = reference(x, packed) if gpu is None else gpu.multiply(x, packed)
+    return y
+
+
+def gpu_kernels(x: Tensor, packed: Packed) -> Any:
+    """The module `gpu.linear`, if its kernels run on the device of `x` and know all dtypes; else None."""
+    if not runs_inference_on(x.device):
+        return None
+    from llmqat.kernels.gpu import linear as gpu
+
+    return gpu if gpu.takes(x, packed) else None
 
 
 def _run_fake(x: Tensor, *fields: Any) -> Tensor:

@@ -98,6 +98,10 @@ class PackedLinear(KeepsDtypes):
         check_range(index, self.packed)
         if native.supports(self.weight_scale, self.weight_scale, self.in_features):
             return native.Layer(self.packed).rows(index)
+        gpu = ops.gpu_kernels(self.weight_scale, self.packed)
+        if gpu is not None:
+            looked_up: Tensor = gpu.dequantize(self.packed, self.weight_scale.dtype, index)
+            return looked_up
         zero_point = self.weight_zero_point
         if zero_point is not None:
             zero_point = unpack_at(zero_point.T, self.scheme.bits, index).T

@@ -14,18 +14,31 @@ OLDEST_CAPABILITY = (8, 0)  # bfloat16 in tensor cores, and what `make test` com
 
 def off_because(device: torch.device) -> str | None:
     """Why torch computes on this device instead of the Triton kernels; None if they run."""
-    if device.type == "cpu":
-        return "it is a CPU"
-    if os.environ.get("LLMQAT_KERNELS") == native.REFERENCE:
-        return f"LLMQAT_KERNELS={native.REFERENCE} leaves it to torch"
-    if training.is_off():
+    if device.type != "cpu" and not _leaves_to_torch() and training.is_off():
         return f"{training.SWITCH} leaves it to torch"
-    return _missing_on(device)
+    return _inference_off_because(device)
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device."""
     return device.type != "cpu" and off_because(device) is None
+
+
+def runs_inference_on(device: torch.device) -> bool:
+    """Whether the Triton kernels multiply by packed weights on this device: where training is torch's, too."""
+    return device.type != "cpu" and _inference_off_because(device) is None
+
+
+def _inference_off_because(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return "it is a CPU"
+    if _leaves_to_torch():
+        return f"LLMQAT_KERNELS={native.REFERENCE} leaves it to torch"
+    return _missing_on(device)
+
+
+def _leaves_to_torch() -> bool:
+    return os.environ.get("LLMQAT_KERNELS") == native.REFERENCE
 
 
 @cache

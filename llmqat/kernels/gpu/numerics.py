@@ -18,6 +18,9 @@ EXACT = {"enable_fp_fusion": False}
 _HALF_EVEN = tl.constexpr(12582912.0)
 _FAR_OUT = tl.constexpr(1048576.0)  # beyond every code, and small enough for _HALF_EVEN
 
+# Whether the interpreter runs the kernels: it has no rounding to bfloat16, for which GPUs have an instruction.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 TRITON_DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -50,6 +53,14 @@ def rounded_to(x, dtype: tl.constexpr):
         return x.to(tl.float16).to(tl.float32)
     else:
         return x
+
+
+@triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """`x`, float32, as the nearest number of `dtype`, in `dtype`; on GPUs by one instruction, ``cvt.rn`` on NVIDIA."""
+    if INTERPRETED:
+        x = rounded_to(x, dtype)
+    return x.to(dtype)
 
 
 @triton.jit

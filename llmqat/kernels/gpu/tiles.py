@@ -48,6 +48,56 @@ def search_tile(group: int) -> Tile:
     return grid_tile(group, adapters=False)
 
 
+# Products with packed weights. Tokens up to which a kernel reads the codes for each product, by the bytes of a number
+# of `x`; of more tokens ``W_hat`` is made once, and the product is torch's.
+FEW_TOKENS = {4: 4, 2: 64}
+# Tokens that tensor cores multiply at once.
+FEWEST_TOGETHER, MOST_TOGETHER = 16, 64
+# Programs at which columns are divided no further: four for each of an H100's 132 multiprocessors, of any GPU, so that
+# sums are the same on all.
+ENOUGH_PROGRAMS = 528
+FEWEST_STEPS = 2  # that a program takes along its columns
+
+# Columns and rows of a product's tile, at which a thread of four warps has 16 bytes of codes; of fewer columns with
+# tensor cores, so that twice as many rows share a tile of `x`.
+PRODUCT_COLUMNS = {2: 512, 3: 256, 4: 256, 8: 128}
+PRODUCT_ROWS = {2: 16, 3: 16, 4: 16, 8: 32}
+TOGETHER_COLUMNS = {2: 128, 3: 128, 4: 128, 8: 64}
+TOGETHER_ROWS = 32
+
+
+def product_tile(bits: int, columns: int, together: bool) -> Tile:
+    """The tile of the kernels that multiply by packed weights, and of the one that makes ``W_hat`` of them.
+
+    Args:
+        bits: width of a code.
+        columns: of the weight; `width` is at least that of 16 codes and of a whole number of words.
+        together: whether tensor cores multiply.
+    """
+    width = min((TOGETHER_COLUMNS if together else PRODUCT_COLUMNS)[bits], max(32, power_of_two(columns)))
+    return Tile(TOGETHER_ROWS if together else PRODUCT_ROWS[bits], width, 4)
+
+
+class Parts(NamedTuple):
+    """How the columns of a product are divided among programs, whose sums are added afterwards.
+
+    Attributes:
+        number: of parts.
+        steps: tiles in each of them.
+    """
+
+    number: int
+    steps: int
+
+
+def parts_of(columns: int, width: int, programs: int) -> Parts:
+    """Parts of `columns`, for enough programs where there are only `programs` without a division."""
+    tiles = -(-columns // width)
+    count = max(1, min(-(-ENOUGH_PROGRAMS // programs), tiles // FEWEST_STEPS))
+    steps = -(-tiles // count)
+    return Parts(-(-tiles // steps), steps)
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is not below a positive `number`."""
     return 1 << (number - 1).bit_length()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from llmqat.kernels.gpu import gptq, grid_rows
+from llmqat.kernels.gpu import gptq, grid_rows, linear
+from llmqat.kernels.packed import Packed
 from llmqat.quant.affine import choose_scale
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
+from llmqat.quant.packing import packed_width
 from llmqat.scheme import QuantScheme
 from tests.kernels.gpu.absent_gpu import compiled_for
 
@@ -55,7 +57,26 @@ def walk(scheme: QuantScheme) -> Callable[[], object]:
     return lambda: gptq.quantize_block(latent, codes, torch.zeros(128, 128), torch.zeros(128, dtype=torch.int64), grid)
 
 
+def packed(scheme: QuantScheme) -> Packed:
+    """A packed layer of bfloat16 scales, with a bias."""
+    groups, bits = COLUMNS // scheme.group_length(COLUMNS), scheme.bits
+    zero_point = torch.zeros(packed_width(ROWS, bits), groups, dtype=torch.int32)
+    codes, scale = torch.zeros(ROWS, packed_width(COLUMNS, bits), dtype=torch.int32), torch.zeros(ROWS, groups)
+    return Packed(codes, scale.bfloat16(), None if scheme.symmetric else zero_point, torch.zeros(ROWS), bits, COLUMNS)
+
+
+def product(scheme: QuantScheme, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], object]:
+    """A launch that multiplies by packed weights, and the one that adds its parts."""
+    layer, x = packed(scheme), torch.zeros(tokens, COLUMNS, dtype=dtype)
+    return lambda: linear.few_tokens(x, layer)
+
+
 LAUNCHES = {
+    "product of a token": product(QuantScheme(4, 128), 1),
+    "product of 3 bits": product(QuantScheme(3, 16, symmetric=False), 16),
+    "product of 64 tokens": product(QuantScheme(4, 32, symmetric=False), 64),
+    "product in float32": product(QuantScheme(4, 128), 1, torch.float32),
+    "dequantized": lambda: linear.dequantize(packed(QuantScheme(4, 128)), torch.bfloat16),
     "w_hat": w_hat(QuantScheme(4, 128), adapters=False),
     "w_hat of small groups": w_hat(QuantScheme(4, 32, symmetric=False), adapters=False),
     "w_hat of whole rows": w_hat(QuantScheme(8, -1), adapters=False),

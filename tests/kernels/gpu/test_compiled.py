@@ -58,3 +58,21 @@ def test_one_launch_makes_a_weight_and_one_its_gradients():
     for launch in ("w_hat", "gradients"):
         names = {row["launch"] for row in of(launch)}
         assert len(of(launch)) == len(names) * len(SHARED)
+
+
+def test_products_read_wide_and_multiply_by_tensor_cores():
+    for row in of("product"):
+        if row["name"] == "_add_parts":
+            continue
+        wide = "ld.global.v4" if "float32" in row["launch"] else "], 0x10"  # bytes of an asynchronous copy
+        assert wide in row["ptx"], row["launch"]
+        assert ("mma.sync" in row["ptx"]) == ("float32" not in row["launch"]), row["launch"]
+        assert ".ftz" not in row["ptx"], row["launch"]
+
+
+def test_packed_weights_are_rounded_to_nearest_and_written_sixteen_bytes_at_a_time():
+    for row in of("dequantized"):
+        assert "st.global.v4" in row["ptx"]
+        assert "ld.global.v4" in row["ptx"]
+        assert "cvt.rn.bf16" in row["ptx"]
+        assert "fma.rn.f32" not in row["ptx"]
