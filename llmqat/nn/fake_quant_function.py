@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmqat.kernels.activations import fake_quantize_activation
 from llmqat.kernels.grid_rows import fake_quantize, grid_gradients
 from llmqat.kernels.products import multiply
-from llmqat.quant.affine import fake_quantize_activation
 from llmqat.quant.fake_quant import compute_dtype
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.input_cast import InputCast

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from llmqat.compat.torch import KeepsDtypes, in_backward
 from llmqat.errors import LlmqatError
 from llmqat.kernels import products
+from llmqat.kernels.activations import static_activation
 from llmqat.kernels.grid_rows import codes_of, count_clipped, fake_quantize
 from llmqat.nn.dtensor import own_rows, row_shard
 from llmqat.nn.fake_quant_function import fake_quant_linear
 from llmqat.nn.linear_like import is_transposed
 from llmqat.quant.affine import check_weight, choose_scale, fake_quantize_input, quotient, round_scale, store
-from llmqat.quant.fake_quant import compute_dtype, static_activation
+from llmqat.quant.fake_quant import compute_dtype
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.observers import initial_state, observe, observed_range
 from llmqat.quant.row_shards import RowShard, whole_weight

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmqat.compat.caches import cache_name, cache_of, give_cache
 from llmqat.errors import LlmqatError
-from llmqat.quant.fake_quant import fake_quant_activation
+from llmqat.kernels.activations import fake_quant_activation
 
 KV_BITS = (8,)
 

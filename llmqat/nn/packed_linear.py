@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from llmqat.compat.torch import KeepsDtypes, buffers_of
 from llmqat.kernels import native, ops
+from llmqat.kernels.activations import fake_quantize_static
 from llmqat.kernels.packed import Packed, check_index, check_range
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant.affine import dequantize, fake_quantize_static
+from llmqat.quant.affine import dequantize
 from llmqat.quant.packing import pack_rows, packed_width, to_unsigned, unpack_at
 from llmqat.scheme import QuantScheme
 

@@ -1,4 +1,4 @@
-"""Weights and activations on their integer grid, and the gradients that pass through it straight.
+"""Weights on their integer grid, and the gradients that pass through it straight.
 
 With a latent weight ``W`` (see `Latent`), a stored scale ``s``, an integer zero point ``z`` and the code scale
 ``s0`` (``s0 = s`` unless it was set apart):
@@ -15,12 +15,10 @@ the clamp: 1 everywhere, or with `clip_mask` 1 inside the range and 0 outside. F
     dz = sum over the group of  -s * G * (1 - m)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from llmqat.quant.affine import fake_quantize_activation, fake_quantize_static, grouped
+from llmqat.quant.affine import grouped
 from llmqat.quant.grid import Grid, Latent
 
 
@@ -67,43 +65,6 @@ def count_clipped(latent: Latent, grid: Grid) -> Tensor:
             u = u + grid.zero_point[rows, :, None]
         count += ((u < low) | (u > high)).sum()
     return count
-
-
-class _FakeQuantActivation(torch.autograd.Function):
-    """``x_hat``; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return fake_quantize_activation(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def fake_quant_activation(x: Tensor) -> Tensor:
-    """`x` on the int8 grid of its last dimension (see `quantize_activation`), with a straight-through gradient."""
-    x_hat: Tensor = _FakeQuantActivation.apply(x)
-    return x_hat
-
-
-class _StaticActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return fake_quantize_static(x, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
-        u = (x / scale.to(x.dtype)).round()
-        return grad * ((u >= -128) & (u <= 127)), None
-
-
-def static_activation(x: Tensor, scale: Tensor) -> Tensor:
-    """`fake_quantize_static`, differentiable in `x`: gradients pass straight through, and stop where the grid ends."""
-    y: Tensor = _StaticActivation.apply(x, scale)
-    return y
 
 
 def grid_gradients(g: Tensor, latent: Tensor, grid: Grid, clip_mask: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,9 @@ from transformers.cache_utils import (
 
 from llmqat.compat.caches import cache_of, generate_cache_name, give_cache, max_length_of
 from llmqat.errors import LlmqatError
+from llmqat.kernels.activations import quantize_activation
 from llmqat.nn.kv_cache import KVQuantizer
-from llmqat.quant.affine import dequantize_activation, quantize_activation
+from llmqat.quant.affine import dequantize_activation
 
 
 class Int8Layer(CacheLayerMixin):

@@ -5,10 +5,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llmqat.config import OBSERVERS
 from llmqat.errors import LlmqatError
+from llmqat.kernels.activations import static_activation
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.nn.packed_linear import PackedLinear
 from llmqat.quant.affine import fake_quantize_static
-from llmqat.quant.fake_quant import static_activation
 from llmqat.scheme import QuantScheme
 
 STATIC = QuantScheme(8, 16, act_bits=8, act_static=True)

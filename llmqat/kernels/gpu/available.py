@@ -6,8 +6,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from llmqat.kernels import native, training
+from llmqat.quant.grid import lacks_values
 
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 in tensor cores, and what `make test` compiles for
 
@@ -39,6 +42,19 @@ def _inference_off_because(device: torch.device) -> str | None:
 
 def _leaves_to_torch() -> bool:
     return os.environ.get("LLMQAT_KERNELS") == native.REFERENCE
+
+
+def reads(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels run on the device of these tensors and read them: plain ones with values, not empty,
+    of floats that they know. What `torch.compile` traces it keeps to itself."""
+    if torch.compiler.is_compiling() or lacks_values() or not runs_on(device := tensors[0].device):
+        return False
+    return all(_is_plain(tensor) and tensor.device == device for tensor in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    known = type(tensor) in (Tensor, Parameter) and tensor.dtype in native.DTYPES
+    return known and tensor.layout == torch.strided and tensor.numel() > 0
 
 
 @cache

@@ -98,6 +98,28 @@ def parts_of(columns: int, width: int, programs: int) -> Parts:
     return Parts(-(-tiles // steps), steps)
 
 
+# Numbers of a row that one program has in registers at once: 16 a thread.
+NUMBERS_OF_A_THREAD = 16
+LONGEST_ROW = 4096
+LONGEST_LOGITS = 8192  # since a chunk of tokens has fewer rows than a GPU has multiprocessors, with more threads each
+
+
+def rows_tile(columns: int) -> Tile:
+    """The tile of kernels that look at each row of a matrix as a whole: states, inputs of layers."""
+    width = min(LONGEST_ROW, max(32, power_of_two(columns)))
+    rows = max(1, 4 * 32 * NUMBERS_OF_A_THREAD // width)
+    return Tile(rows, width, max(4, width // (32 * NUMBERS_OF_A_THREAD)))
+
+
+def logits_tile(vocabulary: int) -> Tile:
+    """The tile of kernels that look at the logits of a token; every thread has columns of its own.
+
+    Were there more threads than columns, some would read again what others have written over.
+    """
+    width = min(LONGEST_LOGITS, max(32 * NUMBERS_OF_A_THREAD, power_of_two(vocabulary)))
+    return Tile(1, width, width // (32 * NUMBERS_OF_A_THREAD))
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is not below a positive `number`."""
     return 1 << (number - 1).bit_length()
