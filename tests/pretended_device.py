@@ -6,7 +6,7 @@ operators do on a GPU. What only a real one shows is not proven: kernels, roundi
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +165,7 @@ def entered(patch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
         patch.setattr(torch.accelerator, name, lambda *_: 0)
     for name in ("set_device_index", "synchronize", "reset_peak_memory_stats"):
         patch.setattr(torch.accelerator, name, lambda *_: None)
+    patch.setattr(torch.accelerator, "device_index", lambda *_: nullcontext())
     patch.setattr(torch.xpu, "get_rng_state", lambda: torch.zeros(8, dtype=torch.uint8))
     patch.setattr(torch.xpu, "set_rng_state", lambda state: None)
     stream = SimpleNamespace(is_capturing=lambda: False)  # asked by optimizers

@@ -1,11 +1,16 @@
-"""Losses of tokens and errors of hidden states, each with its gradient, in one call and without float32 copies."""
+"""Losses of tokens and errors of hidden states, each with its gradient, in one call and without float32 copies.
+
+By the compiled kernels on a CPU, by Triton's on a GPU.
+"""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmqat.kernels import training
+from llmqat.kernels.gpu import available
 from llmqat.kernels.native import DTYPES, check_memory
 from llmqat.kernels.training import pointer
 
@@ -32,8 +37,17 @@ class StateErrors(ctypes.Structure):
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels run here and take these tensors of floats, which may not be empty."""
-    return all(tensor.numel() for tensor in tensors) and training.readable(*tensors)
+    """Whether there are kernels that take these tensors of floats, which may not be empty."""
+    return available.reads(*tensors) or (all(tensor.numel() for tensor in tensors) and training.readable(*tensors))
+
+
+def on_gpu(*tensors: Tensor) -> Any:
+    """The module of Triton's kernels, if they take these tensors of floats; else None."""
+    if not available.reads(*tensors):
+        return None
+    from llmqat.kernels.gpu import losses as gpu
+
+    return gpu
 
 
 def token_losses(logits: Tensor, targets: Tensor, factor: float, gradient: Tensor | None) -> Tensor:
@@ -47,14 +61,19 @@ def token_losses(logits: Tensor, targets: Tensor, factor: float, gradient: Tenso
         gradient: of each token's loss in its logits, times `factor`, is written here; may be the logits themselves.
 
     Raises:
-        LlmqatError: if the tensors do not fit each other, or an id is not in the vocabulary.
+        LlmqatError: if the tensors do not fit each other, or an id is not in the vocabulary. On a GPU, where the host
+            would have to wait for it, such an id makes loss and gradient of its token NaN instead.
     """
     logits = logits.contiguous()
     with_teacher = targets.ndim == 2
     targets = targets.contiguous() if with_teacher else targets.to(torch.int64).contiguous()
-    check_memory("targets", targets, tuple(logits.shape[: targets.ndim]), targets.dtype)
+    check_memory("targets", targets, tuple(logits.shape[: targets.ndim]), targets.dtype, logits.device)
     if gradient is not None:
-        check_memory("gradient", gradient, tuple(logits.shape), logits.dtype)
+        check_memory("gradient", gradient, tuple(logits.shape), logits.dtype, logits.device)
+    gpu = on_gpu(logits)
+    if gpu is not None:
+        found: Tensor = gpu.token_losses(logits, targets, factor, gradient)
+        return found
     losses = torch.empty(len(logits))
     call = TokenLosses(
         logits.data_ptr(),
@@ -83,8 +102,12 @@ def state_errors(states: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tens
         LlmqatError: if the shapes differ.
     """
     states, targets, factors = states.contiguous(), targets.contiguous(), factors.float().contiguous()
-    check_memory("targets", targets, tuple(states.shape), targets.dtype)
-    check_memory("factors", factors, tuple(states.shape[:-1]), torch.float32)
+    check_memory("targets", targets, tuple(states.shape), targets.dtype, states.device)
+    check_memory("factors", factors, tuple(states.shape[:-1]), torch.float32, states.device)
+    gpu = on_gpu(states)
+    if gpu is not None:
+        found: tuple[Tensor, Tensor] = gpu.state_errors(states, targets, factors)
+        return found
     errors, gradient = torch.empty(states.shape[:-1]), torch.empty_like(states)
     call = StateErrors(
         *(tensor.data_ptr() for tensor in (states, targets, factors, errors, gradient)),

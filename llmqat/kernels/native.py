@@ -39,6 +39,7 @@ RESULTS = {
     **dict.fromkeys(("llmqat_next_token", "llmqat_argmax"), ctypes.c_int64),
     "llmqat_read_bandwidth": ctypes.c_double,
 }
+CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -211,15 +212,17 @@ def matrix(packed: Packed) -> Matrix:
     return _struct(packed)
 
 
-def check_memory(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse a tensor of which the library would read, or write, other memory than its own.
+def check_memory(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
+) -> None:
+    """Refuse a tensor of which kernels would read, or write, other memory than its own.
 
     Raises:
-        LlmqatError: for another shape or dtype, for gaps, and beyond the CPU.
+        LlmqatError: for another shape or dtype, for gaps, and beyond `device`.
     """
     if tensor.shape != shape or tensor.dtype != dtype:
         raise LlmqatError(f"the {name} must be {dtype} {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}")
-    _check_place(name, tensor)
+    _check_place(name, tensor, device)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
@@ -232,11 +235,12 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise LlmqatError(f"the compiled kernels read no {name} of {tensor.dtype}; cast it to torch.float32")
 
 
-def _check_place(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
+def _check_place(name: str, tensor: Tensor, device: torch.device = CPU) -> None:
+    if tensor.device != device or tensor.layout != torch.strided or not tensor.is_contiguous():
         layout = f"with strides {tensor.stride()}" if tensor.layout == torch.strided else "sparse"
+        place = "the CPU" if device == CPU else device
         raise LlmqatError(
-            f"the {name} must lie on the CPU, contiguous; it is on {tensor.device} {layout}: call .contiguous()"
+            f"the {name} must lie on {place}, contiguous; it is on {tensor.device} {layout}: call .contiguous()"
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmqat.kernels import losses
 from llmqat.models.output_head import BelowHead, cached
 
 
@@ -60,6 +61,10 @@ def token_scores(logits: Tensor, following: Tensor, float_logits: Tensor | None)
         following: ids of the tokens to predict ``(tokens,)``.
         float_logits: of the float model ``(tokens, V)``; without them KL and agreement are 0.
     """
+    gpu = losses.on_gpu(*(x for x in (logits, float_logits) if x is not None))
+    if gpu is not None:
+        scores: Tensor = gpu.token_scores(logits, following, float_logits)
+        return scores
     s = logits.float()
     top, first, _, total = softmax_parts(s)
     loss = total.log() + (top - s.gather(-1, following.unsqueeze(-1)).squeeze(-1))

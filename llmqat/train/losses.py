@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
-from llmqat.kernels import losses as native
+from llmqat.kernels import losses as kernels
+from llmqat.kernels import training
 from llmqat.kernels.products import add_product, multiply
 from llmqat.models.output_head import BelowHead, HeadWeights, cached
 from llmqat.quant.fake_quant import compute_dtype
@@ -34,7 +35,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_losses(logits: Tensor, targets: Tensor, tokens: int, into: Tensor | None) -> Tensor:
-    """Loss of each token of a chunk, float32, by native kernels where there are some, else by `token_losses`.
+    """Loss of each token of a chunk, float32, by kernels where there are some, else by `token_losses`.
 
     Args:
         logits: as in `token_losses`.
@@ -42,8 +43,8 @@ def chunk_losses(logits: Tensor, targets: Tensor, tokens: int, into: Tensor | No
         tokens: of all chunks.
         into: takes the gradient of the mean over all tokens, of the dtype of `logits`; may be these themselves.
     """
-    if native.supports(logits) and (targets.ndim == 1 or native.supports(targets)):
-        return native.token_losses(logits, targets, 1 / tokens, into)
+    if kernels.supports(logits) and (targets.ndim == 1 or kernels.supports(targets)):
+        return kernels.token_losses(logits, targets, 1 / tokens, into)
     losses = []
     for few in cached(logits):  # so that temporaries stay in the cache
         loss, delta = token_losses(logits[few], targets[few])
@@ -131,8 +132,8 @@ def _given_away(ctx: Any, grad: Tensor) -> list[Tensor]:
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         raise LlmqatError("the gradients of this loss are gone: call backward once for each forward")
-    # Spares a pass over them. On a GPU, to ask would be to wait.
-    return gradients if native.supports(grad) and grad == 1 else [gradient * grad for gradient in gradients]
+    # Spares a pass over them. On a GPU, to ask would be to wait. In place, since they may be as large as all states.
+    return gradients if training.readable(grad) and grad == 1 else [gradient.mul_(grad) for gradient in gradients]
 
 
 def kd_loss(student: BelowHead, teacher: BelowHead, places: Tensor | None = None) -> Tensor:
@@ -175,7 +176,7 @@ class _HiddenLoss(torch.autograd.Function):
         weights /= len(states) * weights.sum()
         for state in states:
             target = targets.pop(0)
-            find = native.state_errors if native.supports(state, target) else state_errors
+            find = kernels.state_errors if kernels.supports(state, target) else state_errors
             error, gradient = find(state, target, weights)
             errors.append(_tokens(error, places).mean())
             ctx.gradients.append(gradient)

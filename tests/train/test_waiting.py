@@ -1,6 +1,7 @@
 """The host waits for the device once a step: each number that it reads lets the device run dry."""
 
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import masking_utils
 
 from llmqat.kernels import training
+from llmqat.kernels.gpu import available
 from llmqat.train import loop
 from llmqat.train.loop import Trainer, TrainingData
 
@@ -69,6 +71,19 @@ def trainer(prepared, train_config, mode, monkeypatch):
 @pytest.mark.parametrize("rows", [torch.arange(160).view(10, 16) % 128, talks(10)], ids=["text", "conversations"])
 def test_a_step_reads_one_number(trainer, rows):
     running = trainer(rows)
+    with Reads() as seen:
+        running.step(iter(rows.split(2)))
+    assert seen.total() == 1, seen.counts
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton has wheels for Linux alone")
+@pytest.mark.parametrize("mode", ["scales"])
+def test_a_step_by_the_kernels_of_gpus_reads_one_number(trainer, mode, monkeypatch):
+    rows = talks(10, length=6)
+    running = trainer(rows)
+    monkeypatch.setenv(training.SWITCH, "")
+    monkeypatch.setattr(training, "library", lambda: None)
+    monkeypatch.setattr(available, "runs_on", lambda device: True)
     with Reads() as seen:
         running.step(iter(rows.split(2)))
     assert seen.total() == 1, seen.counts

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from llmqat.kernels.gpu import gptq, grid_rows, linear
+from llmqat.kernels.gpu import activations, gptq, grid_rows, linear, losses
 from llmqat.kernels.packed import Packed
 from llmqat.quant.affine import choose_scale
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
@@ -71,6 +71,13 @@ def product(scheme: QuantScheme, tokens: int, dtype: torch.dtype = torch.bfloat1
     return lambda: linear.few_tokens(x, layer)
 
 
+def token_losses(vocabulary: int, *, teacher: bool) -> Callable[[], object]:
+    """A launch that writes gradients over logits of bfloat16."""
+    logits = torch.zeros(4, vocabulary, dtype=torch.bfloat16)
+    targets = torch.zeros_like(logits) if teacher else torch.zeros(4, dtype=torch.int64)
+    return lambda: losses.token_losses(logits, targets, 0.5, logits)
+
+
 LAUNCHES = {
     "product of a token": product(QuantScheme(4, 128), 1),
     "product of 3 bits": product(QuantScheme(3, 16, symmetric=False), 16),
@@ -86,6 +93,10 @@ LAUNCHES = {
     "search for scales": search(QuantScheme(4, 128)),
     "search for scales of whole rows": search(QuantScheme(4, -1, symmetric=False, scale_dtype="float16")),
     "walk along columns": walk(QuantScheme(4, 128, symmetric=False)),
+    "losses by a teacher": token_losses(128256, teacher=True),
+    "losses by ids, of an odd vocabulary": token_losses(50257, teacher=False),
+    "state errors": lambda: losses.state_errors(*torch.zeros(2, 4, 4096, dtype=torch.bfloat16), torch.ones(4)),
+    "activations": lambda: activations.fake_quantize_activation(torch.zeros(4, 14336, dtype=torch.bfloat16)),
 }
 
 

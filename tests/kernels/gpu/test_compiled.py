@@ -48,6 +48,15 @@ def test_what_finds_codes_divides_exactly_and_contracts_nothing(launch):
         assert ("fma.rn.f32" in row["ptx"]) == adapters, row["launch"]
 
 
+def test_activations_and_losses_divide_exactly_and_are_read_sixteen_bytes_at_a_time():
+    for launch in ("activations", "losses by a teacher", "state errors"):
+        for row in of(launch):
+            assert "div.rn.f32" in row["ptx"]
+            assert "div.full.f32" not in row["ptx"]
+            assert "ld.global.v4" in row["ptx"], row["launch"]
+            assert "st.global.v4" in row["ptx"], row["launch"]
+
+
 @pytest.mark.parametrize("launch", ["w_hat", "search", "walk"])
 def test_weights_are_read_sixteen_bytes_at_a_time(launch):
     for row in of(launch):
