@@ -6,5 +6,6 @@ import triton, so what decides imports them late: a machine without it runs torc
 
 All of them follow the same rules, so that codes never depend on the device: division by `tl.div_rn`, no fused
 multiply-add but where `tl.fma` says so (every launch passes `EXACT`), rounding to even and to bfloat16 by the functions
-of `numerics`, and no arithmetic in bfloat16, which Triton's interpreter gets wrong.
+of `numerics`, and no arithmetic in bfloat16, which Triton's interpreter gets wrong. `tl.full` makes zeros: before
+Triton 3.9 `tl.zeros` takes no size that is a field of a constant.
 """

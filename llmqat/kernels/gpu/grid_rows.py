@@ -189,7 +189,7 @@ def _find(weight, scales, index, wanted, rows, C: tl.constexpr):
     there = out < rows
     row = out if index is None else tl.load(index + out, there, other=0).to(tl.int32)
     s, s0, z = _grid_of(scales, row * (C.columns // C.group) + group, there, C)
-    outside = tl.zeros([C.rows], tl.int32)
+    outside = tl.full([C.rows], 0, tl.int32)
     for start in range(0, C.group, C.width):
         column, inside = _columns(group, start, there, C)
         latent = _latent(weight, row, group, column, inside, C)
@@ -215,7 +215,7 @@ def _grid_gradients(weight, scales, g, wanted, rows, C: tl.constexpr, MASK: tl.c
     group, row = tl.program_id(0), tl.program_id(1) * C.rows + tl.arange(0, C.rows)
     there, of_grid = row < rows, row * (C.columns // C.group) + group
     s, s0, z = _grid_of(scales, of_grid, there, C)
-    of_scale, of_zero = tl.zeros([C.rows], tl.float32), tl.zeros([C.rows], tl.float32)
+    of_scale, of_zero = tl.full([C.rows], 0.0, tl.float32), tl.full([C.rows], 0.0, tl.float32)
     for start in range(0, C.group, C.width):
         column, inside = _columns(group, start, there, C)
         latent = _latent(weight, row, group, column, inside, C)

@@ -131,7 +131,7 @@ def many_tokens(x: Tensor, packed: Packed) -> Tensor:
 def _multiply_single(weight, x, sums, rows, tokens, C: tl.constexpr):
     """Sums of one token and some rows over a part of the columns, in float32; a thread adds those of its words."""
     row, part, token = tile_rows(C), tl.program_id(1), tl.program_id(2)
-    total = tl.zeros([C.rows, C.runs, C.units], tl.float32)
+    total = tl.full([C.rows, C.runs, C.units], 0.0, tl.float32)
     for step in range(C.steps):
         tile = part * C.steps + step
         w_hat = decode(weight, row, row < rows, tile, C).to(tl.float32)
@@ -147,7 +147,7 @@ def _multiply_together(weight, x, sums, rows, tokens, C: tl.constexpr):
     """Sums of some tokens and rows over a part of the columns, in float32, by tensor cores."""
     row, part, token = tile_rows(C), tl.program_id(1), tl.program_id(2) * C.tokens + tl.arange(0, C.tokens)
     width: tl.constexpr = C.runs * C.units * C.per_unit
-    total = tl.zeros([C.rows, C.tokens], tl.float32)
+    total = tl.full([C.rows, C.tokens], 0.0, tl.float32)
     for step in range(C.steps):
         tile = part * C.steps + step
         w_hat = tl.reshape(decode(weight, row, row < rows, tile, C), [C.rows, width])
@@ -182,7 +182,7 @@ def _add_parts(sums, bias, y, tokens, rows, parts, BLOCK: tl.constexpr):
     count = tokens.to(tl.int64) * rows
     inside = place < count
     dtype: tl.constexpr = y.dtype.element_ty
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.full([BLOCK], 0.0, tl.float32)
     for part in range(parts):
         total += tl.load(sums + part * count + place, inside, other=0.0)
     if bias is not None:

@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+import triton
+from packaging.version import Version
 
 from llmqat.kernels.gpu import grid_rows
 from llmqat.kernels.gpu.grid_rows import GridGradients, GridValues
@@ -59,6 +61,7 @@ def test_latents_codes_and_w_hat_are_those_of_torch(bits, symmetric, group):
             assert clipped == fake_quant.count_clipped(latent, grid)
 
 
+@pytest.mark.skipif(Version(triton.__version__) < Version("3.9"), reason="the interpreter before rounds tl.fma twice")
 def test_adapters_are_summed_one_rank_after_the_other():
     a, b = torch.randn(RANK, COLUMNS), torch.randn(ROWS, RANK)
     latent = Latent(torch.randn(ROWS, COLUMNS), None, Adapters(a, b, 0.3))
