@@ -11,3 +11,8 @@ def on(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
     context: AbstractContextManager[None] = torch.accelerator.device_index(device.index)
     return context
+
+
+def registers(count: int, device: torch.device) -> dict[str, int]:
+    """The option for `count` registers a thread; none for the compilers of AMD and Intel, which do not know it."""
+    return {} if device.type == "xpu" or torch.version.hip is not None else {"maxnreg": count}

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmqat.kernels.activations import fake_quantize_activation
-from llmqat.kernels.gpu.launch import on
+from llmqat.kernels.gpu.launch import on, registers
 from llmqat.kernels.gpu.numerics import EXACT, INTERPRETED, TRITON_DTYPES, nearest
 from llmqat.kernels.gpu.packed_weight import (
     Constants,
@@ -92,7 +92,7 @@ def few_tokens(x: Tensor, packed: Packed, tile: Tile | None = None, parts: Parts
     # float32, whatever `y` is; a single part is the sum itself
     sums = y if parts.number == 1 else torch.empty(parts.number, tokens, rows, device=x.device)
     kernel = _multiply_together if together else _multiply_single
-    options = {"num_warps": tile.warps, "maxnreg": REGISTERS}
+    options = {"num_warps": tile.warps, **registers(REGISTERS, x.device)}
     with on(x.device):
         # Each multiplication that an addition follows is of `x` and W_hat: one rounding for both is the better sum.
         kernel[along_rows, parts.number, along_tokens](
