@@ -12,10 +12,9 @@ from torch.nn.functional import linear
 
 from llmqat.errors import LlmqatError
 from llmqat.kernels import native
-from llmqat.kernels.activations import fake_quantize_activation
 from llmqat.kernels.gpu.available import runs_inference_on
 from llmqat.kernels.packed import Packed, check_input, check_packed
-from llmqat.quant.affine import dequantize
+from llmqat.quant.affine import dequantize, fake_quantize_activation
 
 # The reference dequantizes this many weights at a time: no dense copy of the layer is ever held.
 CHUNK_ELEMENTS = 1 << 22
