@@ -20,7 +20,8 @@ def tokens(width, dtype):
     x[5] = torch.randint(-127, 128, (width,)) * 0.5
     x[5, 0] = 127
     x[6] = x[6].clamp(-1, 1) * torch.finfo(dtype).max
-    x[7], x[8, 0] = x[7] * 1e-43, 1.4e-45
+    x[7], x[8] = x[7] * 1e-43, 0
+    x[8, 0] = 1.4e-45  # so small that the scale is zero
     x = x.to(dtype)
     x[9, 0] = torch.finfo(dtype).max
     x[10] = x[10].abs().clamp(min=1) * torch.finfo(dtype).tiny
