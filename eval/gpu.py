@@ -30,6 +30,7 @@ from llmqat.quant import fake_quant
 from llmqat.quant.affine import choose_scale, quantize
 from llmqat.quant.grid import Adapters, Compensation, Grid, Latent
 from llmqat.quant.packing import pack_rows, to_unsigned
+from llmqat.train.losses import chunk_losses
 
 GROUP, RANK, ROUNDS = 128, 32, 15
 CACHE_BYTES = 256 << 20  # more than the second-level cache of any GPU
@@ -225,6 +226,20 @@ def gptq_times(gpu: Gpu, sizes: Sizes) -> dict[str, Any]:
     return found
 
 
+def loss_times(gpu: Gpu, sizes: Sizes) -> dict[str, Any]:
+    """Microseconds of the loss of tokens with its gradient, and GB/s; of torch's cross-entropy with its own."""
+    tokens, vocabulary = sizes.tokens // 2, 4 * sizes.vocabulary
+    logits, teacher = (torch.randn(tokens, vocabulary, device=gpu.device, dtype=torch.bfloat16) for _ in range(2))
+    ids, into = torch.randint(0, vocabulary, (tokens,), device=gpu.device), torch.empty_like(logits)
+    found = {}
+    for name, targets, passes in (("kl", teacher, 5), ("cross-entropy", ids, 3)):
+        us = gpu.microseconds(partial(chunk_losses, logits, targets, tokens, into))
+        found[name] = {"microseconds": us, "gb_per_s": passes * logits.nbytes / us / 1e3}
+    logits.requires_grad_()
+    by_torch = gpu.microseconds(lambda: torch.nn.functional.cross_entropy(logits.float(), ids).backward())
+    return {**found, "torch_cross_entropy": by_torch}
+
+
 def demo(gpu: Gpu, sizes: Sizes) -> dict[str, Any]:
     """The bundled Llama quantized on the device and on the CPU: how many codes differ."""
     codes = {}
@@ -244,6 +259,7 @@ SECTIONS = {
     "packed": packed_times,
     "step": step_times,
     "gptq": gptq_times,
+    "losses": loss_times,
     "demo": demo,
 }
 

@@ -15,7 +15,7 @@ def test_every_section_has_results(tmp_path):
     path = os.pathsep.join([str(EVAL.parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, cwd=EVAL, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
     sections = json.loads(output.read_text())["sections"]
-    assert set(sections) == {"copy", "bits", "fake_quant", "packed", "step", "gptq", "demo"}
+    assert set(sections) == {"copy", "bits", "fake_quant", "packed", "step", "gptq", "losses", "demo"}
     assert not [name for name, found in sections.items() if "error" in found]
     grids = [found for found in sections["bits"].values() if isinstance(found, dict)]
     assert len(grids) == 5
