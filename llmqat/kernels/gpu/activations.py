@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmqat.kernels.gpu.launch import on
-from llmqat.kernels.gpu.numerics import EXACT, clamp, quotient, round_half_even, rounded_to
+from llmqat.kernels.gpu.numerics import EXACT, clamp, nearest, quotient, round_half_even
 from llmqat.kernels.gpu.tiles import Tile, rows_tile
 
 
@@ -94,7 +94,7 @@ def _dynamic(x, found, rows, C: tl.constexpr):
             tl.store(found.codes + place, code.to(tl.int32).to(tl.int8), inside)
         if found.x_hat is not None:
             dtype: tl.constexpr = found.x_hat.dtype.element_ty
-            tl.store(found.x_hat + place, rounded_to(code * scale[:, None], dtype).to(dtype), inside)
+            tl.store(found.x_hat + place, nearest(code * scale[:, None], dtype), inside)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _static(x, scale, x_hat, count, WIDTH: tl.constexpr):
     code = clamp(round_half_even(v), -128.0, 127.0)
     code = tl.where(code == 0, v * 0.0, code)  # a zero has the sign of what it was
     dtype: tl.constexpr = x_hat.dtype.element_ty
-    tl.store(x_hat + place, rounded_to(code * s, dtype).to(dtype), inside)
+    tl.store(x_hat + place, nearest(code * s, dtype), inside)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmqat.kernels.gpu.launch import on
-from llmqat.kernels.gpu.numerics import EXACT, TRITON_DTYPES, clamp, quotient, round_half_even, rounded_to
+from llmqat.kernels.gpu.numerics import EXACT, TRITON_DTYPES, clamp, nearest, quotient, round_half_even, rounded_to
 from llmqat.kernels.gpu.tiles import Tile, grid_tile
 from llmqat.kernels.grid_rows import GridGradients
 from llmqat.quant.grid import Grid, Latent
@@ -285,4 +285,4 @@ def _grid_of(scales, place, there, C: tl.constexpr):
 @triton.jit
 def _w_hat(steps, s, C: tl.constexpr):
     """``s * steps`` rounded once to the dtype of the file, then to that of the product."""
-    return rounded_to(rounded_to(steps * s, C.stored), C.out).to(C.out)
+    return nearest(rounded_to(steps * s, C.stored), C.out)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmqat.kernels.gpu.launch import on
-from llmqat.kernels.gpu.numerics import EXACT, rounded_to
+from llmqat.kernels.gpu.numerics import EXACT, nearest
 from llmqat.kernels.gpu.tiles import Tile, logits_tile, rows_tile
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf, of which the distance to itself is NaN
@@ -190,7 +190,7 @@ def _state_errors(tokens, count, C: tl.constexpr):
     for start in range(0, C.columns, C.width):
         difference, _, place, inside = _differences(tokens, row, start, there, C)
         dtype: tl.constexpr = tokens.gradient.dtype.element_ty
-        tl.store(tokens.gradient + place, rounded_to(difference * factor[:, None], dtype).to(dtype), inside)
+        tl.store(tokens.gradient + place, nearest(difference * factor[:, None], dtype), inside)
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def _row(row, column, C: tl.constexpr):
 def _put(row, x, column, C: tl.constexpr):
     """Round `x` to the dtype of a row of gradients, and write it at some columns."""
     dtype: tl.constexpr = row.dtype.element_ty
-    tl.store(row + column, rounded_to(x, dtype).to(dtype), column < C.columns)
+    tl.store(row + column, nearest(x, dtype), column < C.columns)
 
 
 @triton.jit
