@@ -1,7 +1,6 @@
 """Weights on their grid by the kernels of their device: ``W_hat`` bit for bit as torch finds it, and gradients.
 
-Compiled kernels on a CPU, Triton's on a GPU. What they do not know (float64, other devices, on a CPU rows divided among
-processes) torch computes.
+Compiled kernels on a CPU, Triton's on a GPU. What they do not know (float64, other devices) torch computes.
 """
 
 import ctypes
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmqat.kernels import native, training
+from llmqat.kernels.adapter_sums import sum_in_order
 from llmqat.kernels.gpu import available
 from llmqat.quant import fake_quant as in_torch
 from llmqat.quant.grid import CHUNK_ELEMENTS, Compensation, Grid, Latent, lacks_values
@@ -54,14 +54,18 @@ def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = No
 def codes_of(latent: Latent, grid: Grid) -> Tensor:
     """`llmqat.quant.fake_quant.codes_of` by the kernels of GPUs: those of the forward."""
     gpu = _on_gpu(latent, grid)
-    codes: Tensor = in_torch.codes_of(latent, grid) if gpu is None else gpu.codes_of(latent, grid)
+    if gpu is None:
+        return in_torch.codes_of(latent, grid, sum_in_order)
+    codes: Tensor = gpu.codes_of(latent, grid)
     return codes
 
 
 def count_clipped(latent: Latent, grid: Grid) -> Tensor:
     """`llmqat.quant.fake_quant.count_clipped` by the kernels of GPUs."""
     gpu = _on_gpu(latent, grid)
-    count: Tensor = in_torch.count_clipped(latent, grid) if gpu is None else gpu.count_clipped(latent, grid)
+    count: Tensor = (
+        in_torch.count_clipped(latent, grid, sum_in_order) if gpu is None else gpu.count_clipped(latent, grid)
+    )
     return count
 
 
@@ -69,7 +73,7 @@ def count_clipped(latent: Latent, grid: Grid) -> Tensor:
 def latents_at(latent: Latent, grid: Grid, ids: Tensor) -> Tensor:
     """Rows `ids` ``(n,)`` of the sum that the forward quantizes, ``(n, in)``, float32 or wider."""
     gpu = _on_gpu(latent, grid)
-    rows: Tensor = latent.at(ids) if gpu is None else gpu.latents_of(latent, grid, ids)
+    rows: Tensor = latent.rows(ids, sum_in_order) if gpu is None else gpu.latents_of(latent, grid, ids)
     return rows
 
 
@@ -81,7 +85,7 @@ def merge(latent: Latent, grid: Grid) -> None:
         latent.weight.copy_(gpu.latents_of(latent, grid))
         return
     for rows in latent.chunks():
-        latent.weight[rows] = latent.rows(rows)
+        latent.weight[rows] = latent.rows(rows, sum_in_order)
 
 
 def grid_gradients(
@@ -130,7 +134,7 @@ def _on_cpu(latent: Latent, grid: Grid, out_dtype: torch.dtype) -> bool:
     weight, change = latent.weight, latent.compensation
     known = {grid.storage_dtype, out_dtype} <= native.DTYPES.keys()
     narrow = change is None or change.multiples.dtype == torch.int8
-    return known and narrow and latent.shard is None and not lacks_values() and training.readable(weight)
+    return known and narrow and not lacks_values() and training.readable(weight)
 
 
 @torch.no_grad()
@@ -138,7 +142,8 @@ def _gradients_in_torch(g: Tensor, latent: Latent, grid: Grid, clip_mask: bool) 
     ds, dz = torch.empty_like(grid.scale), torch.empty_like(grid.scale)
     wide = grid.widened(g.dtype)
     for rows in latent.chunks():
-        g[rows], ds[rows], dz[rows] = in_torch.grid_gradients(g[rows], latent.rows(rows), wide.rows(rows), clip_mask)
+        values = latent.rows(rows, sum_in_order)
+        g[rows], ds[rows], dz[rows] = in_torch.grid_gradients(g[rows], values, wide.rows(rows), clip_mask)
     return GridGradients(ds, dz)
 
 
@@ -204,13 +209,15 @@ class _Rows(NamedTuple):
         return _Rows(latent._replace(weight=latent.weight.contiguous(), compensation=change), grid)
 
     def parts(self) -> Iterator[_Part]:
-        """All rows at once; with adapters, whose product rounds by chunks, chunk by chunk."""
-        if self.latent.adapters is None:
+        """All rows at once; with adapters chunk by chunk, so that their sums stay in cache."""
+        adapters = self.latent.own_adapters
+        if adapters is None:
             yield self._part(slice(0, len(self.latent.weight)), None)
             return
+        b, a = adapters.factors(torch.float32)
         memory = _memory(self.latent.weight.shape[1])
         for rows in self.latent.chunks():
-            yield self._part(rows, self.latent.added(rows, torch.float32, memory))
+            yield self._part(rows, sum_in_order(b[rows], a, memory))
 
     def _part(self, rows: slice, added: Tensor | None) -> _Part:
         scale, zero_point, code_scale, scheme, _ = self.grid.rows(rows)

@@ -31,7 +31,8 @@ TRITON = "triton"  # the kernels of GPUs, llmqat/kernels/gpu
 # What the functions that compute return: negative numbers are errors.
 RESULTS = {
     **dict.fromkeys(("llmqat_linear", "llmqat_linears", "llmqat_rows", "llmqat_decode"), ctypes.c_int32),
-    **dict.fromkeys(("llmqat_multiply", "llmqat_fake_quantize", "llmqat_grid_gradients"), ctypes.c_int32),
+    **dict.fromkeys(("llmqat_multiply", "llmqat_sum_adapters"), ctypes.c_int32),
+    **dict.fromkeys(("llmqat_fake_quantize", "llmqat_grid_gradients"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_norm_forward", "llmqat_norm_backward", "llmqat_rotate"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_gate_forward", "llmqat_gate_backward"), ctypes.c_int32),
     **dict.fromkeys(("llmqat_attend", "llmqat_attend_backward", "llmqat_seen_keys"), ctypes.c_int32),

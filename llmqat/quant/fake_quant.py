@@ -18,8 +18,9 @@ the clamp: 1 everywhere, or with `clip_mask` 1 inside the range and 0 outside. F
 import torch
 from torch import Tensor
 
+from llmqat.quant.adapter_sums import sum_in_order
 from llmqat.quant.affine import grouped
-from llmqat.quant.grid import Grid, Latent
+from llmqat.quant.grid import Grid, Latent, Product
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -43,24 +44,24 @@ def fake_quantize(latent: Latent, grid: Grid, out_dtype: torch.dtype | None = No
 
 
 @torch.no_grad()
-def codes_of(latent: Latent, grid: Grid) -> Tensor:
+def codes_of(latent: Latent, grid: Grid, product: Product = sum_in_order) -> Tensor:
     """The codes of `fake_quantize`, ``(out, in)``: int8 for a symmetric scheme, else uint8."""
     weight, grid = latent.weight, grid.stored()
     dtype = torch.int8 if grid.scheme.symmetric else torch.uint8
     codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for rows in latent.chunks():
-        codes[rows] = grid.rows(rows).code_values(latent.rows(rows)).to(dtype)
+        codes[rows] = grid.rows(rows).code_values(latent.rows(rows, product)).to(dtype)
     return codes
 
 
 @torch.no_grad()
-def count_clipped(latent: Latent, grid: Grid) -> Tensor:
+def count_clipped(latent: Latent, grid: Grid, product: Product = sum_in_order) -> Tensor:
     """How many latent weights lie more than half a code beyond the ends of the grid, a scalar on their device."""
     grid, (low, high) = grid.stored(), (grid.scheme.qmin - 0.5, grid.scheme.qmax + 0.5)
     s0 = grid.scale_of_codes
     count = torch.zeros((), dtype=torch.int64, device=latent.weight.device)
     for rows in latent.chunks():
-        u = grouped(latent.rows(rows), grid.scheme) / s0[rows, :, None]
+        u = grouped(latent.rows(rows, product), grid.scheme) / s0[rows, :, None]
         if grid.zero_point is not None:
             u = u + grid.zero_point[rows, :, None]
         count += ((u < low) | (u > high)).sum()

@@ -4,7 +4,7 @@ They are NamedTuples of tensors and numbers: functions take them as they are, an
 needs them laid flat. Shapes as in `llmqat.quant.affine`: a weight is ``(out, in)``, its scales are ``(out, groups)``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmqat.quant.adapter_sums import sum_in_order
 from llmqat.quant.affine import code_values, dequantize, round_scale
-from llmqat.quant.full_float32 import full_float32
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
 
 # Rows are processed so that a float32 temporary of them (1 MiB) stays in the L2 cache between passes.
 CHUNK_ELEMENTS = 1 << 18
 
+# Of a matrix ``(rows, r)`` and one ``(r, in)``.
+Product = Callable[[Tensor, Tensor], Tensor]
 
 _without_values = ContextVar("_without_values", default=False)
 
@@ -57,7 +59,7 @@ def chunk_height(columns: int) -> int:
 
 
 class Adapters(NamedTuple):
-    """LoRA inside the quantizer: ``scaling * b @ a`` is added to the weight before it is quantized.
+    """LoRA inside the quantizer: ``(scaling * b) @ a`` is added to the weight before it is quantized.
 
     Attributes:
         a: ``(r, in)``.
@@ -68,6 +70,10 @@ class Adapters(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``scaling * b`` and ``a`` in `dtype`, whose product is added."""
+        return self.b.to(dtype) * self.scaling, self.a.to(dtype)
 
 
 class Compensation(NamedTuple):
@@ -81,15 +87,15 @@ class Compensation(NamedTuple):
     multiples: Tensor
     step: Tensor
 
-    def rows(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the change in `dtype`: each entry is one product, rounded once."""
-        step = self.step[rows].to(dtype).unsqueeze(-1)
-        change: Tensor = self.multiples[rows].to(dtype).unflatten(-1, (step.shape[-2], -1)) * step
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The change ``(out, in)`` in `dtype`: each entry is one product, rounded once."""
+        step = self.step.to(dtype).unsqueeze(-1)
+        change: Tensor = self.multiples.to(dtype).unflatten(-1, (step.shape[-2], -1)) * step
         return change.flatten(-2)
 
 
 class Latent(NamedTuple):
-    """The weight that is quantized, as a sum: ``weight + scaling * b @ a + compensation``.
+    """The weight that is quantized, as a sum: ``weight + (scaling * b) @ a + compensation``, in this order.
 
     Attributes:
         weight: the trainable master, ``(out, in)`` float32 (float64 for a float64 model).
@@ -106,56 +112,37 @@ class Latent(NamedTuple):
 
     def chunks(self) -> Iterator[slice]:
         """Slices over the rows, so that temporaries stay small: see `row_chunks`."""
-        if self.shard is None:
-            return row_chunks(*self.weight.shape)
-        return self.shard.parts(row_chunks(self.shard.total, self.weight.shape[1]))
+        return row_chunks(*self.weight.shape)
 
-    def rows(self, rows: slice) -> Tensor:
-        """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says."""
-        total = self.weight[rows].to(torch.promote_types(self.weight.dtype, torch.float32))
-        if self.adapters is not None:
-            total = total + self.added(rows, total.dtype)
-        if self.compensation is not None:  # last: merged adapters then give the same bits
-            total = total + self.compensation.rows(rows, total.dtype)
-        return total
+    @property
+    def own_adapters(self) -> Adapters | None:
+        """The adapters of the rows that `weight` has."""
+        if self.adapters is None or self.shard is None:
+            return self.adapters
+        return self.adapters._replace(b=self.adapters.b[self.shard.rows])
 
-    def added(self, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """``(scaling * b) @ a`` of some rows, ``(rows, in)`` in `dtype`, of a latent with adapters.
+    def of_rows(self, rows: slice | Tensor) -> "Latent":
+        """Some rows of the sum, not yet added up; a slice, or ids ``(n,)``."""
+        change, adapters = self.compensation, self.own_adapters
+        return Latent(
+            self.weight[rows],
+            None if change is None else Compensation(change.multiples[rows], change.step[rows]),
+            None if adapters is None else adapters._replace(b=adapters.b[rows]),
+        )
 
-        A product of fewer rows may round otherwise: where a shard ends inside a chunk, that of the whole chunk is made.
+    def rows(self, rows: slice | Tensor, product: Product = sum_in_order) -> Tensor:
+        """Rows of the sum, ``(rows, in)`` in float32 or wider, whatever autocast says; no gradient of adapters.
 
         Args:
-            rows: one of `chunks`.
-            dtype: float32 or wider.
-            out: memory for at least `CHUNK_ELEMENTS` of them or a whole row, or None; gradients want none.
+            rows: a slice, or ids ``(n,)``.
+            product: of the factors of adapters, by the bits of `sum_in_order`.
         """
-        assert self.adapters is not None
-        a, b, scaling = self.adapters
-        chunk, within = rows, slice(None)
-        if self.shard is not None:
-            start, height = self.shard.rows.start + rows.start, chunk_height(a.shape[1])
-            first = start // height * height
-            chunk = slice(first, min(first + height, self.shard.total))
-            within = slice(start - first, start - first + rows.stop - rows.start)
-        with torch.autocast(a.device.type, enabled=False), full_float32():
-            b = b[chunk].to(dtype) * scaling
-            place = None if out is None else out[: len(b) * a.shape[1]].view(len(b), -1)
-            return torch.mm(b, a.to(dtype), out=place)[within]
-
-    def at(self, ids: Tensor) -> Tensor:
-        """Rows `ids` ``(n,)`` of the sum, ``(n, in)``, bit for bit those of `rows`; no gradient.
-
-        With adapters whole chunks of rows are computed: a matrix product of other rows may round otherwise.
-        """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        if self.adapters is None:
-            total = self.weight[ids].to(dtype)
-            return total if self.compensation is None else total + self.compensation.rows(ids, dtype)
-        total = torch.empty(len(ids), self.weight.shape[1], dtype=dtype, device=self.weight.device)
-        for rows in self.chunks():
-            wanted = ((ids >= rows.start) & (ids < rows.stop)).nonzero().squeeze(-1)
-            if len(wanted):
-                total[wanted] = self.rows(rows)[ids[wanted] - rows.start]
+        weight, change, adapters, _ = self.of_rows(rows)
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if adapters is not None:
+            total = total + product(*adapters.factors(total.dtype))
+        if change is not None:  # last: merged adapters then give the same bits
+            total = total + change.values(total.dtype)
         return total
 
 

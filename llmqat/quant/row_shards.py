@@ -4,7 +4,6 @@ Groups lie along the inputs, so a shard of rows has whole groups: what a process
 one process alone finds for them. Values of ``W_hat`` are sent, as a rule in two bytes, not the masters behind them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +38,6 @@ class RowShard:
         """The rows of this process in the whole matrix."""
         start = min(self.index * self.size, self.total)
         return slice(start, min(start + self.size, self.total))
-
-    def parts(self, chunks: Iterator[slice]) -> Iterator[slice]:
-        """Rows of this process, counted from its first one, by the `chunks` of the whole matrix that they lie in."""
-        own = self.rows
-        for chunk in chunks:
-            start, stop = max(chunk.start, own.start), min(chunk.stop, own.stop)
-            if start < stop:
-                yield slice(start - own.start, stop - own.start)
 
     def gathered(self, rows: Tensor) -> Tensor:
         """The whole matrix of which each process has its `rows`. Collective: every process must call it."""

@@ -31,7 +31,7 @@ def test_as_many_weights_lie_near_the_ends_of_their_interval_as_before():
     found = compensation_of(weight, latent, layer.grid)
     assert found.multiples.dtype == torch.int8
     steps = found.step.float().unsqueeze(-1)
-    apart = grouped(found.rows(slice(None), torch.float32) - (latent - weight), scheme).abs()
+    apart = grouped(found.values(torch.float32) - (latent - weight), scheme).abs()
     assert (apart <= 1.51 * steps).all()
 
     def near(latent, share_of_step):

@@ -101,9 +101,7 @@ def test_forward_runs_on_codes_and_scale(scheme, dtype, variant, monkeypatch):
 
 def test_latent_is_what_is_quantized():
     layer, _ = make(compensation=True)
-    assert torch.equal(
-        layer.latent().rows(slice(None)), layer.weight + layer.compensation.rows(slice(None), torch.float32)
-    )
+    assert torch.equal(layer.latent().rows(slice(None)), layer.weight + layer.compensation.values(torch.float32))
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double])

@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from llmqat.nn.dtensor import divided, local_shard
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
-from llmqat.quant import grid
 from llmqat.quant.grid import Adapters, Latent
 from llmqat.quant.row_shards import RowShard
 from llmqat.scheme import QuantScheme
@@ -81,7 +80,6 @@ def compare(rank, options, dtype):
 
 
 def member(rank):
-    grid.CHUNK_ELEMENTS = 4 * IN  # the shards end inside a chunk of rows
     for options in VARIANTS:
         for dtype in (torch.float32, torch.bfloat16):
             compare(rank, options, dtype)
@@ -92,24 +90,15 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 
 @pytest.mark.parametrize(("total", "count"), [(25, 2), (8, 4), (5, 4), (1, 3)])
-def test_every_row_is_in_one_shard_and_one_part(total, count):
-    seen = []
-    for index in range(count):
-        shard = RowShard(None, index, count, total)
-        parts = list(shard.parts(slice(start, min(start + 3, total)) for start in range(0, total, 3)))
-        seen += [shard.rows.start + row for part in parts for row in range(part.start, part.stop)]
-        assert all(len({(shard.rows.start + row) // 3 for row in range(p.start, p.stop)}) == 1 for p in parts)
-    assert seen == list(range(total))
+def test_every_row_is_in_one_shard(total, count):
+    shards = [RowShard(None, index, count, total).rows for index in range(count)]
+    assert [row for rows in shards for row in range(rows.start, rows.stop)] == list(range(total))
 
 
-def test_a_shard_has_the_latents_of_the_whole(monkeypatch):
-    """Also of a chunk that it has a part of: a product of fewer rows rounds otherwise."""
-    monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 4 * IN)
+def test_a_shard_has_the_latents_of_the_whole():
     layer, adapters = make(lora=True)
-    whole = layer.latent(adapters)
-    expected = torch.cat([whole.rows(rows) for rows in whole.chunks()])
+    whole = layer.latent(adapters).rows(slice(None))
     for index in (0, 1):
         shard = RowShard(None, index, 2, OUT)
         own = Latent(layer.weight[shard.rows], None, adapters, shard)
-        found = torch.cat([own.rows(rows) for rows in own.chunks()])
-        assert torch.equal(found, expected[shard.rows])
+        assert torch.equal(own.rows(slice(None)), whole[shard.rows])

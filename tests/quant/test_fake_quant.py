@@ -115,7 +115,7 @@ def reference(
     x, weight, scale, zero_point, bias, scheme, storage_dtype, *, clip_mask, lora_scaling,
     code_scale=None, compensation=None, lora_a=None, lora_b=None,
 ):  # fmt: skip
-    latent = weight if compensation is None else weight + compensation.rows(slice(None), weight.dtype)
+    latent = weight if compensation is None else weight + compensation.values(weight.dtype)
     if lora_a is not None:
         latent = latent + lora_scaling * (lora_b @ lora_a)
     stored = straight(scale, lambda s: s.to(storage_dtype).to(s.dtype)).unsqueeze(-1)

@@ -151,12 +151,10 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, latent: Latent, grid: Grid, out_dtype: torch.dtype | None, tile: Tile | None) -> "_Call":
-        """The arguments of a weight; of a shard, the rows of its adapters."""
-        change, adapters, scheme = latent.compensation, latent.adapters, grid.scheme
+        """The arguments of a weight."""
+        change, adapters, scheme = latent.compensation, latent.own_adapters, grid.scheme
         multiples, step = (None, None) if change is None else map(_dense, change)
         a, b, scaling = (None, None, 1.0) if adapters is None else adapters
-        if b is not None and latent.shard is not None:
-            b = b[latent.shard.rows]
         weight = _Weight(_dense(latent.weight), multiples, step, _dense(a), _dense(b), float(scaling))
         scales = _Scales(_dense(grid.scale), _dense(grid.code_scale), _dense(grid.zero_point))
         columns, rank = latent.weight.shape[1], 0 if a is None else len(a)

@@ -62,17 +62,14 @@ def test_latents_codes_and_w_hat_are_those_of_torch(bits, symmetric, group):
 
 
 @pytest.mark.skipif(Version(triton.__version__) < Version("3.9"), reason="the interpreter before rounds tl.fma twice")
-def test_adapters_are_summed_one_rank_after_the_other():
+def test_adapters_are_summed_in_the_order_of_torch():
     a, b = torch.randn(RANK, COLUMNS), torch.randn(ROWS, RANK)
     latent = Latent(torch.randn(ROWS, COLUMNS), None, Adapters(a, b, 0.3))
-    total = torch.zeros(ROWS, COLUMNS)
-    for k in range(RANK):  # a product of two float32 numbers is exact in float64
-        total = ((b * 0.3)[:, k, None].double() * a[k].double() + total.double()).float()
     scheme = QuantScheme(4, 32)
     grid = Grid(choose_scale(latent.weight, scheme, torch.float32)[0], None, None, scheme, torch.float32)
     found = GridValues(latents=torch.empty(ROWS, COLUMNS))
     grid_rows.find(latent, grid, found, tile=TALL)
-    assert torch.equal(found.latents, latent.weight + total)
+    assert torch.equal(found.latents, latent.rows(slice(None)))
 
 
 def test_rows_that_are_asked_for_are_those_of_the_whole():

@@ -5,6 +5,7 @@
 
 namespace llmqat {
 
+using AdapterSums = llmqat_adapter_sums;
 using TrainGrid = llmqat_grid;
 using Operand = llmqat_operand;
 using Product = llmqat_product;
@@ -14,7 +15,11 @@ using Rotation = llmqat_rotation;
 using TokenLosses = llmqat_token_losses;
 using StateErrors = llmqat_state_errors;
 
+constexpr int64_t SUMS_ROWS = 8;  // whose sums of adapters are made together
+
 struct TrainSteps {
+    // Rows [first, last) of the sums.
+    void (*sum_adapters)(const AdapterSums&, int64_t first, int64_t last);
     // Row n of w_hat.
     void (*fake_quantize)(const TrainGrid&, int64_t n, void* w_hat, int32_t dtype);
     // Row n of ds, of g, and of w_hat unless that is null.

@@ -27,6 +27,13 @@ void check_product(const Product& out) {
     if (out.accumulate && !floats) fail("products are added up in float32 only");
 }
 
+void check_sums(const AdapterSums& w) {
+    check_size("rows of a weight", w.rows, 0);
+    check_size("columns of a weight", w.columns, 1);
+    check_size("rank of adapters", w.rank, 1);
+    if (w.rows) check_pointer("b", w.b), check_pointer("a", w.a), check_pointer("sums", w.sums);
+}
+
 void check_grid(const TrainGrid& w) {
     check_size("rows of a weight", w.rows, 0);
     check_size("columns of a weight", w.columns, 1);
@@ -54,6 +61,16 @@ int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const 
         llmqat::check_product(*out);
         if (!llmqat::variant().multiply) llmqat::fail("these kernels have no tiles to multiply with");
         llmqat::variant().multiply(*a, *b, *out);
+        return 0;
+    });
+}
+
+int32_t llmqat_sum_adapters(const llmqat_adapter_sums* sums) {
+    return llmqat::guarded([&] {
+        llmqat::check_sums(*sums);
+        const auto rows = llmqat::variant().train->sum_adapters;
+        const int64_t blocks = (llmqat::rows_of_task(sums->columns) - 1) / llmqat::SUMS_ROWS + 1;
+        llmqat::each_run(sums->rows, blocks * llmqat::SUMS_ROWS, [&](int64_t first, int64_t last) { rows(*sums, first, last); });
         return 0;
     });
 }

@@ -19,6 +19,13 @@ struct llmqat_product {
     int32_t dtype, accumulate;  // nonzero: c += the product, in float32
 };
 
+// What LoRA adds to a weight, b a: each entry is summed by fused multiply-adds, from the first rank to the last.
+struct llmqat_adapter_sums {
+    const float *b, *a;  // (rows, rank), (rank, columns)
+    float* sums;         // (rows, columns)
+    int64_t rows, columns, rank;
+};
+
 // Rows of a weight on its grid. The latent is the weight, to which adapters and then GPTQ's change `multiples * step` are
 // added in float32:
 //     v = latent / code_scale    q = clamp(round(v) + zero_point, qmin, qmax)    W_hat = scale * (q - zero_point)
@@ -127,6 +134,7 @@ extern "C" {
 int32_t llmqat_has_tiles();
 // c (a.rows, b.columns) = a b + bias, summed in float32.
 int32_t llmqat_multiply(const llmqat_operand* a, const llmqat_operand* b, const llmqat_product* out);
+int32_t llmqat_sum_adapters(const llmqat_adapter_sums* sums);
 // w_hat (rows, columns), contiguous in `dtype`.
 int32_t llmqat_fake_quantize(const llmqat_grid* grid, void* w_hat, int32_t dtype);
 // ds (rows, groups) float32 = the sum over each group of g (q - zero_point - v), of g (rows, columns) in float32, without
