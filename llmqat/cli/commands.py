@@ -229,7 +229,10 @@ def verify_elsewhere(args: argparse.Namespace) -> None:
     wrong = []
     if args.against:
         check = verify_export(args.model, args.against)
-        print(f"format           {check.format}\ntensors          {check.tensors}\nall equal        {check.ok}")
+        print(
+            f"format           {check.format}\nlayers decoded   {check.layers}\nother tensors    {check.tensors}\n"
+            f"rounded          {check.rounded}\nall equal        {check.ok}"
+        )
         outcome |= {**asdict(check), "ok": check.ok}
         wrong += [f"it {line}" for line in check.differences]
     if args.runtime:

@@ -54,7 +54,7 @@ Prove that a packed directory holds the codes and scales of training, bit for bi
 
   llmqat verify runs/llmqat
   llmqat verify out-gguf --against runs/llmqat
-      an exported model: every code, scale and float part, config and tokenizer, compared with the packed directory
+      an exported model: codes, scales and zero points, decoded, and all beside them, compared with the packed directory
   llmqat verify out-gguf --against runs/llmqat --runtime llama.cpp --runtime-python llama-env/bin/python
       and run in its engine: log-probabilities of a text, and greedy tokens, beside those of the packed directory
   llmqat verify runs/llmqat --runtime vllm

@@ -1,8 +1,11 @@
-"""Compare an exported model with what `export` makes of its packed directory: every tensor, fact and file of text."""
+"""Compare what holds no codes in an exported model with what `export` makes of its packed directory.
+
+That is float parts, config, and what turns text into tokens; `llmqat.formats.importing.exported` is for codes.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,7 @@ class Parts(NamedTuple):
     """An exported model in parts that can be compared.
 
     Attributes:
-        tensors: digest of dtype, shape and bytes by name: codes, scales, group indices and float parts.
+        tensors: digest of dtype, shape and bytes by name, of float parts.
         texts: digest of what turns text into tokens, by name: files, or metadata of a GGUF file.
         facts: what config.json, or the metadata of a GGUF file, says, by key.
     """
@@ -56,17 +59,17 @@ def format_of(directory: Path) -> str:
     return PACKED if method == METHOD else method
 
 
-def parts_of(directory: Path) -> Parts:
-    """The parts of an exported model.
+def parts_of(directory: Path, decoded: Collection[str]) -> Parts:
+    """The parts of an exported model, without its tensors `decoded`, which hold codes.
 
     Raises:
         LlmqatError: if a file is missing, truncated or damaged.
     """
     if (directory / FILE).exists():
-        return _parts_of_gguf(directory / FILE)
+        return _parts_of_gguf(directory / FILE, decoded)
     if (directory / GRAPH).exists():
-        return _parts_of_onnx(directory)
-    tensors = {name: _digest(tensor) for name, tensor in read_tensors(directory)}
+        return _parts_of_onnx(directory, decoded)
+    tensors = {name: _digest(tensor) for name, tensor in read_tensors(directory) if name not in decoded}
     return Parts(tensors, _texts(directory), _said(_config(directory)))
 
 
@@ -79,19 +82,20 @@ def _said(config: dict[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in config.items()}
 
 
-def _parts_of_gguf(path: Path) -> Parts:
+def _parts_of_gguf(path: Path, decoded: Collection[str]) -> Parts:
     reader = opened(path)
     tensors = {}
     for tensor in reader.tensors:
-        digest = _digest(torch.from_numpy(tensor.data.copy()))
-        tensors[tensor.name] = f"{tensor.tensor_type.name} {digest}"
+        if tensor.name not in decoded:
+            digest = _digest(torch.from_numpy(tensor.data.copy()))
+            tensors[tensor.name] = f"{tensor.tensor_type.name} {digest}"
     said = {key: str(field.contents()) for key, field in reader.fields.items() if not key.startswith(OWN_FACTS)}
     texts = {key: value for key, value in said.items() if key.startswith("tokenizer.")}
     return Parts(tensors, texts, {key: value for key, value in said.items() if key not in texts})
 
 
-def _parts_of_onnx(directory: Path) -> Parts:
-    tensors = {name: _digest(tensor) for name, tensor in tensors_of(directory)}
+def _parts_of_onnx(directory: Path, decoded: Collection[str]) -> Parts:
+    tensors = {name: _digest(tensor) for name, tensor in tensors_of(directory) if name not in decoded}
     return Parts(tensors, _texts(directory), nodes_of(directory) | _said(_config(directory, SETTINGS)))
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmqat.errors import LlmqatError, last_word, shortened_list
+from llmqat.errors import LlmqatError, last_word
 from llmqat.formats.export.directory import moved, write_directory
 from llmqat.formats.export.gptq import gptq_entries, gptq_tensors
-from llmqat.formats.export.onnx_graph import OnGrid, by_place, joined, layers_on_grid
 from llmqat.formats.export.source import Source
+from llmqat.formats.importing.exported import decoder_of, layer_differences
 from llmqat.models.loading import load_tokenizer
 from llmqat.nn.packed_linear import PackedLinear
 
@@ -83,21 +83,9 @@ def _build(source: Source, checkpoint: Path, output: Path) -> None:
 
 def _check(source: Source, written: Path) -> None:
     """Compare codes, scales and zero points of every layer with those of the packed model, bit for bit."""
-    nodes, layers = layers_on_grid(written), {source.file_name(path): layer for path, layer in source.layers.items()}
-    found, right = by_place(nodes), by_place(layers)
-    if found.keys() != right.keys():
-        other = shortened_list(sorted(found.keys() ^ right.keys()))
-        raise LlmqatError(f"the builder of onnxruntime-genai put other layers on a grid, by {other}")
-    for place, names in right.items():
-        theirs = joined(nodes[name]() for name in found[place])
-        ours = joined(_on_grid(layers[name]) for name in names)
-        if not all(map(torch.equal, theirs, ours)):
-            raise LlmqatError(f"the builder of onnxruntime-genai wrote other codes or scales in {place}")
-
-
-def _on_grid(layer: PackedLinear) -> OnGrid:
-    codes, scale, zero_point = layer.unsigned()
-    return OnGrid(codes.to(torch.uint8), scale.float(), zero_point.to(torch.uint8))
+    differences = layer_differences(decoder_of(written, "onnx", source))
+    if differences:
+        raise LlmqatError(f"the builder of onnxruntime-genai wrote another model: it {differences[0]}")
 
 
 def _say_special_tokens(source: Source, path: Path) -> None:

@@ -57,8 +57,20 @@ def joined(layers: Iterable[OnGrid]) -> OnGrid:
     return OnGrid(*map(torch.cat, zip(*layers, strict=True)))
 
 
-def layers_on_grid(directory: Path) -> dict[str, Callable[[], OnGrid]]:
-    """Every node of a graph that computes with codes, by its name, as what reads its numbers.
+class GridNodes(NamedTuple):
+    """The nodes of a graph that compute with codes.
+
+    Attributes:
+        layers: what reads the numbers of each, by its name.
+        tensors: names of the tensors that hold these.
+    """
+
+    layers: dict[str, Callable[[], OnGrid]]
+    tensors: set[str]
+
+
+def nodes_on_grid(directory: Path) -> GridNodes:
+    """Every node of a graph that computes with codes.
 
     Raises:
         LlmqatError: if the graph has others whose weights are codes.
@@ -73,7 +85,9 @@ def layers_on_grid(directory: Path) -> dict[str, Callable[[], OnGrid]]:
         numbers = {attribute.name: attribute.i for attribute in node.attribute}
         return _unpacked(numbers, *(_values(tensors[name], directory) for name in list(node.input)[1:4]))
 
-    return {node.name: partial(read, node) for node in graph.node if node.op_type == "MatMulNBits"}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    names = {name for node in nodes for name in list(node.input)[1:4]}
+    return GridNodes({node.name: partial(read, node) for node in nodes}, names)
 
 
 def _unpacked(numbers: dict[str, int], packed: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> OnGrid:

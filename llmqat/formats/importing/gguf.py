@@ -6,7 +6,7 @@ Everything else in the file, blocks of other types among it, becomes float, as b
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from llmqat.formats.export.gguf_blocks import BLOCK
 from llmqat.formats.export.gguf_families import FAMILIES, GgufFamily
 from llmqat.formats.importing.grids import FoundLayer
 from llmqat.models.gguf_file import gguf_package, opened
+from llmqat.quant.packing import to_unsigned
 from llmqat.scheme import QuantScheme
 
 SCHEMES = {"Q4_0": QuantScheme(4, BLOCK), "Q8_0": QuantScheme(8, BLOCK)}
@@ -32,22 +33,53 @@ def gguf_layers(path: Path, model: PreTrainedModel) -> dict[str, Callable[[], Fo
     Raises:
         LlmqatError: if the family is none whose tensors llmqat knows.
     """
-    reader, gguf = opened(path), gguf_package()
-    architecture = reader.fields["general.architecture"].contents()
-    family = next((row for row in FAMILIES.values() if row.architecture == architecture), None)
-    if family is None:
-        known = ", ".join(sorted({row.architecture for row in FAMILIES.values()}))
-        raise LlmqatError(f"{path} is of the family {architecture}, and llmqat imports {known}; use it by --model")
-    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(key, model.config.num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = Tensors.of(path, model.config)
     layers: dict[str, Callable[[], FoundLayer]] = {}
     for name, module in model.named_modules():
-        found = names.get_name(f"{name}.weight", try_suffixes=(".weight",)) if isinstance(module, nn.Linear) else None
-        tensor = tensors.get(found)
+        tensor = tensors.find(name) if isinstance(module, nn.Linear) else None
         if tensor is not None and tensor.tensor_type.name in SCHEMES:
-            layers[name] = partial(from_blocks, tensor, rotated(name, model.config, family))
+            layers[name] = partial(from_blocks, tensor, rotated(name, model.config, tensors.family))
     return layers
+
+
+class Tensors(NamedTuple):
+    """The tensors of a file, which go by other names there.
+
+    Attributes:
+        family: of the file.
+        names: of tensors in files of transformers -> in GGUF, as the gguf package has them.
+        by_name: what the file holds.
+    """
+
+    family: GgufFamily
+    names: Any
+    by_name: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path, config: Any) -> Self:
+        """The tensors of the file `path` of a model with this config.
+
+        Raises:
+            LlmqatError: if the family is none whose tensors llmqat knows.
+        """
+        reader, gguf = opened(path), gguf_package()
+        architecture = reader.fields["general.architecture"].contents()
+        family = next((row for row in FAMILIES.values() if row.architecture == architecture), None)
+        if family is None:
+            known = ", ".join(sorted({row.architecture for row in FAMILIES.values()}))
+            raise LlmqatError(f"{path} is of the family {architecture}, and llmqat imports {known}; use it by --model")
+        key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        names = gguf.get_tensor_name_map(key, config.num_hidden_layers)
+        return cls(family, names, {tensor.name: tensor for tensor in reader.tensors})
+
+    def find(self, layer: str) -> Any:
+        """The weight of a layer; None if the file has none."""
+        return self.by_name.get(self.name_of(layer))
+
+    def name_of(self, layer: str) -> str:
+        """The name of the weight of a layer in GGUF; empty where no model of the family has one."""
+        found: str = self.names.get_name(f"{layer}.weight", try_suffixes=(".weight",)) or ""
+        return found
 
 
 def rotated(name: str, config: Any, family: GgufFamily) -> int:
@@ -60,17 +92,35 @@ def rotated(name: str, config: Any, family: GgufFamily) -> int:
 
 def from_blocks(tensor: Any, heads: int) -> FoundLayer:
     """A layer of a tensor in blocks, its rows in the order of transformers."""
-    columns, rows = (int(size) for size in tensor.shape)
     scheme = SCHEMES[tensor.tensor_type.name]
+    integers, scale = integers_of(tensor, heads)
+    return FoundLayer(scheme, to_unsigned(integers, scheme), scale, None)
+
+
+def integers_of(tensor: Any, heads: int) -> tuple[Tensor, Tensor]:
+    """Weights ``(out, in)`` of a tensor in blocks as int16 multiples of their scales, and these, ``(out, in / 32)``;
+    rows in the order of transformers."""
+    columns, rows = (int(size) for size in tensor.shape)
     blocks = torch.from_numpy(tensor.data.copy()).view(rows, columns // BLOCK, -1)
     if heads:
         blocks = blocks.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    return FoundLayer(scheme, _codes(blocks[..., 2:], scheme.bits).flatten(1), scale, None)
+    return INTEGERS[tensor.tensor_type.name](blocks[..., 2:]).flatten(1), scale
 
 
-def _codes(stored: Tensor, bits: int) -> Tensor:
-    """Codes from 0, uint8, of the bytes of blocks behind their scales."""
-    if bits == 8:
-        return (stored.contiguous().view(torch.int8).int() + 128).to(torch.uint8)
-    return torch.cat([stored & 15, stored >> 4], -1)
+def _nibbles(stored: Tensor) -> Tensor:
+    return torch.cat([stored & 15, stored >> 4], -1).short()
+
+
+def _q5_0(stored: Tensor) -> Tensor:
+    """The fifth bits of 32 weights are those of four bytes in front of the nibbles, the lowest first."""
+    fifth = stored[..., :4].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return _nibbles(stored[..., 4:]) + 16 * fifth.flatten(-2) - 16
+
+
+# Type of blocks -> the integers of the bytes behind their scales.
+INTEGERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": lambda stored: _nibbles(stored) - 8,
+    "Q5_0": _q5_0,
+    "Q8_0": lambda stored: stored.contiguous().view(torch.int8).short(),
+}
