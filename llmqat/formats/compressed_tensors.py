@@ -100,7 +100,7 @@ def config_of(
     One scheme for all gives the single group every reader knows, targets ``Linear``; several give one group each, its
     layers by name, and experts, which all have the same, by pattern: so readers find the experts' group. `embeddings`:
     which of the layers are no Linear. Layers that keep their weight as ``(in, out)`` (`transposed`: their names and
-    `in_features`) all have the same; transformers reads them where the config itself asks it to dequantize.
+    `in_features`) all have the same. Where transformers has to dequantize on loading, the config itself asks it to.
     """
     distinct = list(dict.fromkeys(schemes.values()))
     groups = {}
@@ -119,22 +119,36 @@ def config_of(
         "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": groups,
-        **({"dequantize": True} if transposed else {}),
+        **({"dequantize": True} if transposed or _asks_to_dequantize(schemes, bool(embeddings)) else {}),
     }
 
 
-def transformers_route(coverage: CoverageReport) -> dict[str, bool] | None:
-    """Arguments of `CompressedTensorsConfig` with which transformers (5.23) reads a model right; None: it cannot.
+def _asks_to_dequantize(schemes: Mapping[str, QuantScheme], packed_embedding: bool) -> bool:
+    """Whether `quantization_config` itself asks transformers to dequantize on loading: it reads the model only so, and
+    as it is, without activations that this route drops."""
+    needed, whole = _dequantized_alone(schemes, packed_embedding)
+    return needed and whole and all(scheme.act_bits is None for scheme in schemes.values())
+
+
+def _dequantized_alone(schemes: Mapping[str, QuantScheme], packed_embedding: bool) -> tuple[bool, bool]:
+    """Whether transformers (5.23, 5.24) has to dequantize a model on loading, and whether it does so right.
 
     Its default route loads neither packed zero points nor a packed embedding. ``dequantize=True`` does, but decodes
-    every layer as the first group says. Experts that the files of a family hold together it knows as float alone.
+    every layer as the first group says, and knows no zero points of experts.
     """
-    if not coverage.experts_apart:
+    asymmetric = not all(scheme.symmetric for scheme in schemes.values())
+    experts = any(".experts." in name for name in schemes)
+    return asymmetric or packed_embedding, len(set(schemes.values())) == 1 and not (asymmetric and experts)
+
+
+def transformers_route(coverage: CoverageReport) -> dict[str, bool] | None:
+    """Arguments of `CompressedTensorsConfig` with which transformers reads a packed directory, beside those in its
+    config.json; None: it cannot. Experts that the files of a family hold together it knows as float alone."""
+    embedding = any(layer.role == TIED_HEAD for layer in coverage.quantized)
+    needed, whole = _dequantized_alone(coverage.schemes, embedding)
+    if not coverage.experts_apart or (needed and not whole):
         return None
-    schemes = {layer.scheme for layer in coverage.quantized if layer.scheme is not None}
-    if all(scheme.symmetric for scheme in schemes) and not any(layer.role == TIED_HEAD for layer in coverage.quantized):
-        return {}
-    return {"dequantize": True} if len(schemes) == 1 else None
+    return {"dequantize": True} if needed and not _asks_to_dequantize(coverage.schemes, embedding) else {}
 
 
 def readers(coverage: CoverageReport) -> str:
@@ -143,9 +157,12 @@ def readers(coverage: CoverageReport) -> str:
     if not coverage.experts_apart:
         return "llmqat reads it; transformers reads experts of this family as float alone: llmqat export --to dense"
     if route is None:
-        return "llmqat reads it; transformers does not, since it mixes grids with zero points or a packed embedding"
+        return (
+            "llmqat reads it; transformers does not, since zero points or a packed embedding come with several grids "
+            "or experts: llmqat export --to dense"
+        )
     if route:
-        return "transformers reads it with CompressedTensorsConfig(dequantize=True)"
+        return "transformers reads it with CompressedTensorsConfig(dequantize=True), which leaves activations float"
     return "transformers reads it"
 
 

@@ -222,6 +222,6 @@ def _loading(measured: Measured) -> str:
         return ""
     hint = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if route else ""
     return f"""
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM{", CompressedTensorsConfig" if route else ""}
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{hint})
 """

@@ -59,6 +59,28 @@ def test_config_of_channels_zero_points_and_activations():
     assert static["input_activations"] == acts(strategy="tensor", dynamic=False)
 
 
+ASYM = QuantScheme(4, 128, False)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "embeddings", "asks"),
+    [
+        ({"a": ASYM, "b": ASYM}, (), True),
+        ({"a": INT4, "b": INT4}, ("b",), True),
+        ({"a": INT4, "b": INT4}, (), False),
+        ({"a": ASYM, "b": QuantScheme(8, 128, False)}, (), False),
+        ({"a": QuantScheme(4, 128, False, 8)}, (), False),
+        ({"mlp.experts.0.up_proj": ASYM}, (), False),
+        ({"mlp.experts.0.up_proj": INT4, "b": INT4}, ("b",), True),
+    ],
+)
+def test_it_asks_to_be_dequantized_where_that_is_right(schemes, embeddings, asks):
+    """Which decodes all layers as the first group says, drops activations, and knows no zero points of experts."""
+    config = config_of(schemes, [], embeddings)
+    assert config.get("dequantize", False) == asks
+    assert schemes_of(config, list(schemes)) == schemes, "and llmqat does not ask"
+
+
 def test_experts_get_one_pattern():
     """By which transformers finds the group of the experts; layers that are no expert's are named beside it."""
     int8 = QuantScheme(8, 128)

@@ -118,9 +118,10 @@ def test_loaded_again_with_adapters_off_the_embedding_is_float(head_trained):
 ROUTES = [
     (QuantScheme(4, 16), 8, False, {}),
     (QuantScheme(4, 16), 4, False, {}),
-    (QuantScheme(4, 16, False), 4, False, {"dequantize": True}),
-    (QuantScheme(4, 16), 4, True, {"dequantize": True}),
-    (QuantScheme(8, 16, False), 8, True, {"dequantize": True}),
+    (QuantScheme(4, 16, False), 4, False, {}),
+    (QuantScheme(4, 16), 4, True, {}),
+    (QuantScheme(8, 16, False), 8, True, {}),
+    (QuantScheme(4, 16, False, 8), 4, False, {"dequantize": True}),
     (QuantScheme(4, 16), 8, True, None),
     (QuantScheme(4, 16, False), 8, False, None),
 ]
@@ -161,8 +162,9 @@ def test_readers_are_named(small_llama):
         model = small_llama(tie_word_embeddings=True)
         return readers(plan(model, QuantScheme(4, 16, **scheme), lm_head_bits=head_bits))
 
-    assert text(None) == "transformers reads it"
-    assert "dequantize=True" in text(4)
+    assert text(None) == text(4) == text(None, symmetric=False) == "transformers reads it"
+    assert text(4, act_bits=8) == text(None, symmetric=False, act_bits=8)
+    assert text(4, act_bits=8).endswith("CompressedTensorsConfig(dequantize=True), which leaves activations float")
     assert text(8).startswith("llmqat reads it; transformers does not")
 
 

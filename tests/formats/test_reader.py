@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from llmqat.errors import LlmqatError
 from llmqat.formats import writer
 from llmqat.formats.reader import is_packed, load_packed, read_config
+from llmqat.formats.verify import dense_copy
 from llmqat.formats.writer import save_packed
 from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import prepare, quantized_layers, transformers_model
@@ -71,16 +72,17 @@ def qwen2():
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_transformers_reads_it(trained, small_llama, tmp_path, scheme, options, dtype):
-    """Equal weights in every layer. The default route for symmetric grids; zero points need dequantize=True."""
+    """Equal weights in every layer, and equal logits of dense weights in float32, zero points or not."""
     models = {"tied": lambda: small_llama(tie_word_embeddings=True), "qwen2": qwen2}
     options = options | ({"model": models[options["model"]]()} if "model" in options else {})
     model = trained(scheme, dtype, **options)
     directory = save_packed(model, tmp_path)
-    route = {} if scheme.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    theirs = AutoModelForCausalLM.from_pretrained(directory, **route)
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
     assert theirs.dtype == dtype
     with torch.no_grad():
         logits = theirs(input_ids=IDS).logits  # the default route decompresses at the first forward
+        if dtype == torch.float32:
+            assert torch.equal(logits, dense_copy(load_packed(directory), dtype)(input_ids=IDS).logits)
         torch.testing.assert_close(logits, load_packed(directory)(input_ids=IDS).logits, rtol=3e-2, atol=3e-2)
     quantized = dict(load_packed(directory).named_modules())
     for name, layer, _ in quantized_layers(model):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from llmqat.algorithms.activation_ranges import observe_activations
 from llmqat.algorithms.fold import TOLERANCE
 from llmqat.errors import LlmqatError
+from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
@@ -128,6 +129,19 @@ def test_transformers_loads_the_packed_experts(family, tiny_moe, tokens, tmp_pat
     down = loaded.model.layers[0].mlp.experts.down_proj
     assert torch.equal(down[2], model.model.layers[0].mlp.experts[2].down_proj.quantized_weight())
     assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_zero_points_of_experts_are_not_for_transformers(family, tiny_moe, tmp_path):
+    """If transformers learns to read them, so should the exception end; `dense` is what it reads meanwhile."""
+    model = tiny_moe(family)
+    report = prepare(model, QuantScheme(4, 16, False))
+    assert transformers_route(report) is None
+    assert readers(report).endswith("come with several grids or experts: llmqat export --to dense")
+    save_packed(model, tmp_path)
+    assert "dequantize" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    for options in ({}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}):
+        with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_checkpoints_of_a_trainer_hold_the_models_own_names(family, tiny_moe, tmp_path):

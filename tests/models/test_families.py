@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, CompressedTensorsConfig
+from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from llmqat.formats.reader import load_packed
@@ -131,6 +131,6 @@ def test_transformers_dequantizes_a_linear_model_too(tiny, tmp_path):
     model = tiny("phi3")
     prepare(model, QuantScheme(4, 16, False), storage_dtype=torch.bfloat16)
     directory = save_packed(model, tmp_path)
-    theirs = type(model).from_pretrained(directory, quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs = type(model).from_pretrained(directory)
     for name, layer, _ in quantized_layers(model):
         assert torch.equal(theirs.get_submodule(name).weight, layer.quantized_weight())

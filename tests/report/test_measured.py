@@ -312,10 +312,14 @@ def test_table_and_card(full, capsys, tmp_path):
     }
     assert "| GPTQ | 10.5000 | +5.00% | 0.02000 | 90.00% |" in card
     assert environment()["cpu"] in card
+    plain = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("
+    assert plain in card
     assert "dequantize=True" not in card
-    asymmetric = make(float=10.0)
-    asymmetric.coverage = CoverageReport((LayerCoverage("q_proj", (8, 32), QuantScheme(4, 32, False)),), 256)
-    assert "CompressedTensorsConfig(dequantize=True))" in model_card(asymmetric)
+    for act_bits in (None, 8):
+        asymmetric = make(float=10.0)
+        grid = QuantScheme(4, 32, False, act_bits)
+        asymmetric.coverage = CoverageReport((LayerCoverage("q_proj", (8, 32), grid),), 256)
+        assert ("CompressedTensorsConfig(dequantize=True))" in model_card(asymmetric)) == (act_bits == 8)
     write_json(full, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(full.to_dict()))
 

@@ -23,7 +23,9 @@ def load(directory: str, job: dict[str, Any]) -> TorchModel:
 
 
 def needs_dequantize(directory: str) -> bool:
-    """Whether a packed directory has what transformers runs dequantized only: zero points, or a packed embedding."""
-    config = json.loads((Path(directory) / "config.json").read_text("utf-8"))
-    groups = config["quantization_config"]["config_groups"].values()
-    return any(not group["weights"]["symmetric"] or "Embedding" in group["targets"] for group in groups)
+    """Whether a packed directory has what transformers runs dequantized only, and its config.json does not ask for it:
+    zero points, or a packed embedding, beside int8 activations, which transformers then drops."""
+    quantization = json.loads((Path(directory) / "config.json").read_text("utf-8"))["quantization_config"]
+    groups = quantization["config_groups"].values()
+    embedding = any("Linear" in group["targets"] and len(group["targets"]) > 1 for group in groups)
+    return not quantization.get("dequantize") and (embedding or not all(g["weights"]["symmetric"] for g in groups))

@@ -177,10 +177,14 @@ def test_greedy_of_a_torch_model_does_not_end_early(tiny_llama):
     assert len(found) == 5
 
 
-@pytest.mark.parametrize(("symmetric", "targets"), [(False, ["Linear"]), (True, ["Linear", "Embedding"])])
+@pytest.mark.parametrize(("symmetric", "targets"), [(False, ["Linear"]), (True, ["Linear", "model.embed_tokens"])])
 def test_what_transformers_runs_dequantized_only(tmp_path, symmetric, targets):
-    text = '{"quantization_config": {"config_groups": {"g": {"weights": {"symmetric": %s}, "targets": %s}}}}'
-    (tmp_path / "config.json").write_text(text % (str(symmetric).lower(), str(targets).replace("'", '"')))
-    assert transformers.needs_dequantize(str(tmp_path))
-    (tmp_path / "config.json").write_text(text % ("true", '["Linear"]'))
-    assert not transformers.needs_dequantize(str(tmp_path))
+    def needs(symmetric, targets, **asked):
+        groups = {"g": {"weights": {"symmetric": symmetric}, "targets": targets}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": groups, **asked}}))
+        return transformers.needs_dequantize(str(tmp_path))
+
+    assert needs(symmetric, targets)
+    assert not needs(symmetric, targets, dequantize=True), "config.json asks for it"
+    assert not needs(True, ["Linear"])
+    assert not needs(True, ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"])
