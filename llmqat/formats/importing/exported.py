@@ -97,7 +97,7 @@ def _by_file_name(source: Source) -> dict[str, PackedLinear]:
 
 
 def _checkpoint(directory: Path, source: Source) -> Decoder:
-    """Of GPTQ or AWQ."""
+    """Decoder of GPTQ and AWQ."""
     config, tensors, layers = quantization_of(directory), dict(read_mapped(directory)), _by_file_name(source)
     check, zero_points, read = READERS[config["quant_method"]]
     check(config)
@@ -117,7 +117,7 @@ def _checkpoint(directory: Path, source: Source) -> Decoder:
 
 
 def _mlx(directory: Path, source: Source) -> Decoder:
-    """Of MLX, whose weights are ``code * scale + bias``."""
+    """Decoder of MLX, whose weights are ``code * scale + bias``."""
     grids: dict[str, Any] = read_config(directory)["quantization"]
     layers = _by_file_name(source)
     names = {f"{name}.{own}" for name in layers for own in ("weight", "scales", "biases")}
@@ -140,7 +140,7 @@ def _mlx(directory: Path, source: Source) -> Decoder:
 
 
 def _gguf(directory: Path, source: Source) -> Decoder:
-    """Of GGUF, whose blocks hold codes less their zero point."""
+    """Decoder of GGUF, whose blocks hold codes less their zero point."""
     config, layers = source.model.config, _by_file_name(source)
     tensors = Tensors.of(directory / FILE, config)
 
@@ -160,7 +160,7 @@ def _gguf(directory: Path, source: Source) -> Decoder:
 
 
 def _onnx(directory: Path, source: Source) -> Decoder:
-    """Of a graph, a node of which may compute several layers.
+    """Decoder of a graph, a node of which may compute several layers.
 
     Raises:
         LlmqatError: if it has others on a grid than the packed model.
@@ -181,8 +181,8 @@ def _onnx(directory: Path, source: Source) -> Decoder:
 
 
 def _dense(directory: Path, source: Source) -> Decoder:
-    """Of a float checkpoint, which holds neither codes nor scales: only their product, once rounded to the dtype of the
-    scales. Experts may lie in one tensor for a block."""
+    """Decoder of a float checkpoint, which holds neither codes nor scales: only their product, rounded once to the
+    dtype of the scales. Experts may lie in one tensor for a block."""
     tensors, fused = dict(read_mapped(directory)), _fused(source)
 
     def decode(path: str, layer: PackedLinear) -> list[Numbers]:
