@@ -1,4 +1,5 @@
-"""Private names of torch: dicts, casts and shards of a module, whether a backward runs, operators watched or faked."""
+"""Private names of torch: dicts, casts and shards of a module, whether a backward runs, operators watched or faked, and
+how often a function compiles."""
 
 import copy
 from collections.abc import Callable
@@ -15,6 +16,12 @@ from llmqat.compat.register import leans_on
 def in_backward() -> bool:
     """Whether a backward is running: a forward inside is gradient checkpointing's second one."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@leans_on("torch._dynamo.config.patch", test="tests/train/test_loop.py")
+def variants_of_compiled_functions(limit: int) -> AbstractContextManager[Any]:
+    """Let torch compile a function up to `limit` times inside the ``with``; after 8 by default it runs eagerly."""
+    return torch._dynamo.config.patch(recompile_limit=limit)
 
 
 @leans_on("torch.nn.Module._buffers", test="tests/nn/test_packed_linear.py", native=True)

@@ -14,8 +14,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from llmqat.compat.torch import variants_of_compiled_functions
 from llmqat.models.architectures import blocks_of
 from llmqat.nn.native_modules import forward_by
+
+# Of one function, compiled apart: layers of each shape, with gradients and without, on the grid and as a float teacher,
+# in whole batches and the last one of an evaluation.
+VARIANTS = 128
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def compiled_blocks(*models: Any) -> Iterator[None]:
     """
     roots: list[Any] = [model.get_base_model() if isinstance(model, PeftModel) else model for model in models]
     blocks: dict[int, nn.Module] = {id(block): block for root in roots for block in blocks_of(root)}
-    with ExitStack() as stack:
+    with variants_of_compiled_functions(VARIANTS), ExitStack() as stack:
         for block in blocks.values():
             compiled: Callable[..., Any] = torch.compile(block.forward)
             stack.enter_context(forward_by(block, compiled))

@@ -486,3 +486,11 @@ def test_compiled_blocks_train_on_the_same_grid(prepared, train_config, mode, mo
         losses.append(train(run, train_config(mode, max_steps=2, compile=compiled), mode).losses)
         assert not [module for module in run.model.modules() if "forward" in vars(module)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_compiled_blocks_stay_compiled_under_gradient_checkpointing(prepared, train_config, monkeypatch):
+    """The second forward, the teacher's and that of an evaluation are variants of each layer."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = train_config("lora", max_steps=1, gradient_checkpointing=True, precision="bf16", compile=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert train(prepared("lora"), config, "lora").steps == 1
