@@ -7,13 +7,12 @@ from transformers import PreTrainedModel
 
 from llmqat.config import Recipe, Resolved
 from llmqat.errors import LlmqatError
-from llmqat.formats.export.check import check_grids
+from llmqat.formats.export.check import arithmetic_conflict, conflict, in_one_line
 from llmqat.formats.export.gguf_families import family_of
 from llmqat.formats.export.holds import HOLDS, RUN_PACKED, Holds
 from llmqat.formats.given_grid import with_given_grid
 from llmqat.models.coverage import CoverageReport
 from llmqat.models.planning import checked_plan, resolve_for
-from llmqat.nn.linear_like import is_transposed
 
 
 def served_with(recipe: Recipe) -> dict[str, Holds]:
@@ -49,16 +48,20 @@ def plan_to_serve(model: PreTrainedModel, recipe: Resolved) -> CoverageReport:
     """The plan of a recipe, every grid in it held by all that it is to be served with.
 
     Raises:
-        LlmqatError: naming what does not hold which layer, with the nearest grid that it does; see `checked_plan`.
+        LlmqatError: naming all that do not hold it, and the nearest grid that all do; see `checked_plan`.
     """
     quant = recipe.quant
     coverage = checked_plan(model, recipe.scheme(), quant.overrides, quant.lm_head_bits, quant.min_coverage)
-    modules = dict(model.named_modules())
-    turned = [layer.name for layer in coverage.quantized if is_transposed(modules.get(layer.name))]
-    for name, holds in served_with(recipe).items():
-        if name == "gguf":
-            family_of(model.config)
-        if turned and not holds.transposed:
-            raise LlmqatError(f"{name} cannot hold {turned[0]}, whose weight is (in, out), as in Conv1D; leave it out")
-        check_grids(holds, name, coverage.layers)
+    served = served_with(recipe)
+    if "gguf" in served:
+        family_of(model.config)
+    conflicts = in_one_line(
+        {
+            name: conflict(holds, coverage.layers, list(served.values()))
+            or arithmetic_conflict(holds, coverage.layers, quant.kv_bits)
+            for name, holds in served.items()
+        }
+    )
+    if conflicts:
+        raise LlmqatError(conflicts)
     return coverage

@@ -16,12 +16,15 @@ from llmqat.formats import fingerprint
 from llmqat.formats.compressed_tensors import KV_BITS_KEY, OWN_KEY, config_of
 from llmqat.formats.contents import Contents, contents_of, is_inside, storage_dtype, tied_head, tied_tensors
 from llmqat.formats.directory import SEAL, check_own, model_files, stale_files
+from llmqat.formats.export.check import layers_of, not_run
 from llmqat.formats.readback import read_back
 from llmqat.formats.weights import INDEX
+from llmqat.models.coverage import HEAD, TIED_HEAD
 from llmqat.models.experts import file_name, routers
 from llmqat.models.patcher import quantized_layers, transformers_model
 from llmqat.models.ties import possible_ties, set_tied
 from llmqat.nn.kv_cache import kv_bits_of
+from llmqat.progress import log
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -67,6 +70,8 @@ def save_packed(model: PreTrainedModel, directory: str | Path, tokenizer: Any = 
 def write_contents(contents: Contents, directory: Path, tokenizer: Any = None) -> Path:
     """Write a packed model to `directory`, in the place of the one that is there; see `save_packed`."""
     check_own(directory)
+    if note := _not_run(contents):
+        log(f"note: {note}")
     state = contents.state
     shards = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     stale: list[str] = []
@@ -77,6 +82,21 @@ def write_contents(contents: Contents, directory: Path, tokenizer: Any = None) -
             write_index(scratch, shards.metadata, shards.tensor_to_filename)
         stale += finish_model(contents, scratch, directory, tokenizer)
     return directory
+
+
+def _not_run(contents: Contents) -> str:
+    """Which engines do not run the packed model, and the remedy."""
+    root, tied = transformers_model(contents.model), tied_head(contents.model)
+    head, modules = root.get_output_embeddings(), dict(root.named_modules())
+    floats = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and module is not head and not is_inside(name, contents.layers)
+    ]
+    packed = {tied.get(name, name): layer for name, layer in contents.layers.items()}
+    roles = {name: TIED_HEAD if name in tied else HEAD for name, module in modules.items() if module is head}
+    roles = {tied.get(name, name): role for name, role in roles.items()}
+    return not_run(layers_of(packed, floats, roles), kv_bits_of(root))
 
 
 def save_shard(state: dict[str, Tensor], path: Path) -> None:

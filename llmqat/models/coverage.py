@@ -20,7 +20,8 @@ HEAD, TIED_HEAD = "output head", "output head, tied to the embedding"
 class LayerCoverage:
     """One linear layer: its name, shape ``(out, in)``, and the scheme it got, or why it stays float.
 
-    `role`: HEAD for the output head, TIED_HEAD if the input embedding is the same matrix, else empty.
+    `role`: HEAD for the output head, TIED_HEAD if the input embedding is the same matrix, else empty. `transposed`:
+    whether the file has its weight as ``(in, out)``.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerCoverage:
     scheme: QuantScheme | None
     reason: str = ""
     role: str = ""
+    transposed: bool = False
 
     @property
     def parameters(self) -> int:

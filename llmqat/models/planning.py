@@ -93,7 +93,8 @@ def plan(
         own = None if reason else scheme_of(name, grid, overrides)
         if own is not None and shape[1] < min(GROUP_SIZES[-1], own.group_size):
             own, reason = None, blocked.setdefault(name, NARROW)
-        layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role=role))
+        turned = is_transposed(module)
+        layers.append(LayerCoverage(name, shape, own, "" if own else reason or "override", role, turned))
     check_experts(layers)
     check_transposed(model, layers)
     apart = not split or reads_experts(model)
@@ -219,8 +220,7 @@ def check_transposed(model: PreTrainedModel, layers: list[LayerCoverage]) -> Non
     Raises:
         LlmqatError: if there are several.
     """
-    modules = dict(model.named_modules())
-    grids = {(layer.scheme, is_transposed(modules.get(layer.name))) for layer in layers if layer.scheme}
+    grids = {(layer.scheme, layer.transposed) for layer in layers if layer.scheme}
     if len(grids) > 1 and any(transposed for _, transposed in grids):
         named = [f"{scheme}{'' if transposed else ' of a Linear'}" for scheme, transposed in grids]
         raise LlmqatError(

@@ -18,7 +18,6 @@ from llmqat.errors import LlmqatError
 from llmqat.models.experts import fused_experts
 from llmqat.models.output_head import OutputHead
 from llmqat.models.planning import Overrides, plan
-from llmqat.nn.linear_like import is_transposed
 from llmqat.progress import log, track
 from llmqat.quant.affine import on_grid
 from llmqat.scheme import BITS, QuantScheme
@@ -192,7 +191,7 @@ def _open_layers(model: PreTrainedModel, scheme: QuantScheme, overrides: Overrid
     """
     modules = dict(model.named_modules())
     planned = [layer for layer in plan(model, scheme, overrides).quantized if not layer.role and layer.scheme == scheme]
-    if fused_experts(model) or any(is_transposed(modules.get(layer.name)) for layer in planned):
+    if fused_experts(model) or any(layer.transposed for layer in planned):
         raise LlmqatError(
             f"bits cannot be chosen by layer for {type(model).__name__}: its experts, or all of its layers, need one "
             "grid; give --bits, and --override for other layers"

@@ -12,6 +12,7 @@ from llmqat.errors import LlmqatError
 from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
+from llmqat.formats.export.check import not_run
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
 from llmqat.models.architectures import blocks_in_words, known_architecture, whole_runs
 from llmqat.models.coverage import CoverageReport, by_expert
@@ -66,6 +67,7 @@ class Inspection:
                 f"output head tied to the embedding: {'yes' if self.tied else 'no'}",
                 f"key-value cache: {'int8, a scale per token and head' if self.recipe.quant.kv_bits else 'float'}",
                 f"packed as compressed-tensors: {readers(self.coverage)}",
+                *([f"note: {note}"] if (note := not_run(self.coverage.layers, self.recipe.quant.kv_bits)) else []),
                 f"model family {self.family}",
                 f"decoding on a CPU: {self.decoding}",
                 f"predicted file: {self.packed_bytes / 1e6:.2f} MB (float: {self.float_bytes / 1e6:.2f} MB)",

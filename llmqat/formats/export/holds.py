@@ -1,5 +1,6 @@
 """The grids that each format holds without loss, in one table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmqat.scheme import BITS, QuantScheme
@@ -24,6 +25,8 @@ class Holds:
         float_layers: whether linear layers of the blocks may be on none.
         rows: what the number of rows of a weight has to be a multiple of.
         fused: whether layers that are run as one (q, k and v; gate and up) have to have one grid.
+        inputs: how its engines run layers that were trained on such inputs, see `QuantScheme.inputs`.
+        kv_bits: widths of a quantized cache that they run as it was trained.
     """
 
     symmetric: tuple[int, ...] = BITS
@@ -40,6 +43,8 @@ class Holds:
     float_layers: bool = True
     rows: int = 1
     fused: bool = False
+    inputs: tuple[str, ...] = ("float",)
+    kv_bits: tuple[int, ...] = ()
 
     def bits(self, symmetric: bool) -> tuple[int, ...]:
         """Widths of one kind of grid."""
@@ -52,19 +57,23 @@ class Holds:
         return self.multiple and any(length % group == 0 for group in self.groups)
 
 
-def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
-    """The held grid that is nearest to `scheme`, as what to do instead."""
-    if scheme.bits not in holds.bits(scheme.symmetric):
-        symmetric = scheme.symmetric if holds.bits(scheme.symmetric) else not scheme.symmetric
-        symmetric = not scheme.symmetric if scheme.bits in holds.bits(not scheme.symmetric) else symmetric
-        bits = min(holds.bits(symmetric), key=lambda width: (abs(width - scheme.bits), width))
-        scheme = replace(scheme, bits=bits, symmetric=symmetric)
-    if not holds.holds_group(scheme.group_length(in_features), in_features):
-        dividing = [group for group in holds.groups or () if in_features % group == 0]
-        if not dividing:
-            return f"rows of {in_features} have no group size that it holds: keep the layer float with an override"
-        wanted = scheme.group_length(in_features)
-        scheme = replace(scheme, group_size=min(dividing, key=lambda group: (abs(group - wanted), group)))
+def nearest(rows: Sequence[Holds], scheme: QuantScheme, in_features: int) -> str:
+    """The grid nearest to `scheme` that all of some formats hold, as what to do instead."""
+    symmetry = scheme.symmetric, not scheme.symmetric
+    grids = [(bits, own) for own in symmetry for bits in BITS if all(bits in row.bits(own) for row in rows)]
+    if not grids:
+        return "no grid is held by all of them: serve with fewer"
+    bits, symmetric = min(
+        grids,
+        key=lambda grid: (grid[0] != scheme.bits, grid[1] != scheme.symmetric, abs(grid[0] - scheme.bits), grid[0]),
+    )
+    scheme, wanted = replace(scheme, bits=bits, symmetric=symmetric), scheme.group_length(in_features)
+    if not all(row.holds_group(wanted, in_features) for row in rows):
+        sizes = {size for row in rows for size in row.groups or () if in_features % size == 0}
+        held = [size for size in sizes if all(row.holds_group(size, in_features) for row in rows)]
+        if not held:
+            return f"rows of {in_features} have no group size that is held: keep the layer float with an override"
+        scheme = replace(scheme, group_size=min(held, key=lambda size: (abs(size - wanted), size)))
     asym = "" if scheme.symmetric else " --asym"
     return f"train with --bits {scheme.bits} --group-size {scheme.group_size}{asym}"
 
@@ -72,14 +81,25 @@ def nearest(holds: Holds, scheme: QuantScheme, in_features: int) -> str:
 PACKED = "packed"  # the packed directory itself, beside the formats that it is exported to
 
 BYTES = 2, 4, 8  # widths that fill a byte
+# llama.cpp rounds inputs to int8 whatever they were in training, ONNX Runtime where a graph says so; both by blocks.
+INT8_INPUTS = "float", "dynamic"
 # Formats of `llmqat export`: the columns of docs/serve.md's table.
 HOLDS = {
     "dense": Holds(transposed=True),
-    "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16"),
+    "gguf": Holds(asymmetric=(2, 3, 4), groups=(32,), multiple=True, scale_dtype="float16", inputs=INT8_INPUTS),
     "gptq": Holds(scale_dtype="float16", head=False, mixed=False, float_layers=False, rows=32),
     "awq": Holds((4,), (4,), scale_dtype="float16", head=False, mixed=False, rows=8),
     "mlx": Holds(asymmetric=(), rounded=BITS, groups=(32, 64, 128)),
-    "onnx": Holds(BYTES, BYTES, (), (16, 32, 64, 128, 256), head=False, mixed=False, float_layers=False, rows=32),
+    "onnx": Holds(
+        BYTES,
+        BYTES,
+        groups=(16, 32, 64, 128, 256),
+        head=False,
+        mixed=False,
+        float_layers=False,
+        rows=32,
+        inputs=INT8_INPUTS,
+    ),
 }
 # Engines that run the packed directory, and hold less than it does: vLLM, by its kernels for CPUs, which were run, and
 # those for GPUs, which were read.

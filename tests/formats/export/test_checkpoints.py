@@ -144,12 +144,12 @@ def test_awq_names_what_is_float(packed_dir, tmp_path):
         (
             "gptq",
             {"overrides": {"down_proj$": {"bits": 8}}},
-            "gptq holds one grid for all layers, and this model has W4",
+            "gptq cannot hold several grids, and this model has W4",
         ),
         (
             "gptq",
             {"overrides": {"o_proj$": "float"}},
-            r"every linear layer of the blocks on the grid, and model.* are",
+            r"cannot hold float linear layers of the blocks, and model.* are",
         ),
         (
             "mlx",
