@@ -49,8 +49,8 @@ def _check_held(source: Source, to: str, allow_rounding: bool) -> None:
     floats = (name for name in source.float_linears() if source.model.get_submodule(name) is not head)
     on_grid = next((name for name, layer in names.items() if layer is head), "")
     layers = layers_of(names, floats, {on_grid: TIED_HEAD if source.tied_embedding() else HEAD})
-    if problem := conflict(holds, layers, [holds]):
-        raise LlmqatError(f"{to} {problem}")
+    if found := conflict(holds, layers, [holds]):
+        raise LlmqatError(f"{to} {found}")
     for name, layer in names.items():
         problem = next(problems_of_file(holds, layer, allow_rounding), None)
         if problem is not None:
@@ -121,7 +121,7 @@ def _fused_conflict(schemes: dict[str, QuantScheme | None]) -> str:
 
 
 def arithmetic_conflict(holds: Holds, layers: Sequence[LayerCoverage], kv_bits: int | None) -> str:
-    """What of the arithmetic of training an engine does not run, with its remedy; empty if it runs all.
+    """The part of the arithmetic of training that an engine does not run, with its remedy; empty if it runs all.
 
     Args:
         holds: what it runs.
