@@ -13,11 +13,11 @@ from llmqat.formats.importing.awq import awq_layer, awq_zero_points, check_awq
 from llmqat.formats.importing.directory import Checkpoint
 from llmqat.formats.importing.gguf import gguf_layers
 from llmqat.formats.importing.gptq import check_gptq, gptq_layer, gptq_zero_points
-from llmqat.formats.reader import quantization_of
+from llmqat.formats.reader import quantization_of, read_config
 from llmqat.formats.weights import read_mapped
-from llmqat.models.foreign import from_pretrained, local_directory
+from llmqat.models.foreign import ForeignError, from_pretrained, local_directory
 from llmqat.models.gguf_file import EXTENSION, directory_of
-from llmqat.models.loading import empty_model, load_empty
+from llmqat.models.loading import empty_model, load_empty, load_tokenizer
 from llmqat.scheme import BITS
 
 READERS = {"gptq": (check_gptq, gptq_zero_points, gptq_layer), "awq": (check_awq, awq_zero_points, awq_layer)}
@@ -28,10 +28,34 @@ def checkpoint_of(name: str | Path) -> Checkpoint:
     """The checkpoint in a directory, a Hub repository or a GGUF file.
 
     Raises:
-        LlmqatError: if it is of no format that llmqat imports, damaged, or on a grid that llmqat does not have.
+        LlmqatError: if it is of no format that llmqat imports, damaged, on a grid that llmqat does not have, or without
+            the tokenizer of the model.
     """
-    if Path(name).suffix == EXTENSION:
+    if Path(name).suffix == EXTENSION:  # which holds the tokenizer, a token for each row of the embedding
         return _of_gguf(Path(name))
+    found = _of_directory(name)
+    _check_tokenizer(found)
+    return found
+
+
+def _check_tokenizer(found: Checkpoint) -> None:
+    """Refuse ids that the embedding has no row for: a text that holds one could not be run."""
+    try:
+        tokenizer = load_tokenizer(str(found.directory))
+    except LlmqatError as error:
+        raise LlmqatError(
+            f"{found.directory} has no tokenizer that transformers can load; copy the files of the model's own there"
+        ) from error
+    last, rows = max(tokenizer.get_vocab().values()), found.model.get_input_embeddings().weight.shape[0]
+    if last >= rows:
+        raise LlmqatError(
+            f"the tokenizer in {found.directory} has tokens up to {last}, and the model an embedding of {rows}: it is "
+            "that of another model; copy the files of the model's own there"
+        )
+
+
+def _of_directory(name: str | Path) -> Checkpoint:
+    """A checkpoint of GPTQ or AWQ in a directory or a Hub repository."""
     directory = local_directory(name)
     config = quantization_of(directory)
     method = config.get("quant_method")
@@ -40,10 +64,10 @@ def checkpoint_of(name: str | Path) -> Checkpoint:
     if method not in READERS:
         what = f"is quantized by {method}" if method else "is a float model, which needs no import"
         raise LlmqatError(f"{name} {what}; llmqat imports {', '.join(READERS)} and GGUF files")
-    return _of_directory(directory, config)
+    return _quantized(directory, config)
 
 
-def _of_directory(directory: Path, config: Mapping[str, Any]) -> Checkpoint:
+def _quantized(directory: Path, config: Mapping[str, Any]) -> Checkpoint:
     """A checkpoint of GPTQ or AWQ; all its layers are symmetric, or all have zero points."""
     for key, known in (("bits", BITS), ("group_size", None)):
         if type(config.get(key)) is not int or (known and config[key] not in known):
@@ -57,7 +81,14 @@ def _of_directory(directory: Path, config: Mapping[str, Any]) -> Checkpoint:
     zeros = {name: zero_points(tensors, name, config) for name in names}
     symmetric = all(bool((zero == 1 << config["bits"] - 1).all()) for zero in zeros.values())
     parts = {f"{name}.{part}" for name in names for part in PARTS}
-    model_config = from_pretrained(AutoConfig, directory)
+    try:
+        model_config = from_pretrained(AutoConfig, directory)
+    except ForeignError as error:
+        kind = read_config(directory).get("model_type")
+        raise LlmqatError(
+            f"{directory / 'config.json'}: this transformers has no model type {kind!r}, or cannot read the rest; "
+            "install a newer one, or copy the checkpoint again"
+        ) from error
     model_config.__dict__.pop("quantization_config", None)
     declared, model = model_config.dtype, empty_model(model_config)
     model.config.dtype = declared  # which making it has replaced

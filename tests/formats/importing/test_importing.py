@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.importing.grids import FoundLayer
@@ -111,6 +112,29 @@ def cut(out):
     (out / "model.safetensors").write_bytes(data[:-100])
 
 
+def lose_a_shard(out):
+    names = dict.fromkeys(load_file(out / "model.safetensors"), "model-00001-of-00002.safetensors")
+    weight_map = names | {"model.norm.weight": "model-00002-of-00002.safetensors"}
+    (out / "model.safetensors").rename(out / "model-00001-of-00002.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def another_family(out):
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
+
+
+def another_tokenizer(out):
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.add_tokens([f"<{index}>" for index in range(9)])
+    tokenizer.save_pretrained(out)
+
+
+def no_tokenizer(out):
+    for path in out.glob("tokenizer*"):
+        path.unlink()
+
+
 def unquantized(out):
     save_file({"model.norm.weight": torch.ones(64)}, out / "model.safetensors", metadata={"format": "pt"})
 
@@ -158,6 +182,19 @@ BROKEN = {
         "is of version gemv with 4 bits; llmqat imports ve",
     ),
     "cut": (cut, r"model\.safetensors is damaged"),
+    "shard": (lose_a_shard, r"model-00002-of-00002\.safetensors.*; "),
+    "family": (
+        another_family,
+        r"config\.json: this transformers has no model type 'llama9', or .*; install a newer one, or copy the ch",
+    ),
+    "another tokenizer": (
+        another_tokenizer,
+        "has tokens up to 268, and the model an embedding of 264: it is that of another model; copy the files of the",
+    ),
+    "no tokenizer": (
+        no_tokenizer,
+        "has no tokenizer that transformers can load; copy the files of the model's own there",
+    ),
     "float": (unquantized, "holds no quantized layer; copy or download the checkpoint again"),
 }
 
@@ -177,6 +214,15 @@ def test_broken_checkpoints_are_refused_in_one_line(checkpoint, tmp_path, case):
     with pytest.raises(LlmqatError, match=message):
         import_checkpoint(broken, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_a_truncated_gguf_file(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export(packed(QuantScheme(4, 32)), "gguf", tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(LlmqatError, match=r"cannot read model file .*model\.gguf: .*; copy or download it again"):
+        import_checkpoint(path, tmp_path / "back")
 
 
 def test_gguf_files_that_are_not_imported(packed, tmp_path, monkeypatch):
