@@ -4,12 +4,12 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from llmqat.cli.flags import check_fields, recipe_from
-from llmqat.cli.parser import EVAL_DATA_FIELDS
+from llmqat.cli.parser import EVAL_DATA_FIELDS, EVAL_OPEN
 from llmqat.cli.recipes import bundled_recipes, bundled_scripts, command_of, find_recipe
 from llmqat.config import DataConfig, EvalConfig, TrainConfig, speed_lengths
 from llmqat.config.options import NO_LIMITS, check_value
@@ -112,6 +112,9 @@ def run_eval(args: argparse.Namespace) -> None:
 
     check_fields(DataConfig, vars(args))
     check_fields(EvalConfig, vars(args))
+    check_task_flags(args)
+    if args.tasks:
+        return run_tasks(args)
     model, tokenizer = load_any(args.model, args.device, torch.float32, args.activations)
     source = DataConfig(**{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
     data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, args.bos)
@@ -124,6 +127,52 @@ def run_eval(args: argparse.Namespace) -> None:
             print(f"{key:<16} {value:.6g}" if isinstance(value, float) else f"{key:<16} {value}")
     if args.json:
         write_text(Path(args.json), json.dumps({**numbers, "environment": environment()}, indent=2) + "\n")
+
+
+TASK_FLAGS = {"task_path": None, "few_shot": 0, "limit": 1, "batch_size": 1, "chat": None}  # -> the least number
+
+
+def check_task_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of `llmqat eval` that say nothing, or that no task can follow.
+
+    Raises:
+        LlmqatError: naming the flag.
+    """
+    given = [name for name in TASK_FLAGS if getattr(args, name) is not None and getattr(args, name) is not False]
+    if not args.tasks:
+        lone = given if args.tasks is None else ["tasks"]
+        if lone:
+            flag = lone[0].replace("_", "-")
+            raise LlmqatError(f"--{flag} says nothing without names in --tasks; add those, or leave it out")
+        return
+    for name, least in TASK_FLAGS.items():
+        if least is not None and name in given:
+            check_value(int, getattr(args, name), f"--{name.replace('_', '-')}", {**NO_LIMITS, "least": least})
+    flags = {f.name: f.metadata.get("flag") for section in (DataConfig, EvalConfig) for f in fields(section)}
+    defaults = {name: getattr(DataConfig, name) for name in EVAL_DATA_FIELDS} | dict.fromkeys(EVAL_OPEN)
+    texts = [flags[name] for name, default in defaults.items() if getattr(args, name) != default]
+    if texts or args.throughput:
+        flag = (texts or ["--throughput"])[0]
+        raise LlmqatError(f"{flag} says nothing with --tasks, which bring texts of their own; leave one of them out")
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """Run `llmqat eval --tasks`."""
+    import torch
+
+    from llmqat.metrics.harness.tasks import Tasks, as_json, scores, table
+
+    tasks = Tasks(
+        tuple(args.tasks.split(",")), args.task_path, args.few_shot, args.limit, args.batch_size or 1, args.chat
+    )
+    manager = tasks.manager()
+    results = tasks.run(*load_any(args.model, args.device, torch.float32, args.activations), manager)
+    against = tasks.run(*load_any(args.against, args.device, torch.float32), manager) if args.against else None
+    rows = scores(results, against)
+    print(table(rows))
+    if args.json:
+        said = {"model": args.model, "against": args.against, **asdict(tasks), **as_json(rows, results)}
+        write_text(Path(args.json), json.dumps(said, indent=2) + "\n")
 
 
 def perplexity_numbers(args: argparse.Namespace, model: Any, data: Any) -> dict[str, Any]:

@@ -48,6 +48,8 @@ Perplexity of a float or packed model, by the GPTQ protocol; against a float mod
   llmqat eval ./my-model --dataset wikitext2
       as papers report it: windows of 2048; so are c4, c4-new, ptb and ptb-new, under the names of GPTQ's code
   llmqat eval ./my-model --dataset my-org/my-texts --window 2048 --eval-tokens 400000
+  llmqat eval runs/llmqat --tasks arc_easy,hellaswag --against llama
+      tasks of lm-evaluation-harness instead of a text; needs llmqat[lm-eval]
 """
 VERIFY = """\
 Prove that a packed directory holds the codes and scales of training, bit for bit, and runs as what was trained.
@@ -169,9 +171,20 @@ def build_parser(commands: Mapping[str, Callable[[Any], None]]) -> Parser:
     sub.add_argument("--throughput", action="store_true", help="also measure prefill and decode speed")
     add_running_flags(sub)
     sub.add_argument("--json", metavar="FILE", help="also write the numbers to a file")
+    add_task_flags(sub.add_argument_group("tasks of lm-evaluation-harness, instead of a text"))
 
     add_other_commands(command)
     return parser
+
+
+def add_task_flags(group: Any) -> None:
+    """Add the flags of `llmqat eval --tasks`."""
+    group.add_argument("--tasks", metavar="TASK[,TASK]", help="names of tasks, or of groups of them")
+    group.add_argument("--task-path", metavar="DIR", help="folder of task files of your own, beside the harness' own")
+    group.add_argument("--few-shot", type=int, metavar="N", help="examples before each question; default: the task's")
+    group.add_argument("--limit", type=int, metavar="N", help="documents of each task at most")
+    group.add_argument("--batch-size", type=int, metavar="N", help="requests at a time (default: 1)")
+    group.add_argument("--chat", action="store_true", help="ask through the chat template")
 
 
 def add_other_commands(command: Callable[[str, str], Parser]) -> None:

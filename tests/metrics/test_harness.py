@@ -4,15 +4,20 @@ import json
 import math
 import random
 import re
+import runpy
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 import llmqat
-from eval import lm_eval_model
 from llmqat.kernels import ops
+from llmqat.metrics.harness import tasks as harness
 from llmqat.nn.packed_linear import PackedLinear
 
 CONTEXT = 64  # of the tiny model
@@ -39,6 +44,7 @@ doc_to_target: "{{continuation}}"
 generation_kwargs: {until: ["|"], max_gen_toks: 8}
 metric_list: [{metric: exact_match}]
 """
+FOUND = {"results": {"local_choice": {"acc,none": 0.5}}}
 TASKS = {"local_choice": CHOICE, "local_text": ROLLING, "local_words": GENERATION}
 
 
@@ -122,47 +128,55 @@ def expected(model, tokenizer, documents):
     }
 
 
-def arguments(packed_dir, task_folder, *more):
-    tasks = ["--tasks", ",".join(TASKS), "--include-path", task_folder, "--dtype", "float32"]
-    return lm_eval_model.arguments([str(argument) for argument in (packed_dir, *tasks, *more)])
+def results_of(packed_dir, task_folder, *names):
+    model, tokenizer = llmqat.load(packed_dir, torch.float32), llmqat.load_tokenizer(str(packed_dir))
+    tasks = harness.Tasks(names, str(task_folder))
+    return tasks.run(model, tokenizer, tasks.manager())
 
 
-def test_scores_are_those_of_plain_torch(packed_dir, task_folder, documents, model_dir, tmp_path, capsys):
-    output = tmp_path / "scores.json"
-    args = arguments(packed_dir, task_folder, "--against", model_dir, "--output", output)
-    rows = {(row.task, row.metric): row for row in lm_eval_model.compare(args)}
+def test_scores_are_those_of_plain_torch(packed_dir, task_folder, documents, model_dir, tmp_path, call, capsys):
+    output, names = tmp_path / "scores.json", ",".join(TASKS)
+    argv = ["eval", packed_dir, "--tasks", names, "--task-path", task_folder, "--against", model_dir, "--json", output]
+    assert call(argv) == 0
+    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    rows = {(row["task"], row["metric"]): row for row in written["scores"]}
     tokenizer = llmqat.load_tokenizer(str(packed_dir))
     packed = expected(llmqat.load(packed_dir, torch.float32), tokenizer, documents)
     against = expected(llmqat.load_float(str(model_dir), torch.float32), tokenizer, documents)
     assert set(rows) == set(packed)
     for key, row in rows.items():
-        assert row.packed == pytest.approx(packed[key], rel=1e-5)
+        assert row["value"] == pytest.approx(packed[key], rel=1e-5)
         if key[0] != "local_words":
-            assert row.against == pytest.approx(against[key], rel=1e-5)
-        assert row.difference == pytest.approx(row.packed - row.against)
-    assert rows["local_text", "word_perplexity"].packed != rows["local_text", "word_perplexity"].against
-    assert rows["local_text", "word_perplexity"].difference_stderr is None  # no mean over documents
-    written = json.loads(output.read_text())
+            assert row["against"] == pytest.approx(against[key], rel=1e-5)
+        assert row["difference"] == pytest.approx(row["value"] - row["against"])
+    assert rows["local_text", "word_perplexity"]["value"] != rows["local_text", "word_perplexity"]["against"]
+    assert rows["local_text", "word_perplexity"]["difference_stderr"] is None  # no mean over documents
     assert written["documents"] == {"local_choice": 12, "local_text": 3, "local_words": 3}
-    assert {(row["task"], row["metric"]): row["packed"] for row in written["scores"]} == {
-        key: row.packed for key, row in rows.items()
-    }
-    printed = capsys.readouterr().out
-    assert "packed - float" in printed
-    assert f"{rows['local_choice', 'acc'].packed:.4f} ± " in printed
+    assert (written["model"], written["names"]) == (str(packed_dir), list(TASKS))
+    assert printed.splitlines()[0].split() == ["task", "metric", "score", "against", "difference"]
+    assert f"{rows['local_choice', 'acc']['value']:.4f} ± " in printed
+
+
+def test_what_is_asked_of_the_harness(packed_dir, task_folder, monkeypatch, call, capsys):
+    asked = {}
+    monkeypatch.setattr(harness, "simple_evaluate", lambda **options: asked.update(options) or FOUND)
+    flags = ["--limit", "3", "--few-shot", "2", "--batch-size", "4", "--chat", "--activations", "int8"]
+    assert call(["eval", packed_dir, "--tasks", "local_choice", "--task-path", task_folder, *flags]) == 0
+    assert [asked[name] for name in ("limit", "num_fewshot", "apply_chat_template")] == [3, 2, True]
+    assert (asked["model"].batch_size, asked["model"].model.dtype) == (4, torch.float32)
+    layer = next(layer for layer in asked["model"].model.modules() if isinstance(layer, PackedLinear))
+    assert (layer.scheme.act_bits, layer.trained_scheme.act_bits) == (8, None)
+    assert capsys.readouterr().out.split() == ["task", "metric", "score", "local_choice", "acc", "0.5000"]
 
 
 def test_the_difference_is_paired_over_documents(packed_dir, task_folder):
-    args = arguments(packed_dir, task_folder)
-    manager = lm_eval_model.tasks_of(["local_choice"], str(task_folder))
-    args.tasks = ["local_choice"]
-    results = lm_eval_model.evaluate(lm_eval_model.PackedLM(str(packed_dir), "float32"), manager, args)
+    results = results_of(packed_dir, task_folder, "local_choice")
     other = json.loads(json.dumps({key: results[key] for key in ("results", "samples")}, default=str))
     for sample in other["samples"]["local_choice"][:7]:
         sample["acc"] = 1 - sample["acc"]
-    row = next(row for row in lm_eval_model.scores(results, other) if row.metric == "acc")
+    row = next(row for row in harness.scores(results, other) if row.metric == "acc")
     flips = [2 * sample["acc"] - 1 for sample in results["samples"]["local_choice"][:7]] + [0.0] * 5
-    assert row.difference_stderr != pytest.approx(row.packed_stderr, rel=0.01)
+    assert row.difference_stderr != pytest.approx(row.stderr, rel=0.01)
     assert row.difference_stderr == pytest.approx(torch.tensor(flips).std().item() / 12**0.5)
 
 
@@ -170,13 +184,9 @@ def test_every_request_runs_the_packed_op(packed_dir, task_folder, reference_op,
     called = []
     reference = ops.reference
     monkeypatch.setattr(ops, "reference", lambda *args: called.append(args[0].shape) or reference(*args))
-    lm = lm_eval_model.PackedLM(str(packed_dir), "float32")
-    assert not [name for name, _ in lm.model.named_parameters() if "_proj" in name]  # no dense weight is left
     for task in TASKS:
         called.clear()
-        args = arguments(packed_dir, task_folder)
-        args.tasks = [task]
-        lm_eval_model.evaluate(lm, lm_eval_model.tasks_of([task], str(task_folder)), args)
+        results_of(packed_dir, task_folder, task)
         assert len(called) >= 2 * 7  # a call per layer
         assert len(called) % (2 * 7) == 0
 
@@ -186,7 +196,7 @@ def test_a_tied_packed_head_stays_packed(tied_dir, tmp_path):
     llmqat.prepare(model, llmqat.QuantScheme(4, 16), init="rtn", lm_head_bits=8)
     llmqat.pack(model, tmp_path, llmqat.load_tokenizer(str(tied_dir)))
     ids = torch.arange(12)[None]
-    lm = lm_eval_model.PackedLM(str(tmp_path), "float32")
+    lm = harness.PackedLM(str(tmp_path), "float32")
     assert isinstance(lm.model.lm_head, PackedLinear)
     with torch.no_grad():
         expected = llmqat.load(tmp_path, torch.float32)(ids).logits
@@ -204,29 +214,46 @@ def test_the_command_line_of_the_harness_knows_the_model(
     packed_dir, task_folder, only_local_tasks, monkeypatch, capsys
 ):
     model = ["--model", "llmqat", "--model_args", f"pretrained={packed_dir},dtype=float32", "--device", "cuda:0"]
-    argv = ["lm_eval_model.py", "run", *model, "--tasks", "local_choice", "--include_path", str(task_folder)]
+    argv = ["lm_eval", "run", *model, "--tasks", "local_choice", "--include_path", str(task_folder)]
     monkeypatch.setattr(sys, "argv", argv)
-    lm_eval_model.main()
+    runpy.run_module("llmqat.metrics.harness", run_name="__main__")
     assert "|local_choice|" in capsys.readouterr().out
 
 
+def test_the_entry_point_that_later_releases_of_the_harness_look_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    entry = EntryPoint("llmqat", project["entry-points"]["lm_eval.models"]["llmqat"], "lm_eval.models")
+    assert entry.load() is get_model("llmqat") is harness.PackedLM
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("flags", "message"),
     [
-        (["--tasks", "no_such_task"], "no task no_such_task; .* lists them"),
-        (["--dtype", "int8"], "invalid choice"),
-        (["--against", "./nowhere"], "does not exist"),
+        (["--tasks", "no_such_task"], r"has no task no_such_task; `lm_eval ls tasks` lists them, and --task-path adds"),
+        (["--tasks", "x", "--task-path", "nowhere"], "nowhere is no folder of task files; give another --task-path"),
+        (["--limit", "3"], "--limit says nothing without names in --tasks; add those, or leave it out"),
+        (["--tasks", ""], "--tasks says nothing without names in --tasks"),
+        (["--tasks", "x", "--window", "32"], "--window says nothing with --tasks, which bring texts of their own; lea"),
+        (["--tasks", "x", "--dataset", "my.txt"], "--dataset says nothing with --tasks"),
+        (["--tasks", "x", "--throughput"], "--throughput says nothing with --tasks"),
+        (["--tasks", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )
-def test_errors_are_one_line(packed_dir, task_folder, only_local_tasks, monkeypatch, capsys, change, message):
-    argv = [packed_dir, "--tasks", "local_choice", "--include-path", task_folder, *change]
-    monkeypatch.setattr(sys, "argv", ["lm_eval_model.py", *map(str, argv)])
-    with pytest.raises(SystemExit) as stopped:
-        lm_eval_model.main()
-    text = f"{stopped.value} {capsys.readouterr().err}"
-    assert re.search(message, text)
+def test_errors_are_one_line(packed_dir, only_local_tasks, call, capsys, flags, message):
+    assert call(["eval", packed_dir, *flags]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_a_harness_that_is_not_there(packed_dir, monkeypatch, call, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, harness.__name__)
+    assert call(["eval", packed_dir, "--tasks", "arc_easy"]) == 1
+    assert re.search(
+        r"which is not there \(.*lm_eval.*\): pip install 'llmqat\[lm-eval\]'$", capsys.readouterr().err.strip()
+    )
 
 
 def test_an_unknown_dtype_names_the_known_ones(packed_dir):
     with pytest.raises(llmqat.LlmqatError, match="dtype must be one of auto, bfloat16, float16, float32; got 'int8'"):
-        lm_eval_model.PackedLM(str(packed_dir), "int8")
+        harness.PackedLM(str(packed_dir), "int8")
