@@ -1,6 +1,7 @@
 """The machine and the versions a number was measured with."""
 
 import ctypes
+import gc
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -39,11 +40,14 @@ def available_memory(device: Any = None) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give memory that is free inside this process back to the system, where the C library can (glibc).
+    """Free what nobody holds, and give memory that is free inside this process back to the system, where the C library
+    can (glibc).
 
-    It keeps the holes between small values that live on, and the next stage of a run, whose tensors are of other sizes,
+    Models that hold each other's methods or hooks live on until Python looks for such circles. The C library keeps the
+    holes between small values that live on, and the next stage of a run, whose tensors are of other sizes,
     takes new memory beside them.
     """
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

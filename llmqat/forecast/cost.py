@@ -47,6 +47,22 @@ class Cost(NamedTuple):
         return Cost(*(a + times * (b - a) for a, b in zip(self, longer, strict=True)))
 
 
+class Stage(NamedTuple):
+    """One stage of a run.
+
+    Attributes:
+        name: of the stage.
+        flops: its floating-point operations.
+        dtype: in which most of them run.
+        bytes: its peak of memory; in a `Forecast` with the process itself.
+    """
+
+    name: str
+    flops: float
+    dtype: torch.dtype
+    bytes: float
+
+
 Work = Callable[[Shapes, Resolved], None]
 
 

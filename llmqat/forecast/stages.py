@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +11,8 @@ from llmqat.algorithms.blocks import HESSIAN_BYTES
 from llmqat.algorithms.blockwise import CHECKS, HELD_OUT_EVERY, Blockwise
 from llmqat.algorithms.gptq_model import GptqSettings
 from llmqat.config import Resolved
-from llmqat.forecast.cost import Cost, cost_of, scored_batch, training_step
+from llmqat.forecast.cost import Cost, Stage, cost_of, scored_batch, training_step
+from llmqat.forecast.ending import of_packed, throughput, verification
 from llmqat.forecast.shapes import block_count, expert_count, has_like_blocks
 from llmqat.metrics.layer_error import STRIDE
 from llmqat.metrics.perplexity import BATCH_TOKENS
@@ -30,22 +30,6 @@ EFFICIENCY = {torch.float32: 0.5, torch.bfloat16: 0.33}
 MASTER = 4  # bytes of a float32 weight
 AUTO_ROUND_STEPS, AUTO_ROUND_SEQUENCES = 200, 8  # its defaults
 SCORING_CHUNKS = 2  # as large as a chunk of logits, alive at once while tokens are scored
-
-
-class Stage(NamedTuple):
-    """One stage of a run.
-
-    Attributes:
-        name: of the stage.
-        flops: its floating-point operations.
-        dtype: in which most of them run.
-        bytes: its peak of memory; in a `Forecast` with the process itself.
-    """
-
-    name: str
-    flops: float
-    dtype: torch.dtype
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -108,8 +92,9 @@ def forecast(
         stages += [other_tool(name, recipe, model, coverage, batch), score(name)]
     if train:
         stages += [training(recipe, cost_of(training_step, model, recipe, coverage, stored), batch), score("trained")]
+    stages += ending(recipe, model, coverage, batch, stored)
     always = PROCESS_BYTES + kept_of_float(recipe, model, coverage) - left_in_files(recipe, model, coverage, stored)
-    return Forecast(tuple(stage._replace(bytes=stage.bytes + always) for stage in (*stages, score("packed"))))
+    return Forecast(tuple(stage._replace(bytes=stage.bytes + always) for stage in stages))
 
 
 def loading(recipe: Resolved, model: PreTrainedModel, stored: torch.dtype, batch: Cost) -> Stage:
@@ -220,6 +205,17 @@ def other_tool(name: str, recipe: Resolved, model: PreTrainedModel, coverage: Co
     activations = MASTER * in_step * widths // (block_count(model) or 1)
     flops = 2 * weights * (3 * AUTO_ROUND_STEPS * in_step + 2 * tokens)
     return Stage(name, flops, torch.bfloat16, batch.held + own + chains + activations)
+
+
+def ending(
+    recipe: Resolved, model: PreTrainedModel, coverage: CoverageReport, batch: Cost, stored: torch.dtype
+) -> list[Stage]:
+    """All that is done with the packed model, which low memory does not time."""
+    packed = of_packed(recipe, model, coverage, stored, batch)
+    stages = [evaluation(recipe, model, packed, "packed"), verification(model, coverage, packed)]
+    if recipe.eval.repeats and not recipe.low_memory:
+        stages.append(throughput(recipe, model, coverage, stored, batch))
+    return stages
 
 
 def training(recipe: Resolved, step: Cost, batch: Cost) -> Stage:

@@ -5,9 +5,9 @@ token starts without a past. So each way in which a packed model runs (native sa
 transformers, that loop alone) continues a few prompts, and every logit on the way is compared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -18,7 +18,6 @@ from llmqat.models.patcher import float_parameters, quantized_layers, transforme
 from llmqat.serve.forward import through_transformers
 
 PROMPT, NEW_TOKENS, PROBES = 8, 24, 3
-NUDGE = 2.0**-12  # relative: a code of eight bits is 2^-7 of the largest value
 
 
 class Decoding(NamedTuple):
@@ -88,70 +87,83 @@ def differences(some: Tensor, others: Tensor) -> Tensor:
     return torch.stack([(a.double() - b).abs().max() for a, b in zip(some, others, strict=True)])
 
 
-class Judge:
-    """Says what is right, without a cache, and how much plain torch errs there; once for the same sequences.
+class Continued(NamedTuple):
+    """Sequences of a packed model that ran in one way, with its logits on the CPU, until a reference judges them.
 
-    Args:
-        reference: the trained model, its float parts rounded as the file has them; or a dense copy of the file.
-        plain: dense copies of the file in float32 and float64.
+    Attributes:
+        ids: prompts with their greedy continuations ``(sequences, length)``.
+        start: tokens of a prompt.
+        logits: of the continuations, behind a cache ``(sequences, new, vocabulary)``; None of the native loop.
+        whole: of the sequences, without a cache ``(sequences, length, vocabulary)``; None of the native loop.
+        bound: four times the largest error of plain torch on them; 0 of the native loop, which has no logits.
     """
 
-    def __init__(self, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> None:
-        self.reference, self.plain = reference, plain
-        self.judged: tuple[Tensor, Tensor, float] | None = None
-
-    def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
-        """Logits ``(sequences, length, vocabulary)``, and four times the largest error of plain torch."""
-        if self.judged is None or not torch.equal(self.judged[0], ids):
-            plain, exact = (without_cache(model, ids) for model in self.plain)
-            error = float(differences(plain, exact).max())
-            self.judged = ids, without_cache(self.reference, ids), 4 * error
-        return self.judged[1:]
+    ids: Tensor
+    start: int
+    logits: Tensor | None
+    whole: Tensor | None
+    bound: float
 
 
-def decoding(model: PreTrainedModel, reference: nn.Module, plain: tuple[nn.Module, nn.Module]) -> Decoding | None:
-    """Compare what a packed model decodes, natively and by transformers, with what `reference` says without a cache.
+Found = TypeVar("Found")
+
+
+class OnceInARow(Generic[Found]):
+    """Calls a function of sequences, but not for those of the last call: most ways to run continue alike."""
+
+    def __init__(self, function: Callable[[Tensor], Found]) -> None:
+        self.function = function
+        self.last: tuple[Tensor, Found] | None = None
+
+    def __call__(self, ids: Tensor) -> Found:
+        """The result for `ids`."""
+        if self.last is None or not torch.equal(self.last[0], ids):
+            self.last = None  # before the next one takes its memory
+            self.last = ids, self.function(ids)
+        return self.last[1]
+
+
+def continued(model: PreTrainedModel, plain: tuple[nn.Module, nn.Module]) -> list[Continued]:
+    """Let a packed model continue prompts, natively and by transformers; nothing of one that does not generate.
 
     Args:
         model: the packed model as it is loaded.
-        reference: the trained model, its float parts rounded as the file has them; or a dense copy of the file.
         plain: dense copies of the file in float32 and float64, for the bound.
-
-    Returns:
-        the worst of all ways to run; None for a model that does not generate.
     """
     prompts = prompts_for(model)
     if prompts is None:
-        return None
-    judge, errors, bounds = Judge(reference, plain), [], []
+        return []
+    found, start = [], prompts.shape[1]
+    bound = OnceInARow(lambda ids: 4 * float(differences(*(without_cache(copy, ids) for copy in plain)).max()))
     # Native blocks take one sequence at a time.
     for way, at_once in ((nullcontext(), 1), (through_transformers(model), PROBES)):
         with way:
             ids, logits = greedy_continuations(model, prompts, at_once, logits=True)
             whole = without_cache(model, ids, at_once)
-        right, bound = judge(ids)
-        assert logits is not None
-        behind_cache = differences(logits, right[:, -logits.shape[1] - 1 : -1])
-        errors.append(float(torch.maximum(behind_cache, differences(whole, right)).median()))
-        bounds.append(bound)
+        found.append(Continued(ids, start, logits, whole, bound(ids)))
     ids, _ = greedy_continuations(model, prompts, 1, logits=False)
-    start = prompts.shape[1]
-    new = judge(ids)[0][:, start - 1 : -1].double()
-    chosen = new.gather(-1, ids[:, start:, None].cpu())
-    gap = float((new.amax(-1, keepdim=True) - chosen).max())
-    return Decoding(max(errors), max(bounds), gap <= 2 * max(bounds))
+    return [*found, Continued(ids, start, None, None, 0.0)]
 
 
-@torch.no_grad()
-def nudge(plain: PreTrainedModel) -> None:
-    """Move the embeddings of a dense copy by less than a code of eight bits, in place.
+def judged(found: Sequence[Continued], reference: nn.Module) -> Decoding | None:
+    """Compare what a packed model continued with what `reference` says without a cache; None if that is nothing.
 
-    Whether an activation or a cached value lies on a rounding tie is a matter of chance: a bound from a model where it
-    happens to move no code says nothing about one where it moves some.
+    Args:
+        found: see `continued`.
+        reference: the trained model, its float parts rounded as the file has them; or a dense copy of the file.
     """
-    weight = plain.get_input_embeddings().get_parameter("weight")
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-    weight.mul_(1 + NUDGE * noise.to(weight.device))
+    if not found:
+        return None
+    errors, right = [], OnceInARow(lambda ids: without_cache(reference, ids))
+    for one in found:
+        if one.logits is not None and one.whole is not None:
+            behind_cache = differences(one.logits, right(one.ids)[:, -one.logits.shape[1] - 1 : -1])
+            errors.append(float(torch.maximum(behind_cache, differences(one.whole, right(one.ids))).median()))
+    native = found[-1]
+    new = right(native.ids)[:, native.start - 1 : -1].double()
+    chosen = new.gather(-1, native.ids[:, native.start :, None].cpu())
+    gap, bound = float((new.amax(-1, keepdim=True) - chosen).max()), max(one.bound for one in found)
+    return Decoding(max(errors), bound, gap <= 2 * bound)
 
 
 @contextmanager

@@ -1,32 +1,27 @@
 """Prove that a packed directory holds what was trained, and that it runs as what was trained."""
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from llmqat.formats import fingerprint
 from llmqat.formats.contents import Contents, contents_of
-from llmqat.formats.decoding import Decoding, as_stored, decoding, differences, nudge
+from llmqat.formats.decoding import Continued, as_stored, continued, differences, judged
+from llmqat.formats.dense import dense_copy, nudge, quantizes_inputs
 from llmqat.formats.directory import unlisted_files
 from llmqat.formats.reader import load_packed
 from llmqat.formats.weights import read_mapped
 from llmqat.models.foreign import local_directory
 from llmqat.models.patcher import transformers_model
-from llmqat.nn.embedding import PackedEmbedding
 from llmqat.nn.experts import follow_routes, record_routes
 from llmqat.nn.kv_cache import kv_bits_of
-from llmqat.nn.packed_linear import PackedLinear, packed_layers
+from llmqat.nn.packed_linear import packed_layers
 from llmqat.nn.quantizers import disable_quantizers
-from llmqat.quant.affine import dequantize, fake_quantize_input
 from llmqat.quant.full_float32 import full_float32
 
 # The largest of some errors is a matter of chance: the median of this many probes ``(probes, tokens)`` is compared.
@@ -83,12 +78,14 @@ class Expected(NamedTuple):
         tensors: hashes of the tensors, by name.
         files: hashes of the files, by name; None where there is no fingerprint of them.
         trained: the model that was trained, if it is at hand.
+        judges: whether decoding is compared with that, which computes in float32, or with the dequantized weights.
     """
 
     layers: fingerprint.Layers
     tensors: dict[str, str]
     files: dict[str, str] | None
-    trained: nn.Module | None
+    trained: nn.Module | None = None
+    judges: bool = False
 
 
 def expected_in(directory: Path, against: Contents | None) -> Expected:
@@ -99,9 +96,10 @@ def expected_in(directory: Path, against: Contents | None) -> Expected:
     """
     if against is None:
         written = fingerprint.read(directory)
-        return Expected(written.layers, written.tensors, written.files, None)
+        return Expected(written.layers, written.tensors, written.files)
     files = fingerprint.read(directory).files if fingerprint.exists(directory) else None
-    return Expected(against.hashes, against.tensor_hashes, files, against.model)
+    judges = dtype_of_hidden_states(against.model) == torch.float32
+    return Expected(against.hashes, against.tensor_hashes, files, against.model, judges)
 
 
 def verify(
@@ -131,39 +129,61 @@ def verify(
     return verify_loaded(directory, load_packed(directory, torch.float32, device), expected, logits)
 
 
-@full_float32()
+class Checked(NamedTuple):
+    """All that is found about a packed model while it is in memory; the trained model may be elsewhere.
+
+    Attributes:
+        verification: but for decoding, where the trained model is to judge that.
+        continued: what the trained model judges; nothing where it does not.
+    """
+
+    verification: Verification
+    continued: Sequence[Continued] = ()
+
+    @full_float32()
+    def judged_by(self, trained: nn.Module | None) -> Verification:
+        """All of the verification, by the trained model where it judges."""
+        if trained is None or not self.continued:
+            return self.verification
+        with as_stored(trained) as reference:
+            return with_decoding(self.verification, self.continued, reference)
+
+
+def with_decoding(verification: Verification, found: Sequence[Continued], reference: nn.Module) -> Verification:
+    """A verification with what `reference` says about decoding."""
+    decoded = judged(found, reference)
+    if decoded is None:
+        return verification
+    return replace(verification, decode_error=decoded.error, decode_bound=decoded.bound, greedy_equal=decoded.greedy)
+
+
 def verify_loaded(directory: Path, model: PreTrainedModel, expected: Expected, logits: bool = True) -> Verification:
     """Compare `directory`, and the float32 `model` that was loaded from it, with what is expected; see `verify`."""
+    return check_loaded(directory, model, expected, logits).judged_by(expected.trained)
+
+
+@full_float32()
+def check_loaded(directory: Path, model: PreTrainedModel, expected: Expected, logits: bool = True) -> Checked:
+    """Compare as `verify_loaded` does, but leave what the trained model has to judge for later: it does not run."""
     changed = set(changed_tensors(directory, expected.tensors))
     if expected.files is not None:
         changed |= set(changed_files(directory, expected.files))
     codes_wrong, scales_wrong, count = compare_layers(model, expected.layers)
-    error = bound = decoded = None
-    if logits:
-        if model.device.type == "mps":  # which has no float64
-            model.to("cpu")  # type: ignore[arg-type]
-        plain, exact = dense_copy(model, torch.float32), dense_copy(model, torch.float64)
-        error, bound = logit_error(model, plain, exact)
-        decoded = decode_error(model, plain, exact, expected.trained)
     mismatched = tuple(sorted(codes_wrong | scales_wrong))
-    equal = count, not codes_wrong, not scales_wrong, mismatched
-    return Verification(*equal, error, bound, tuple(sorted(changed)), *(decoded or ()))
-
-
-def decode_error(
-    model: PreTrainedModel, plain: PreTrainedModel, exact: PreTrainedModel, trained: nn.Module | None
-) -> Decoding | None:
-    """The error of decoding with the packed `model` behind a cache.
-
-    Compared with the trained model where that computes in float32, else with the dequantized weights: `exact`. What
-    `plain` loses on the way is the bound, for which its embeddings are moved where inputs or the cache are int8.
-    """
+    found = Verification(
+        count, not codes_wrong, not scales_wrong, mismatched, None, None, changed=tuple(sorted(changed))
+    )
+    if not logits:
+        return Checked(found)
+    if model.device.type == "mps":  # which has no float64
+        model.to("cpu")  # type: ignore[arg-type]
+    plain, exact = dense_copy(model, torch.float32), dense_copy(model, torch.float64)
+    error, bound = logit_error(model, plain, exact)
+    found = replace(found, max_logit_error=error, bound=bound)
     if kv_bits_of(model) or quantizes_inputs(model):
-        nudge(plain)
-    if trained is None or dtype_of_hidden_states(trained) != torch.float32:
-        return decoding(model, exact, (plain, exact))
-    with as_stored(trained) as reference:
-        return decoding(model, reference, (plain, exact))
+        nudge(plain)  # what it loses on the way is the bound of decoding
+    decoded = continued(model, (plain, exact))
+    return Checked(found, decoded) if expected.judges else Checked(with_decoding(found, decoded, exact))
 
 
 @torch.no_grad()
@@ -172,11 +192,6 @@ def dtype_of_hidden_states(model: nn.Module) -> torch.dtype:
     device = next(model.parameters()).device
     row: Tensor = transformers_model(model).get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=device))
     return row.dtype
-
-
-def quantizes_inputs(model: nn.Module) -> bool:
-    """Whether a packed layer of `model` rounds its input to int8: rounding ties then fall as chance has it."""
-    return any(m.scheme.inputs != "float" for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def compare_layers(model: PreTrainedModel, expected: fingerprint.Layers) -> tuple[set[str], set[str], int]:
@@ -209,101 +224,6 @@ def changed_files(directory: Path, expected: dict[str, str]) -> Iterator[str]:
         if not path.is_file() or fingerprint.sha256_of_file(path) != digest:
             yield name
     yield from unlisted_files(directory, expected)
-
-
-class Dequantized(nn.Module):
-    """Linear layer on the dequantized weights of a packed one, made anew in each forward: one layer's live at a time.
-
-    Args:
-        packed: whose codes are shared.
-        dtype: to compute in.
-    """
-
-    def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
-        super().__init__()
-        # In a tuple, or it would be a part of the model, and be cast and counted with it.
-        self.packed, self.dtype = (packed,), dtype
-        self.bias = None if packed.bias is None else packed.bias.to(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weights ``(out, in)``."""
-        (packed,) = self.packed
-        return dequantize(*packed.unpack(), packed.scheme).to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``."""
-        (packed,) = self.packed
-        with as_written():
-            if packed.scheme.inputs != "float":
-                # In float32 always, as the layer does it: x / scale of bfloat16 values often is a tie (63.5 where x is
-                # half of absmax), and float64 would break it differently.
-                x = fake_quantize_input(x.float(), packed.scheme, packed.input_scale).to(x.dtype)
-            return nn.functional.linear(x, self.weight, self.bias)
-
-
-class InFloat64(TorchFunctionMode):
-    """Computes in float64 what a family casts to float32, whatever it is given; but inside `as_written`."""
-
-    paused = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if InFloat64.paused:
-            return func(*args, **(kwargs or {}))
-        func = Tensor.double if func is Tensor.float else func
-        wide = [torch.float64 if value is torch.float32 else value for value in args]
-        named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        return func(*wide, **named)
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Let functions inside the ``with`` round to float32 as they say, also where `InFloat64` runs."""
-    before, InFloat64.paused = InFloat64.paused, True
-    try:
-        yield
-    finally:
-        InFloat64.paused = before
-
-
-def in_float64(forward: Callable[..., Any], ties: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run the forward of a model that was cast to float64, all of it.
-
-    What a family rounds to float32 on the way would be rounded alike in the float32 copy, whose error it then hides;
-    and would meet weights of float64, which is an error. With `ties`, of inputs that are rounded to int8, only the
-    latter counts: rounded alike, they fall on the same side.
-    """
-    if ties:
-        with suppress(RuntimeError):
-            return forward(*args, **kwargs)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # of constants
-    try:
-        with InFloat64():
-            return forward(*args, **kwargs)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def dense_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The packed model computed by plain torch on the dequantized weights, in `dtype`.
-
-    Only float parts are copied, and a packed embedding, which is looked up in a matrix.
-    """
-    packed = packed_layers(model)
-    dense = copy.deepcopy(model, {id(module): module for module in packed.values()})
-    for name, module in packed.items():
-        dense.set_submodule(name, Dequantized(module, dtype))
-    embedding, head = dense.get_input_embeddings(), dense.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding):
-        assert isinstance(head, Dequantized)
-        lookup = nn.Embedding.from_pretrained(head.weight)
-        lookup.register_forward_hook(lambda _, args, rows: embedding.scaled(rows))
-        dense.set_input_embeddings(lookup)
-    dense.to(dtype)  # type: ignore[arg-type]
-    if dtype == torch.float64:
-        dense.forward = partial(in_float64, dense.forward, quantizes_inputs(model))
-    return dense
 
 
 @torch.no_grad()

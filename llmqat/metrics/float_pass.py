@@ -82,6 +82,12 @@ class FloatPass:
         return_freed_memory()
         return found
 
+    def compared_with(self) -> nn.Module:
+        """The part of the float model that runs when a row is compared: its output head, or where nothing is kept all
+        of it."""
+        head = self._forwards().head.layer
+        return self.reference.model if head is None or not self.kept else head
+
     def _forwards(self) -> ReferenceForwards:
         # Made for each row: training may have given the model another head since, or taken it to another device.
         return ReferenceForwards(self.reference, self.layers, self.kept)
@@ -123,6 +129,10 @@ class FloatPasses:
         """Score in this process from now on, without the others of the team."""
         for each in (self.main, *self.others.values()):
             each.team = ALONE
+
+    def compared_with(self) -> list[nn.Module]:
+        """The parts of the float model that run when a row is compared."""
+        return [each.compared_with() for each in (self.main, *self.others.values())]
 
     def score(self, description: str) -> Perplexity:
         """Perplexity of the float model itself."""

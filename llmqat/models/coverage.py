@@ -84,6 +84,14 @@ class CoverageReport:
         """Share of the block parameters in layers that can be quantized, also of those left float by an override."""
         return 1 - sum(self.uncovered.values()) / max(1, self.block_parameters)
 
+    def packed_bits(self, scale_bits: int) -> float:
+        """Bits of all packed layers, with scales of so many."""
+        return sum(
+            layer.parameters * layer.scheme.bits_per_weight(layer.shape[1], scale_bits)
+            for layer in self.layers
+            if layer.scheme is not None
+        )
+
     @property
     def kept(self) -> list[str]:
         """Layers that GPTQ left as round-to-nearest made them."""

@@ -16,9 +16,8 @@ from llmqat.errors import LlmqatError
 from llmqat.forecast.words import announce
 from llmqat.formats.contents import contents_of, layer_sizes
 from llmqat.formats.given_codes import take_codes
-from llmqat.formats.reader import load_packed
 from llmqat.formats.serve_with import plan_to_serve, resolve_to_serve
-from llmqat.formats.verify import expected_in, verify_loaded
+from llmqat.formats.verify import expected_in
 from llmqat.formats.writer import write_contents
 from llmqat.kernels.native import kernel_name
 from llmqat.metrics.float_pass import FloatPasses
@@ -54,6 +53,7 @@ from llmqat.pipeline.output import (
     save_adapter,
     write_reports,
 )
+from llmqat.pipeline.proof import prove
 from llmqat.pipeline.refusals import check_asked, check_device, check_plan
 from llmqat.pipeline.saved import (
     Record,
@@ -359,28 +359,28 @@ class Run:
             save_adapter(self.model, self.directory / ADAPTER, public_name(self.recipe.model))
 
     def pack_model(self) -> None:
-        """Write the packed model, and count its bytes; reports of another model go before."""
+        """Write the packed model, count its bytes, and look at its layers; reports of another model go before."""
         log(f"packing to {self.directory}")
         for name in REPORT_FILES:
             (self.directory / name).unlink(missing_ok=True)
-        self.contents = contents_of(self.model, self.low_memory.disk if self.low_memory else None)
-        write_contents(self.contents, self.directory, self.tokenizer)
-        self.measured.size = layer_sizes(self.contents.layers.values())
+        contents = contents_of(self.model, self.low_memory.disk if self.low_memory else None)
+        write_contents(contents, self.directory, self.tokenizer)
+        self.measured.size = layer_sizes(contents.layers.values())
+        self.layers = details.layers(self.measured, contents.layers, self.float_pass.reference.model)
+        self.expected = expected_in(self.directory, contents)
 
     def measure_packed(self) -> None:
-        """Perplexity through the kernel op, throughput, and the proof."""
+        """Perplexity through the kernel op, the proof, and throughput, which has the device for itself."""
         self.measured.kernel = kernel_name(self.device)
-        packed = load_packed(self.directory, torch.float32, self.device, mapped=self.recipe.low_memory)
-        self.measured.perplexity["packed"] = self.float_pass.compare(packed, "perplexity, packed", watch=False)
-        self.measured.verification = verify_loaded(self.directory, packed, expected_in(self.directory, self.contents))
-        del packed
+        row, verification = prove(self.directory, self.expected, self.float_pass, self.device, self.recipe.low_memory)
+        self.measured.perplexity["packed"], self.measured.verification = row, verification
+        del self.model, self.expected, self.float_pass, self.float_copy
         if self.recipe.eval.repeats and not self.recipe.low_memory:  # which would measure the disk
             self.measured.throughput = speeds(self.recipe, self.directory, self.device)
 
     def write_report(self) -> None:
         """Report, model card, and the recipe to publish."""
-        found = details.collect(self.measured, self.contents.layers, self.float_pass.reference.model)
-        page = write_reports(self.measured, found, self.directory)
+        page = write_reports(self.measured, details.collect(self.measured, self.layers), self.directory)
         print_scoreboard(self.measured)
         log(f"look at it in a browser: {page}")
         check = self.measured.verification

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import LlmqatError
+from llmqat.formats.dense import dense_copy, quantizes_inputs
 from llmqat.formats.export.compare import format_of
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import dense_copy, quantizes_inputs
 from llmqat.models.foreign import local_directory
 from llmqat.models.loading import load_tokenizer
 from llmqat.nn.packed_linear import PackedLinear

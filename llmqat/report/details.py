@@ -106,8 +106,8 @@ def layers(measured: Measured, packed: Mapping[str, PackedLinear], float_model: 
     return found
 
 
-def collect(measured: Measured, packed: Mapping[str, PackedLinear], float_model: nn.Module) -> dict[str, Any]:
-    """All details of a run; see `layers` for the arguments."""
+def collect(measured: Measured, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """All details of a run, with what was `found` by `layers`."""
     best, interval = measured.best_ptq(), None
     if best and measured.training is not None and "packed" in measured.perplexity:
         low, high = bootstrap_difference(measured.perplexity["packed"], measured.perplexity[best])
@@ -119,7 +119,7 @@ def collect(measured: Measured, packed: Mapping[str, PackedLinear], float_model:
         "measured_on": measured_on(measured),
         "interval": interval,
         "curves": curves(measured.training),
-        "layers": layers(measured, packed, float_model),
+        "layers": found,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from llmqat.config import Recipe, Resolved, log_cut
 from llmqat.devices import find_device
 from llmqat.errors import LlmqatError
+from llmqat.forecast.ending import packed_bytes
 from llmqat.forecast.stages import MASTER, Forecast, forecast, is_predictable
 from llmqat.forecast.words import table
 from llmqat.formats.compressed_tensors import readers
@@ -105,16 +106,10 @@ def inspect(recipe: Recipe) -> Inspection:
     resolved = resolve_to_serve(model, recipe)
     log_cut(recipe, resolved)
     coverage = plan_to_serve(model, resolved)
-    quantized = sum(layer.parameters for layer in coverage.quantized)
-    packed_bits = sum(
-        layer.parameters * layer.scheme.bits_per_weight(layer.shape[1], stored.itemsize * 8)
-        for layer in coverage.quantized
-        if layer.scheme is not None
-    )
     return Inspection(
         resolved,
         coverage,
-        ceil(packed_bits / 8) + (parameters - quantized) * stored.itemsize,
+        ceil(packed_bytes(model, coverage, stored, stored.itemsize)),
         parameters * stored.itemsize,
         training_bytes(resolved, coverage, parameters, stored),
         family_in_words(model),

@@ -276,7 +276,6 @@ class Trainer:
             self.count_codes(self.result.best_step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return_freed_memory()
         return self.result
 
 
@@ -331,7 +330,10 @@ def fit(
             trainer.evaluate()
             trainer.save()
         _run(trainer, config)
-    return trainer.finish(everywhere)
+    result = trainer.finish(everywhere)
+    del trainer  # with the states of its optimizer
+    return_freed_memory()
+    return result
 
 
 def _run(trainer: Trainer, config: ResolvedTrain) -> None:

@@ -9,10 +9,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 
-from llmqat.formats.decoding import decoding
+from llmqat.formats.decoding import continued, judged
+from llmqat.formats.dense import dense_copy, in_float64
 from llmqat.formats.export.dense import dense_weight
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import Verification, dense_copy, in_float64, verify
+from llmqat.formats.verify import Verification, verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.experts import reads_experts
 from llmqat.models.patcher import prepare, quantized_layers
@@ -167,7 +168,7 @@ def decodes_like_itself(model: PreTrainedModel) -> None:
     exact.set_experts_implementation("eager")
     exact.forward = partial(in_float64, exact.forward, False)
     try:
-        own = decoding(model, model, (model, exact))
+        own = judged(continued(model, (model, exact)), model)
     except Exception as error:
         raise Foreign(f"its float model cannot generate: {error}") from error
     if own is not None and (own.error > own.bound or not own.greedy):

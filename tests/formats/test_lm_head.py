@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PhiConfi
 
 from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import readers, transformers_route
+from llmqat.formats.dense import dense_copy
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import dense_copy, verify
+from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.metrics.throughput import weight_bytes
 from llmqat.models.patcher import prepare, quantized_layers, round_float_parts

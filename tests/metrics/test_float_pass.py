@@ -48,6 +48,7 @@ def test_rows_are_scored_as_beside_a_running_float_model(tiny_llama, forwards, i
     assert (found.kl_to_float, found.top1_agreement) == (expected.kl_to_float, expected.top1_agreement)
     assert {name: found.layer_errors[name] for name in watched} == expected.layer_errors
     assert float_pass.compare(model, "packed", watch=False).layer_errors is None
+    assert float_pass.compared_with() is model.lm_head
 
 
 def test_nothing_of_the_size_of_the_vocabulary_is_kept(tiny_llama):
@@ -71,6 +72,7 @@ def test_a_model_whose_head_cannot_run_apart_runs_again(tiny_llama, forwards, mo
     assert len(counted) == 4  # the first one twice, to find out
     assert result.kl_to_float == pytest.approx(evaluate(tiny_llama(), data, FloatCopy(model)).kl_to_float)
     assert result.kl_to_float > 0
+    assert float_pass.compared_with() is model
 
 
 def doubled(outputs):

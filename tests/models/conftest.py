@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmqat.formats.dense import dense_copy
 from llmqat.formats.reader import load_packed
-from llmqat.formats.verify import dense_copy, verify
+from llmqat.formats.verify import verify
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare, quantized_layers, transformers_model
 from llmqat.nn.packed_linear import PackedLinear

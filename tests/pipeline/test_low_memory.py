@@ -17,7 +17,7 @@ from llmqat.files import PARTIAL
 from llmqat.formats import fingerprint
 from llmqat.mapped import is_mapped
 from llmqat.pipeline import run as run_module
-from llmqat.pipeline.run import Run, run
+from llmqat.pipeline.run import run
 from llmqat.train.loop import Trainer
 
 # Few tokens to decode in the proof.
@@ -84,14 +84,14 @@ def test_what_a_run_adds_for_each_weight_is_on_the_disk(saved, small_recipe, tmp
     changes = {"model": str(saved("llama")), "quant.group_size": 16, "init.samples": 4, **SHORT, "low_memory": True}
     found = {}
 
-    def look(self, write=Run.write_report):
-        layers = [layer for layer in self.model.modules() if hasattr(layer, "compensation_multiples")]
+    def look(contents, *arguments, write=run_module.write_contents):
+        layers = [layer for layer in contents.model.modules() if hasattr(layer, "compensation_multiples")]
         found["weights"] = [layer.weight for layer in layers]
         found["changes"] = [layer.compensation_multiples for layer in layers]
-        found["packed"] = [layer.weight_packed for layer in self.contents.layers.values()]
-        write(self)
+        found["packed"] = [layer.weight_packed for layer in contents.layers.values()]
+        write(contents, *arguments)
 
-    monkeypatch.setattr(Run, "write_report", look)
+    monkeypatch.setattr(run_module, "write_contents", look)
     monkeypatch.setattr(
         Trainer, "save", lambda self, save=Trainer.save: found.update(first=self.first_codes.packed) or save(self)
     )
