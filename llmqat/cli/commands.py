@@ -151,9 +151,9 @@ def check_task_flags(args: argparse.Namespace) -> None:
     flags = {f.name: f.metadata.get("flag") for section in (DataConfig, EvalConfig) for f in fields(section)}
     defaults = {name: getattr(DataConfig, name) for name in EVAL_DATA_FIELDS} | dict.fromkeys(EVAL_OPEN)
     texts = [flags[name] for name, default in defaults.items() if getattr(args, name) != default]
-    if texts or args.throughput:
-        flag = (texts or ["--throughput"])[0]
-        raise LlmqatError(f"{flag} says nothing with --tasks, which bring texts of their own; leave one of them out")
+    texts += ["--throughput"] if args.throughput else []
+    if texts:
+        raise LlmqatError(f"{texts[0]} says nothing with --tasks, which bring their own texts; leave one of them out")
 
 
 def run_tasks(args: argparse.Namespace) -> None:

@@ -233,7 +233,7 @@ def test_the_entry_point_that_later_releases_of_the_harness_look_for():
         (["--tasks", "x", "--task-path", "nowhere"], "nowhere is no folder of task files; give another --task-path"),
         (["--limit", "3"], "--limit says nothing without names in --tasks; add those, or leave it out"),
         (["--tasks", ""], "--tasks says nothing without names in --tasks"),
-        (["--tasks", "x", "--window", "32"], "--window says nothing with --tasks, which bring texts of their own; lea"),
+        (["--tasks", "x", "--window", "32"], "--window says nothing with --tasks, which bring their own texts; lea"),
         (["--tasks", "x", "--dataset", "my.txt"], "--dataset says nothing with --tasks"),
         (["--tasks", "x", "--throughput"], "--throughput says nothing with --tasks"),
         (["--tasks", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),

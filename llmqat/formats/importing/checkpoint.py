@@ -46,7 +46,8 @@ def _check_tokenizer(found: Checkpoint) -> None:
         raise LlmqatError(
             f"{found.directory} has no tokenizer that transformers can load; copy the files of the model's own there"
         ) from error
-    last, rows = max(tokenizer.get_vocab().values()), found.model.get_input_embeddings().weight.shape[0]
+    rows = found.model.get_input_embeddings().get_parameter("weight").shape[0]
+    last = max(tokenizer.get_vocab().values())
     if last >= rows:
         raise LlmqatError(
             f"the tokenizer in {found.directory} has tokens up to {last}, and the model an embedding of {rows}: it is "
