@@ -83,7 +83,7 @@ Make a packed directory of a quantized checkpoint of another tool: its codes and
   llmqat import ./llama-gptq --output out
       GPTQ and AWQ (gemm), from a directory or the Hub
   llmqat import llama-q4_0.gguf --output out
-      layers in blocks of Q4_0 and Q8_0; blocks of other types become float
+      layers in blocks of Q4_0, Q5_0 and Q8_0; blocks of other types become float
 
 The directory then runs, exports and verifies as any that llmqat trained.
 """

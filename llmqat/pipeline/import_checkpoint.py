@@ -33,7 +33,7 @@ def import_checkpoint(source: str | Path, output: str | Path) -> Imported:
     """Make a packed directory of a quantized checkpoint of another tool; nothing is quantized again.
 
     Args:
-        source: directory or Hub id of a GPTQ or AWQ checkpoint, or a GGUF file with blocks of Q4_0 or Q8_0.
+        source: directory or Hub id of a GPTQ or AWQ checkpoint, or a GGUF file with blocks of Q4_0, Q5_0 or Q8_0.
         output: directory to write, which must be empty or not there.
 
     Returns:

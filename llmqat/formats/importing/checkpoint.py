@@ -11,7 +11,7 @@ from llmqat.errors import LlmqatError
 from llmqat.formats.compressed_tensors import METHOD
 from llmqat.formats.importing.awq import awq_layer, awq_zero_points, check_awq
 from llmqat.formats.importing.directory import Checkpoint
-from llmqat.formats.importing.gguf import gguf_layers
+from llmqat.formats.importing.gguf import INTEGERS, gguf_layers
 from llmqat.formats.importing.gptq import check_gptq, gptq_layer, gptq_zero_points
 from llmqat.formats.reader import quantization_of, read_config
 from llmqat.formats.weights import read_mapped
@@ -108,6 +108,8 @@ def _of_gguf(path: Path) -> Checkpoint:
     model.config.dtype = stored
     layers = gguf_layers(path, model)
     if not layers:
-        raise LlmqatError(f"{path} has no layer in blocks of Q4_0 or Q8_0; use it by --model, as a float model")
+        raise LlmqatError(
+            f"{path} has no layer in blocks of {', '.join(INTEGERS)}; use it by --model, as a float model"
+        )
     weights = {f"{name}.weight" for name in layers}
     return Checkpoint(directory, model, layers, ((n, t) for n, t in read_mapped(directory) if n not in weights))

@@ -1,4 +1,4 @@
-"""Layers of GGUF files in blocks of `Q4_0` and `Q8_0`; see `llmqat.formats.export.gguf_blocks` for these.
+"""Layers of GGUF files in blocks of `Q4_0`, `Q5_0` and `Q8_0`; see `llmqat.formats.export.gguf_blocks` for these.
 
 Everything else in the file, blocks of other types among it, becomes float, as by `--model FILE.gguf`.
 """
@@ -20,8 +20,6 @@ from llmqat.models.gguf_file import gguf_package, opened
 from llmqat.quant.packing import to_unsigned
 from llmqat.scheme import QuantScheme
 
-SCHEMES = {"Q4_0": QuantScheme(4, BLOCK), "Q8_0": QuantScheme(8, BLOCK)}
-
 
 def gguf_layers(path: Path, model: PreTrainedModel) -> dict[str, Callable[[], FoundLayer]]:
     """Layers of a file that are on one of our grids, and what makes them, by their names in the float model.
@@ -37,7 +35,7 @@ def gguf_layers(path: Path, model: PreTrainedModel) -> dict[str, Callable[[], Fo
     layers: dict[str, Callable[[], FoundLayer]] = {}
     for name, module in model.named_modules():
         tensor = tensors.find(name) if isinstance(module, nn.Linear) else None
-        if tensor is not None and tensor.tensor_type.name in SCHEMES:
+        if tensor is not None and tensor.tensor_type.name in INTEGERS:
             layers[name] = partial(from_blocks, tensor, rotated(name, model.config, tensors.family))
     return layers
 
@@ -91,9 +89,19 @@ def rotated(name: str, config: Any, family: GgufFamily) -> int:
 
 
 def from_blocks(tensor: Any, heads: int) -> FoundLayer:
-    """A layer of a tensor in blocks, its rows in the order of transformers."""
-    scheme = SCHEMES[tensor.tensor_type.name]
+    """A layer of a tensor in blocks, its rows in the order of transformers.
+
+    Integers of five bits are on our grid of 4 bits with zero points where those of every block span no more than it
+    has, as those do which were exported from it; else on the symmetric one of 8 bits.
+    """
     integers, scale = integers_of(tensor, heads)
+    if tensor.tensor_type.name == "Q5_0":
+        scheme, blocks = QuantScheme(4, BLOCK, False), integers.unflatten(1, (-1, BLOCK))
+        zero_point = (-blocks.amin(-1)).clamp(0, scheme.qmax)
+        codes = (blocks + zero_point.unsqueeze(-1)).flatten(1)
+        if int(codes.min()) >= 0 and int(codes.max()) <= scheme.qmax:
+            return FoundLayer(scheme, codes.to(torch.uint8), scale, zero_point.to(torch.uint8))
+    scheme = QuantScheme(4 if tensor.tensor_type.name == "Q4_0" else 8, BLOCK)
     return FoundLayer(scheme, to_unsigned(integers, scheme), scale, None)
 
 

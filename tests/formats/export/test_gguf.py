@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map, quants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmqat.errors import LlmqatError
@@ -52,6 +52,28 @@ def same_numbers(source, out):
 def test_families(exported, tiny, model_type):
     model = tiny(model_type, vocab_size=264, **USUAL.get(model_type, {}))
     same_numbers(*exported(W4, model))
+
+
+@pytest.mark.parametrize("scheme", [W4, QuantScheme(4, 32, False, scale_dtype="float16")], ids=str)
+def test_gemma_1(exported, tiny, scheme):
+    """transformers reads no GGUF file of it: every tensor, decoded by the gguf package."""
+    source, out = exported(scheme, tiny("gemma", vocab_size=264))
+    reader, packed = GGUFReader(out / FILE), load_packed(source)
+    assert reader.fields["general.architecture"].contents() == "gemma"
+    names, found = get_tensor_name_map(MODEL_ARCH.GEMMA, 2), {tensor.name: tensor for tensor in reader.tensors}
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            right = module.rows(torch.arange(module.out_features))
+        elif "norm" in name:  # llama.cpp multiplies by what Gemma adds 1 to
+            right = module.weight + 1
+        elif name == "model.embed_tokens":
+            right = module.weight
+        else:
+            continue
+        tensor = found.pop(f"{names.get_name(name)}.weight")
+        decoded = tensor.data if tensor.data.dtype == np.float32 else quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(decoded, right.detach().numpy()), name
+    assert not found, "the head is the embedding"
 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(8, -1), QuantScheme(4, 32, False)], ids=str)

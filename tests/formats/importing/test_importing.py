@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llmqat.errors import LlmqatError
+from llmqat.formats.importing.gguf import INTEGERS
 from llmqat.formats.importing.grids import FoundLayer
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import verify
@@ -47,6 +48,10 @@ CASES = [
     ("awq", QuantScheme(4, 32, False), "llama"),
     ("gguf", QuantScheme(4, 32), "llama"),
     ("gguf", QuantScheme(8, 32), "qwen2"),
+    ("gguf", QuantScheme(4, 32, False), "llama"),
+    *(("gguf", QuantScheme(4, 32), family) for family in ("mistral", "qwen3", "phi3")),
+    *(("gptq", QuantScheme(4, 32), family) for family in ("mistral", "qwen3", "gemma", "phi3")),
+    ("awq", QuantScheme(4, 32, False), "gemma"),
 ]
 
 
@@ -57,8 +62,8 @@ def test_an_export_comes_back(packed, tmp_path, monkeypatch, call, capsys, to, s
     export(source, to, tmp_path / "there")
     checkpoint = tmp_path / "there" / "model.gguf" if to == "gguf" else tmp_path / "there"
     assert call(["import", checkpoint, "--output", tmp_path / "back"]) == 0
-    assert "14 layers moved bit for bit, 1 linear layers float" in capsys.readouterr().out
     right, found = layers_of(source), layers_of(tmp_path / "back")
+    assert f"{len(right)} layers moved bit for bit, 1 linear layers float" in capsys.readouterr().out
     assert right.keys() == found.keys()
     for name, layer in found.items():
         assert layer.scheme == right[name].scheme
@@ -225,13 +230,34 @@ def test_a_truncated_gguf_file(packed, tmp_path, monkeypatch):
         import_checkpoint(path, tmp_path / "back")
 
 
+def test_q5_0_of_the_gguf_package(packed, tmp_path, monkeypatch):
+    """Blocks that use all 32 integers are on the symmetric grid of 8 bits, with the same weights."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export(packed(QuantScheme(4, 32, False)), "gguf", tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    reader = gguf.GGUFReader(path, "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    tensor.data[:] = gguf.quants.quantize(np.random.default_rng(0).normal(size=(96, 64)), tensor.tensor_type)
+    right = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    reader.data.flush()
+    import_checkpoint(path, tmp_path / "back")
+    found = layers_of(tmp_path / "back")
+    layer = found["model.layers.0.mlp.up_proj"]
+    assert {other.scheme for other in found.values()} == {QuantScheme(4, 32, False), QuantScheme(8, 32)}
+    codes, scale, _ = layer.unpack()
+    assert np.array_equal(dequantize(codes, scale.float(), None, layer.scheme).numpy(), right)
+
+
 def test_gguf_files_that_are_not_imported(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    export(packed(QuantScheme(4, 32, False)), "gguf", tmp_path / "out")  # Q5_0
-    with pytest.raises(
-        LlmqatError, match="has no layer in blocks of Q4_0 or Q8_0; use it by --model, as a float model"
-    ):
-        import_checkpoint(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    export(packed(QuantScheme(4, 32)), "gguf", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.delitem(INTEGERS, "Q4_0")
+        with pytest.raises(
+            LlmqatError, match="has no layer in blocks of Q5_0, Q8_0; use it by --model, as a float model"
+        ):
+            import_checkpoint(tmp_path / "out" / "model.gguf", tmp_path / "back")
     monkeypatch.setattr("llmqat.formats.importing.gguf.FAMILIES", {})
     with pytest.raises(LlmqatError, match=r"is of the family llama, and llmqat imports .*; use it by --model"):
         import_checkpoint(tmp_path / "out" / "model.gguf", tmp_path / "back")
