@@ -41,7 +41,7 @@ from llmqat.train.state import (
     random_states,
     taken_out,
 )
-from llmqat.train.together import accelerator_for, any_of, mean, means, same_ranges
+from llmqat.train.together import accelerator_for, any_of, host_means, mean, same_ranges
 from llmqat.train.tracking import check_tracker
 
 
@@ -195,7 +195,7 @@ class Trainer:
         """One optimizer step over `accumulation` batches; the mean loss over the tokens that count."""
         parts = [next(batches) for _ in range(self.config.accumulation)]
         own = float(sum(map(positions, parts))), float(sum(map(token_count, parts)))
-        counted, tokens = means(self.accelerator, *own)
+        counted, tokens = host_means(self.team, *own)
         average, total = counted / len(parts), torch.zeros((), device=self.accelerator.device)
         following = self.result.steps < self.config.freeze_observers
         follow_activations(self.unwrapped_model, following)
@@ -350,7 +350,7 @@ def _run(trainer: Trainer, config: ResolvedTrain) -> None:
             if result.steps == clock.first + 1:  # moments now live between what the first step has freed
                 return_freed_memory()
             trainer.writing.check()
-            interrupted = any_of(trainer.accelerator, caught())  # all stop after the same step
+            interrupted = any_of(trainer.team, caught())  # all stop after the same step
             result.losses[result.steps] = loss
             clock.update()
             logged = {"loss": loss, "lr": trainer.scheduler.get_last_lr()[0], "tokens_per_second": clock.speed()}

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -83,19 +84,17 @@ def accelerator_for(config: TrainConfig, directory: Path | None, device: torch.d
     return accelerator
 
 
-def means(accelerator: Accelerator, *values: float | torch.Tensor) -> list[float]:
-    """Means over processes, the same numbers in each; all of them come from the device at once."""
-    if accelerator.num_processes == 1:
-        return [float(value) for value in values]
-    device = accelerator.device
-    tensors = [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values]
-    found: list[float] = accelerator.reduce(torch.stack(tensors), "mean").tolist()  # type: ignore[union-attr]
-    return found
-
-
 def mean(accelerator: Accelerator, value: float | torch.Tensor) -> float:
-    """Mean over processes, the same number in each."""
-    return means(accelerator, value)[0]
+    """Mean over processes, the same number in each; the host waits for the device."""
+    if accelerator.num_processes == 1:
+        return float(value)
+    own = torch.as_tensor(value, dtype=torch.float64, device=accelerator.device).detach()
+    return accelerator.reduce(own, "mean").item()  # type: ignore[union-attr]
+
+
+def host_means(team: Team, *values: float) -> list[float]:
+    """Means over processes of numbers that the host has, the same in each; no device is waited for."""
+    return [fmean(of_all) for of_all in zip(*team.all_of(values), strict=True)]
 
 
 def same_ranges(accelerator: Accelerator, model: nn.Module) -> None:
@@ -105,6 +104,6 @@ def same_ranges(accelerator: Accelerator, model: nn.Module) -> None:
             broadcast([layer.act_state, layer.act_scale])
 
 
-def any_of(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return mean(accelerator, float(flag)) > 0
+def any_of(team: Team, flag: bool) -> bool:
+    """Whether the flag is set in any process; no device is waited for."""
+    return any(team.all_of(flag))

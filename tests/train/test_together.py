@@ -14,6 +14,7 @@ from llmqat.train.together import (
     check_agreement,
     close_process_group,
     connect,
+    host_means,
     mean,
 )
 from tests.pretended_device import PRETENDED
@@ -24,7 +25,8 @@ def test_alone_nothing_happens(tmp_path):
     check_agreement(ALONE, 3, tmp_path)
     accelerator = accelerator_for(TrainConfig(precision="fp32"), None)
     assert mean(accelerator, torch.tensor(0.1, requires_grad=True)) == torch.tensor(0.1).item()
-    assert [any_of(accelerator, flag) for flag in (True, False)] == [True, False]
+    assert host_means(ALONE, 3, 0.5) == [3, 0.5]
+    assert [any_of(ALONE, flag) for flag in (True, False)] == [True, False]
     close_process_group()
 
 
@@ -47,6 +49,14 @@ def test_a_checkpoint_that_not_all_see(monkeypatch, tmp_path):
         check_agreement(Team(0, 3), 4, tmp_path)
     monkeypatch.setattr(Team, "all_of", lambda team, value: [4, 4, 4])
     check_agreement(Team(0, 3), 4, tmp_path)
+
+
+def test_what_one_host_knows_all_learn(monkeypatch):
+    monkeypatch.setattr(Team, "all_of", lambda team, value: [value, (5.0, 1.0), (1.0, 1.5)])
+    assert host_means(Team(0, 3), 3.0, 2.0) == [3.0, 1.5]
+    for flags in ([False, True], [False, False]):
+        monkeypatch.setattr(Team, "all_of", lambda team, value, flags=flags: flags)
+        assert any_of(Team(0, 2), False) == any(flags)
 
 
 def test_deepspeed_is_refused(monkeypatch):
