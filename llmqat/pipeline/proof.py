@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmqat.errors import LlmqatError
 from llmqat.formats.reader import load_packed
 from llmqat.formats.verify import Checked, Expected, Verification, check_loaded
 from llmqat.machine import return_freed_memory
 from llmqat.mapped import Disk
 from llmqat.metrics.float_pass import FloatPasses
 from llmqat.metrics.perplexity import Perplexity
+from llmqat.progress import log
 
 
 def put_aside(models: Iterable[nn.Module], stay: Iterable[nn.Module], directory: Path) -> None:
@@ -24,7 +26,7 @@ def put_aside(models: Iterable[nn.Module], stay: Iterable[nn.Module], directory:
     Args:
         models: the trained one and the float one, which may share tensors.
         stay: modules whose tensors stay where they are.
-        directory: of the run, where there has to be room for them.
+        directory: of the run; what it has no room for stays where it is.
     """
     disk = Disk(directory)
     kept = {id(tensor) for module in stay for tensor in _tensors(module)}
@@ -33,7 +35,11 @@ def put_aside(models: Iterable[nn.Module], stay: Iterable[nn.Module], directory:
         if id(tensor) in kept or tensor.ndim < 2:
             continue
         place = tensor.data_ptr(), tensor.dtype, tensor.shape
-        tensor.data = moved[place] = moved[place] if place in moved else disk.put(tensor)
+        try:
+            tensor.data = moved[place] = moved[place] if place in moved else disk.put(tensor)
+        except LlmqatError as error:  # no reason to fail now
+            log(f"{error}; the rest of the trained model stays in memory while the packed one is proved")
+            return
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -1,6 +1,7 @@
 """The end of a run, on a device that counts the bytes it holds: proving takes no more memory than training did."""
 
 import copy
+import errno
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmqat.formats import decoding
-from llmqat.mapped import is_mapped
+from llmqat.mapped import Disk, is_mapped
 from llmqat.metrics.live_bytes import LiveBytes
 from llmqat.pipeline import proof
 from llmqat.pipeline import speed as speed_module
@@ -91,3 +92,17 @@ def test_matrices_are_put_aside(tiny_llama, tmp_path):
         assert (own.data_ptr() == theirs.data_ptr()) == (name != "lm_head.weight")
     assert torch.equal(model(ids).logits, expected)
     assert torch.equal(other(ids).logits, expected)
+
+
+def test_without_room_on_the_disk_models_stay_in_memory(tiny_llama, tmp_path, monkeypatch, capsys):
+    model, ids = tiny_llama(), torch.arange(8)[None]
+    expected = model(ids).logits
+
+    def full(self, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Disk, "_room_for", full)
+    proof.put_aside((model,), [], tmp_path)
+    assert not any(map(is_mapped, model.parameters()))
+    assert "stays in memory" in capsys.readouterr().err
+    assert torch.equal(model(ids).logits, expected)
