@@ -1,9 +1,10 @@
 """`llmqat export`: a packed directory moved to the format of another engine, whole or not at all."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmqat.errors import LlmqatError
 from llmqat.files import discard_partial, locked, make_directory, replacing
@@ -19,8 +20,10 @@ from llmqat.formats.export.onnx import write_onnx
 from llmqat.formats.export.rounding import Rounding, measure_rounding
 from llmqat.formats.export.source import Source
 from llmqat.pipeline.output import check_apart, holds_files
+from llmqat.report.text import LICENSE
 
 CARD = "README.md"
+CARRIED = "base_model", "datasets", "license", "model-index"
 WRITERS: dict[str, Callable[[Source, Path], None]] = {
     "dense": write_dense,
     "gguf": write_gguf,
@@ -84,17 +87,37 @@ def export(directory: str | Path, to: str, output: str | Path, allow_rounding: b
         rounding = None if exact else measure_rounding(source, HOLDS[to])
         with replacing(output, seal=SEAL) as scratch:
             WRITERS[to](source, scratch)
-            (scratch / CARD).write_text(card(to, rounding, notes), encoding="utf-8")
+            text = card(to, rounding, notes, metadata(source.directory / CARD))
+            (scratch / CARD).write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return Exported(output, to, len(source.layers), size, notes, rounding)
 
 
-def card(to: str, rounding: Rounding | None = None, notes: Sequence[str] = ()) -> str:
-    """The model card of an export, which holds no measurement of what it generates."""
+def metadata(path: Path) -> dict[str, Any]:
+    """Metadata of the model card of a packed directory that hold for its exports, too; empty where it has no card."""
+    import yaml
+
+    try:
+        _, front, _ = path.read_text("utf-8").split("---\n", 2)
+        found = yaml.safe_load(front)
+        return {key: found[key] for key in CARRIED if key in found}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # none, or one that somebody has written
+        return {}
+
+
+def card(
+    to: str,
+    rounding: Rounding | None = None,
+    notes: Sequence[str] = (),
+    carried: Mapping[str, Any] | None = None,
+) -> str:
+    """The model card of an export, with what is `carried` over from that of its packed directory; measurements among it
+    are those of the packed model."""
     import yaml
 
     library = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnxruntime-genai"}.get(to, "transformers")
-    head = yaml.safe_dump({"library_name": library, "tags": ["llmqat", to]}, sort_keys=False)
+    values = {"library_name": library, "tags": ["llmqat", to], **(carried or {})}
+    head = yaml.safe_dump(values, sort_keys=False) + ("" if "license" in values else LICENSE)
     same = (
         "Codes and scales are those of the packed model that this was made of, bit for bit; nothing was quantized again"
     )

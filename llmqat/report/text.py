@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from llmqat.data.named_sets import NAMED_SETS
 from llmqat.formats.compressed_tensors import readers, transformers_route
 from llmqat.formats.export.check import not_run
 from llmqat.formats.verify import Verification
@@ -15,6 +16,7 @@ from llmqat.report.scoreboard import LABELS, score_rows, scoreboard
 from llmqat.version import __version__
 
 WORTHWHILE_GAP = 0.01
+LICENSE = "# license: to be filled in before it is published\n"
 
 
 def facts(measured: Measured) -> list[str]:
@@ -193,16 +195,21 @@ def _other_texts(measured: Measured) -> str:
 
 
 def _front_matter(measured: Measured) -> str:
-    """The part of a model card that the Hub reads, as YAML; a base model only where that is a Hub id."""
+    """The part of a model card that the Hub reads, as YAML; base model and dataset only where these are Hub ids. The
+    license is for whoever publishes the model."""
     import yaml
 
     model, bits = one_line(measured.recipe.model), measured.recipe.quant.bits
     values: dict[str, Any] = {"library_name": "transformers", "tags": ["llmqat", "compressed-tensors", f"int{bits}"]}
     if "/" in model and not is_local(model):
         values["base_model"] = model
+    dataset = measured.recipe.data.dataset
+    if dataset != "stdlib" and not is_local(dataset):
+        known = NAMED_SETS.get(dataset)
+        values["datasets"] = [one_line(known.hub if known else dataset).partition(":")[0]]
     if "packed" in measured.perplexity:
         values["model-index"] = [{"name": public_name(measured.recipe.model), "results": [_result(measured)]}]
-    return str(yaml.safe_dump(values, sort_keys=False))
+    return f"{yaml.safe_dump(values, sort_keys=False)}{LICENSE}"
 
 
 def _result(measured: Measured) -> dict[str, Any]:

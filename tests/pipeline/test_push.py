@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from llmqat.errors import LlmqatError
 from llmqat.formats.writer import save_packed
 from llmqat.models.patcher import prepare
+from llmqat.pipeline.export import export, metadata
 from llmqat.pipeline.push import check_name, push_to_hub
 from llmqat.scheme import QuantScheme
 
@@ -74,6 +75,36 @@ def test_an_export_by_its_flag(directory, tmp_path, monkeypatch, call, capsys):
     assert capsys.readouterr().out.endswith("https://hub/me/model-gptq\n")
     assert front_matter(hub.files["README.md"]) == {"library_name": "transformers", "tags": ["llmqat", "gptq"]}
     assert (tmp_path / "out" / "README.md").read_bytes() == hub.files["README.md"]
+
+
+@pytest.mark.parametrize(("license", "line"), [({}, True), ({"license": "mit"}, False)])
+def test_an_export_carries_the_metadata_of_its_source(directory, tmp_path, license, line):
+    index = [{"name": "m", "results": [{"metrics": [{"type": "perplexity", "value": 9.5}]}]}]
+    carried = {"base_model": "a/b", "datasets": ["c/d"], "model-index": index, **license}
+    front = yaml.safe_dump({"library_name": "transformers", "tags": ["compressed-tensors"], **carried})
+    (directory / "README.md").write_text(f"---\n{front}---\n# Title\n\n---\n")
+    export(directory, "gptq", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert front_matter(text.encode()) == {"library_name": "transformers", "tags": ["llmqat", "gptq"], **carried}
+    assert ("\n# license: to be filled in" in text) == line
+
+
+@pytest.mark.parametrize("text", ["no front matter", "---\n- a\n---\n", "---\n: [\n---\n"])
+def test_a_card_of_somebody_else_is_left_alone(directory, text):
+    (directory / "README.md").write_text(text)
+    assert metadata(directory / "README.md") == {}
+
+
+def test_a_run_by_its_flag(model_dir, text_file, tmp_path, monkeypatch, call, quantize_flags):
+    hub = Hub()
+    for name in ("create_repo", "create_commit"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, name=name, **options: getattr(hub, name)(*args, **options))
+    flags = ["quantize", *quantize_flags, "--model", model_dir, "--dataset", text_file, "--init", "rtn"]
+    assert call([*flags, "--output", tmp_path / "out", "--push-to-hub", "me/model"]) == 0
+    assert hub.made == [("me/model", True, True)]
+    assert {"config.json", "model.safetensors", "report.json", "tokenizer.json"} <= hub.files.keys()
+    assert hub.files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+    assert not [name for name in hub.files if name.startswith("checkpoint")]
 
 
 def test_what_the_hub_refuses(directory):

@@ -325,6 +325,17 @@ def test_table_and_card(full, capsys, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(full.to_dict()))
 
 
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [("me/texts:small", ["me/texts"]), ("wikitext2", ["Salesforce/wikitext"]), ("stdlib", None), ("./my.txt", None)],
+)
+def test_the_card_names_datasets_of_the_hub_and_leaves_the_license_open(full, dataset, said):
+    full.recipe = resolve(full.recipe.with_values({"data.dataset": dataset}), 2048)
+    front = model_card(full).split("---")[1]
+    assert yaml.safe_load(front).get("datasets") == said
+    assert front.endswith("\n# license: to be filled in before it is published\n")
+
+
 def test_where_the_float_model_comes_from_is_a_fact(full):
     assert full.to_dict()["stored_format"] is None
     full.stored_format = "FP8"
