@@ -36,9 +36,10 @@ class FakeQuantLinear(KeepsDtypes):
         bias: ``(out,)`` or None; that of the layer it replaces, too.
         scale: ``(out, groups)``, float32 where it trains, rounded to `storage_dtype` in each forward.
         zero_point: ``(out, groups)`` float32 holding integers, or None; not trained unless you ask.
-        code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`).
+        code_scale: ``(out, groups)`` or None: finds the codes in place of `scale` (see `decouple_scale`). A frozen
+            Parameter, because FSDP2 shards no buffers.
         compensation: what GPTQ added to the weight (see `llmqat.prepare`, ``keep_float``), or None. Its tensors are
-            frozen Parameters, because FSDP2 shards no buffers: `compensation_multiples` and `compensation_step`.
+            frozen Parameters, too: `compensation_multiples` and `compensation_step`.
         name: its path in the model, for messages.
         enabled: False runs the plain float layer, without grid and compensation.
         holds_float: whether the weight is still that of the float model; see `llmqat.models.float_view`.
@@ -47,7 +48,7 @@ class FakeQuantLinear(KeepsDtypes):
         transposed: the layer it replaced keeps its weight as ``(in, out)``, and so does its packed file.
     """
 
-    code_scale: Tensor | None
+    code_scale: nn.Parameter | None
     compensation_multiples: nn.Parameter | None
     compensation_step: nn.Parameter | None
     holds_float = True
@@ -73,9 +74,10 @@ class FakeQuantLinear(KeepsDtypes):
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
         zero_point = None if scheme.symmetric else torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
-        self.register_buffer("code_scale", None)
         self.register_parameter("compensation_multiples", None)
         self.register_parameter("compensation_step", None)
+        # Last, where the buffer that it once was had its place: the hash of a base, see `train.state`, is that of then.
+        self.register_parameter("code_scale", None)
         self.set_observer(DEFAULT_OBSERVER)
         self.register_load_state_dict_pre_hook(_take_over_optional)
 
@@ -161,7 +163,7 @@ class FakeQuantLinear(KeepsDtypes):
     def decouple_scale(self) -> None:
         """Find codes with today's scale from now on, so that training the scale moves none of them."""
         if self.code_scale is None:
-            self.code_scale = self.stored_scale().float().clone()
+            self.code_scale = nn.Parameter(self.stored_scale().float().clone(), requires_grad=False)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -171,7 +173,7 @@ class FakeQuantLinear(KeepsDtypes):
     @property
     def row_tensors(self) -> dict[str, nn.Parameter]:
         """The parameters with a row for each output, by name: what processes may divide, each with rows of its own."""
-        names = ("weight", "scale", "zero_point", "compensation_multiples", "compensation_step")
+        names = ("weight", "scale", "zero_point", "compensation_multiples", "compensation_step", "code_scale")
         found = ((name, getattr(self, name)) for name in names)
         return {name: parameter for name, parameter in found if parameter is not None}
 
@@ -254,5 +256,5 @@ def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], pref
             own.data = own.data.to(torch.promote_types(own.dtype, loaded.dtype))
     device, found = layer.weight.device, [state_dict.get(prefix + name) for name in OPTIONAL]
     code_scale, multiples, step = (None if value is None else value.to(device) for value in found)
-    layer.code_scale = code_scale
+    layer.code_scale = None if code_scale is None else nn.Parameter(code_scale, requires_grad=False)
     layer.compensation = None if multiples is None or step is None else Compensation(multiples, step)

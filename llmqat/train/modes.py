@@ -108,7 +108,7 @@ def select_trainable(model: nn.Module, mode: str, scales: bool = True, norms: bo
         if scales:
             layer.decouple_scale()
         layer.scale.requires_grad_(scales)
-        for frozen in (layer.zero_point, layer.compensation_step):
+        for frozen in (layer.zero_point, layer.compensation_step, layer.code_scale):
             if frozen is not None:
                 frozen.requires_grad_(False)
     for module in model.modules():

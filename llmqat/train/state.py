@@ -14,18 +14,15 @@ from llmqat.mapped import Disk, release
 from llmqat.nn.dtensor import gathered, local_shard
 from llmqat.train.checkpoint import REMEDY
 
-# Buffers of a layer on its grid that no step changes. Others may, such as the ranges of static activations.
-FROZEN_BUFFERS = (".code_scale",)
-
 
 def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a prepared model that training changes, by name: all of it that a checkpoint has to hold."""
-    return {name: tensor.detach() for name, tensor in _tensors_of(model).items() if _moves(name, tensor)}
+    return {name: tensor.detach() for name, tensor in _tensors_of(model).items() if _moves(tensor)}
 
 
 def hash_of_base(model: nn.Module, codes: dict[str, Tensor]) -> str:
     """SHA-256 of what training stands on, and a resumed run has to make again: all frozen tensors, and the `codes`."""
-    frozen = {name: tensor for name, tensor in _tensors_of(model).items() if not _moves(name, tensor)}
+    frozen = {name: tensor for name, tensor in _tensors_of(model).items() if not _moves(tensor)}
     return hash_of_tensors(frozen | {f"codes of {layer}": tensor for layer, tensor in codes.items()})
 
 
@@ -126,5 +123,6 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _moves(name: str, tensor: Tensor) -> bool:
-    return tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.endswith(FROZEN_BUFFERS)
+def _moves(tensor: Tensor) -> bool:
+    # A step may change a buffer, such as the range of static activations.
+    return tensor.requires_grad if isinstance(tensor, nn.Parameter) else True

@@ -170,6 +170,14 @@ def test_state_dict_carries_the_whole_grid():
         assert torch.equal(other.codes(), layer.codes())
 
 
+def test_tensors_are_in_the_order_of_earlier_versions():
+    """In which `hash_of_base` takes them: a checkpoint says which base it stands on."""
+    layer, _ = make(QuantScheme(8, 16, False, act_bits=8, act_static=True), compensation=True, code_scale=True)
+    grid = ["scale", "zero_point", "compensation_multiples", "compensation_step", "code_scale"]
+    assert list(layer.state_dict()) == ["weight", "bias", *grid, "act_state", "act_scale"]
+    assert not layer.code_scale.requires_grad
+
+
 def test_clipped_counts_latents_beyond_the_grid(symmetric):
     layer, _ = make(QuantScheme(4, 16, symmetric))
     assert layer.clipped() < 0.1 * layer.weight.numel()
@@ -188,7 +196,7 @@ def gradients(layer, run, x):
     x = x.clone().requires_grad_()
     y = run(x)
     y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p is not layer.code_scale)]
 
 
 @pytest.mark.parametrize("variant", [{}, {"lora": True, "clip_mask": True, "code_scale": True}], ids=["plain", "all"])

@@ -20,7 +20,7 @@ VARIANTS = [
     {"symmetric": False},
     {"lora": True, "compensation": True, "stored": torch.bfloat16},
     {"lora": True, "clip_mask": True, "symmetric": False},
-    {"code_scale": True, "bits": 3},
+    {"code_scale": True, "compensation": True, "bits": 3},
 ]
 
 
@@ -53,6 +53,11 @@ def gradients(layer, adapters, x):
     return y, x.grad, {name: p.grad for name, p in trained.items() if p.requires_grad}
 
 
+def tensors_of(layer):
+    """All that a layer holds, but for its bias."""
+    return [tensor for name, tensor in layer.state_dict().items() if name != "bias"]
+
+
 def compare(rank, options, dtype):
     whole, adapters = make(**options)
     layer, same = copy.deepcopy(whole), copy.deepcopy(adapters)
@@ -60,6 +65,8 @@ def compare(rank, options, dtype):
     for name, parameter in layer.row_tensors.items():
         setattr(layer, name, divided(parameter, mesh))
     assert len(local_shard(layer.weight)) == [13, 12][rank]
+    both = zip(tensors_of(layer), tensors_of(whole), strict=True)
+    assert all(local_shard(own).nbytes * OUT == all_rows.nbytes * [13, 12][rank] for own, all_rows in both)
     x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(rank)).to(dtype)  # each its own tokens
     y, dx, ours = gradients(layer, same, x)
     expected, expected_dx, theirs = gradients(whole, adapters, x)

@@ -32,7 +32,8 @@ def test_full_trains_everything_but_zero_points(tiny_llama, symmetric):
     model = tiny_llama()
     prepare(model, QuantScheme(4, 32, symmetric))
     select_trainable(model, "full")
-    assert trained_names(model) == {name for name, _ in model.named_parameters()} - names_like(model, "zero_point")
+    frozen = names_like(model, "zero_point", "code_scale")
+    assert trained_names(model) == {name for name, _ in model.named_parameters()} - frozen
     assert bool(names_like(model, "zero_point")) == (not symmetric)
     assert all(layer.code_scale is not None for _, layer, _ in quantized_layers(model))
 
@@ -43,7 +44,9 @@ def test_full_leaves_the_change_by_gptq_alone(tiny_llama):
     layers = [found.layer for found in quantized_layers(model)]
     for layer in layers:
         layer.compensation = random_change(*layer.weight.shape, 16, 0.02)
-    select_trainable(model, "full")
+    for _ in range(2):  # the second time there are scales for the codes
+        select_trainable(model, "full")
+        assert not any(layer.code_scale.requires_grad for layer in layers)
     assert all(layer.weight.requires_grad for layer in layers)
     assert not any(p.requires_grad for layer in layers for p in layer.compensation)
     assert {id(p) for p in float_parameters(model)}.isdisjoint(id(p) for layer in layers for p in layer.compensation)
@@ -74,7 +77,7 @@ def test_lora_trains_adapters_and_what_is_asked_for(tiny_llama):
     assert len(adapters) == 2 * 7 * 2
     for scales, norms in ((True, True), (True, False), (False, True), (False, False)):
         select_trainable(model, "lora", scales, norms)
-        beside = [name for name, chosen in (("scale", scales), ("norm.weight", norms)) if chosen]
+        beside = [name for name, chosen in ((".scale", scales), ("norm.weight", norms)) if chosen]
         assert trained_names(model) == adapters | names_like(model, *beside)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert all(p.shape[0] == 3 for name, p in model.named_parameters() if "lora_A" in name)
