@@ -350,9 +350,6 @@ class Run:
 
     def round_and_measure_trained(self) -> None:
         """Bring the trained model into the state that is packed, measure it, and keep its adapters."""
-        self.place_model()  # sharded models were gathered on the CPU
-        if self.float_copy is not None:
-            self.float_copy.model.to(self.device)
         round_float_parts(self.model)
         self.measured.perplexity["qat"] = self.float_pass.compare(self.model, "perplexity, trained")
         if self.recipe.train.mode == "lora":

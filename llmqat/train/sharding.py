@@ -50,7 +50,7 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> None:
         """Shard `model` on `device`; autocast, where it is on, computes in the dtype `autocast`."""
-        self.model = model
+        self.model, self.device = model, device
         # The model as it was, without its parameters: `gather` fills it.
         memo: dict[int, object] = {id(p): _on_meta(p) for p in model.parameters()}
         memo |= {id(buffer): buffer for buffer in model.buffers()}
@@ -64,7 +64,7 @@ class ShardedModel:
         fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=by_rows)
 
     def gather(self, everywhere: bool) -> None:
-        """Put the model together again, on the CPU and with the modules it had before training.
+        """Put the model together again, on its device and with the modules it had before training.
 
         Args:
             everywhere: in every process; otherwise in the first alone, and the others are left with a model on meta.
@@ -77,10 +77,10 @@ class ShardedModel:
         for module in self.unsharded.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 setattr(module, name, filled.get(id(parameter), parameter))
-        if filled:
-            self.unsharded.cpu()
         self.model.__class__, self.model.__dict__ = self.unsharded.__class__, self.unsharded.__dict__
         forget_sharded(self.model)
+        if filled:  # tensor by tensor on the CPU, beside the shards
+            self.model.to(self.device)
 
 
 def gathering_of(block: nn.Module, autocast: torch.dtype | None) -> MixedPrecisionPolicy:

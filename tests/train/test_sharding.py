@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmqat.errors import LlmqatError
 from llmqat.train import sharding
 from llmqat.train.sharding import ShardedModel, gathering_of
+from tests.pretended_device import PRETENDED
 from tests.two_processes import run_in_two
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 30}
@@ -38,6 +40,19 @@ def test_a_teacher_is_gathered_in_the_dtype_of_autocast_if_no_bit_depends_on_it(
     block.mlp.up_proj.requires_grad_(True)
     assert gathering_of(block, torch.bfloat16).param_dtype is None
     assert gathering_of(teacher(torch.float32).model.layers[0], torch.bfloat16).param_dtype is None
+
+
+def test_a_model_is_whole_on_its_device_again(pretended, monkeypatch):
+    """Where codes are counted after training; it comes from the CPU, tensor by tensor."""
+    model = teacher().to(PRETENDED)
+    sharded = ShardedModel.__new__(ShardedModel)
+    sharded.model, sharded.device = model, PRETENDED
+    memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    sharded.unsharded = copy.deepcopy(model, memo)
+    monkeypatch.setattr(sharding, "gathered", lambda tensor, everywhere: tensor.cpu())
+    monkeypatch.setattr(sharding, "forget_sharded", lambda model: None)
+    sharded.gather(everywhere=False)
+    assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {PRETENDED}
 
 
 def member(rank):
