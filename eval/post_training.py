@@ -39,7 +39,7 @@ class Comparison:
         tokenizer.save_pretrained(self.directory)
         self.calibration = self.calibration_rows(tokenizer)
         self.texts = {
-            name: llmqat.scored_windows(name, tokenizer, args.window, args.eval_tokens)
+            name: llmqat.scored_windows(name, tokenizer, args.window, args.eval_tokens, args.bos)
             for name in (args.dataset, *args.also)
         }
         self.reference = llmqat.FloatCopy(self.float_model())
@@ -53,7 +53,7 @@ class Comparison:
         """``(samples, length)`` ids of the training text, drawn by the seed."""
         samples, length = self.args.samples, self.args.length
         documents = llmqat.load_corpus(self.args.dataset).train
-        rows = llmqat.split_stream(llmqat.encode(tokenizer, documents, TOKENIZED), length, "calibration")
+        rows = llmqat.sequences(tokenizer, documents, length, TOKENIZED, "calibration", self.args.bos)
         if len(rows) < samples:
             raise SystemExit(f"the training text gives {len(rows)} rows of {length} tokens; --samples is {samples}")
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))[:samples]]
@@ -123,6 +123,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration row")
     parser.add_argument("--batch", type=int, default=8, help="calibration rows in a batch, and in a step of AutoRound")
     parser.add_argument("--seed", type=int, default=0, help="which calibration rows")
+    parser.add_argument("--bos", default="tokenizer", help="window: open every sequence by BOS, which Gemma needs")
     parser.add_argument("--blocks", type=int, help="quantize only so many")
     parser.add_argument("--window", type=int, default=512, help="tokens of an evaluation window")
     parser.add_argument("--eval-tokens", type=int, default=65536, help="upper limit of tokens scored, of each text")

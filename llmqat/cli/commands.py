@@ -114,7 +114,7 @@ def run_eval(args: argparse.Namespace) -> None:
     check_fields(EvalConfig, vars(args))
     check_task_flags(args)
     if args.tasks:
-        return run_tasks(args)
+        return _run_tasks(args)
     model, tokenizer = load_any(args.model, args.device, torch.float32, args.activations)
     source = DataConfig(**{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
     data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, args.bos)
@@ -156,7 +156,7 @@ def check_task_flags(args: argparse.Namespace) -> None:
         raise LlmqatError(f"{texts[0]} says nothing with --tasks, which bring their own texts; leave one of them out")
 
 
-def run_tasks(args: argparse.Namespace) -> None:
+def _run_tasks(args: argparse.Namespace) -> None:
     """Run `llmqat eval --tasks`."""
     import torch
 

@@ -239,7 +239,8 @@ class EvalConfig:
     validation_tokens: int = option(16384, "held-out tokens that choose the best state", "--validation-tokens", least=2)
     bos: str = option(
         "stream",
-        "BOS once before the stream, before every window, as the tokenizer has it, or none",
+        "BOS once before the stream, before every window, as the tokenizer has it, or none; window also opens every "
+        "sequence that calibrates or trains, which Gemma needs",
         "--bos",
         choices=BOS_RULES,
     )

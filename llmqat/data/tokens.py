@@ -63,36 +63,57 @@ def _check_texts(documents: Sequence[Document]) -> None:
             ) from error
 
 
-def split_stream(stream: Tensor, length: int, what: str = "training") -> Tensor:
+def split_stream(stream: Tensor, length: int, what: str = "training", opening: int | None = None) -> Tensor:
     """Cut one stream of ids, such as `llmqat.encode` gives, into sequences of one length; the tail is dropped.
 
     Args:
         stream: ids ``(tokens,)``.
         length: tokens per sequence.
         what: names the text in an error.
+        opening: the id that every sequence begins with, before those of the stream; None for none.
 
     Returns:
-        a view ``(sequences, length)``.
+        ``(sequences, length)``, without `opening` a view.
 
     Raises:
         LlmqatError: if the stream is shorter than one sequence, or no stream; if the length is no number of tokens.
     """
-    if stream.ndim != 1 or length < 1:
+    own = length - (opening is not None)
+    if stream.ndim != 1 or own < 1:
         shape = tuple(stream.shape)
         raise LlmqatError(
             f"a stream of ids (tokens,) is cut into sequences of 1 token or more; got shape {shape} and length {length}"
         )
-    count = len(stream) // length
+    count = len(stream) // own
     if count == 0:
         raise LlmqatError(
             f"the {what} text has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a "
             "shorter --length or --window"
         )
-    return stream[: count * length].view(count, length)
+    rows = stream[: count * own].view(count, own)
+    return rows if opening is None else torch.cat([rows.new_full((count, 1), opening), rows], 1)
+
+
+def opening_of(tokenizer: Any, bos: str) -> int | None:
+    """The id that opens every sequence by a BOS rule of `llmqat.windows`: that of BOS if it is "window", else None.
+
+    Raises:
+        LlmqatError: if the tokenizer has none.
+    """
+    if bos != "window":
+        return None
+    if tokenizer.bos_token_id is None:
+        raise LlmqatError("--bos window needs a tokenizer with a BOS token; use --bos stream or none")
+    return int(tokenizer.bos_token_id)
 
 
 def sequences(
-    tokenizer: Any, documents: Sequence[Document], length: int, limit: int | None = None, what: str = "training"
+    tokenizer: Any,
+    documents: Sequence[Document],
+    length: int,
+    limit: int | None = None,
+    what: str = "training",
+    bos: str = "stream",
 ) -> Tensor:
     """Training tensors for `llmqat.finetune`: ids ``(sequences, length)`` of texts; of conversations ids and labels
     ``(sequences, 2, length)``, at most as long as the longest.
@@ -103,16 +124,17 @@ def sequences(
         length: tokens per sequence.
         limit: tokenize no more than so many tokens.
         what: names the documents in an error.
+        bos: "window" opens every sequence of a text by BOS, which a model may need (Gemma does): see `llmqat.windows`.
 
     Returns:
         int64; labels are the ids of answers, and -100 elsewhere.
 
     Raises:
-        LlmqatError: if there is less than one sequence, or no answer in any.
+        LlmqatError: if there is less than one sequence, no answer in any, or no BOS where it is asked for.
     """
     if is_chat(documents):
         return chat_rows(tokenizer, documents, length, limit, what)
-    return split_stream(encode(tokenizer, documents, limit), length, what)
+    return split_stream(encode(tokenizer, documents, limit), length, what, opening_of(tokenizer, bos))
 
 
 class EndlessSampler(Sampler[list[int]]):

@@ -1,9 +1,10 @@
+import copy
 from itertools import islice
 
 import pytest
 import torch
 
-from llmqat.data.tokens import EndlessSampler, encode, split_stream
+from llmqat.data.tokens import EndlessSampler, encode, sequences, split_stream
 from llmqat.errors import LlmqatError
 
 
@@ -24,6 +25,19 @@ def test_blocks():
         split_stream(torch.arange(3), 4)
     with pytest.raises(LlmqatError, match="the test text has 3 tokens"):
         split_stream(torch.arange(3), 4, what="test")
+
+
+def test_an_opening_stands_before_every_sequence(tokenizer):
+    assert split_stream(torch.arange(11), 4, opening=99).tolist() == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    with pytest.raises(LlmqatError, match="sequences of 1 token or more"):
+        split_stream(torch.arange(11), 1, opening=99)
+    plain, opened = (sequences(tokenizer, ["abcdefgh" * 4], 8, bos=bos) for bos in ("stream", "window"))
+    assert opened[:, 0].unique().tolist() == [tokenizer.bos_token_id]
+    assert torch.equal(opened[:, 1:].flatten()[:16], plain.flatten()[:16])  # no token of the text is lost
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = None
+    with pytest.raises(LlmqatError, match="--bos window needs a tokenizer with a BOS token"):
+        sequences(other, ["abcdefgh" * 4], 8, bos="window")
 
 
 @pytest.mark.parametrize(("stream", "length"), [(torch.arange(8), 0), (torch.arange(8), -2), (torch.zeros(2, 4), 2)])

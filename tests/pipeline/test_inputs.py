@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from llmqat.config import DataConfig, resolve
 from llmqat.errors import LlmqatError
 from llmqat.metrics.published import scored_windows
-from llmqat.pipeline.inputs import eval_windows, other_texts, read
+from llmqat.pipeline.inputs import bos_advice, calibration, eval_windows, other_texts, read, tokenized
 
 
 def test_eval_scores_a_named_set_as_papers_do(papers_hub, model_dir, tokenizer, tmp_path, call, capsys):
@@ -33,6 +34,21 @@ def test_what_is_asked_for_goes_before_the_protocol(papers_hub, tokenizer, capsy
 def test_other_datasets_keep_their_defaults(text_file, tokenizer):
     data = eval_windows(DataConfig(str(text_file)), tokenizer, 64, None, 2000, None)
     assert (data.ids.shape[1], data.bos, data.name) == (512, "stream", None)
+
+
+def test_bos_opens_whatever_trains_calibrates_or_is_scored(small_recipe, text_file, tokenizer, tmp_path):
+    changes = {"eval.bos": "window", "init.method": "gptq", "data.length": 8, "eval.window": 8}
+    recipe = resolve(small_recipe(tmp_path, {"data.dataset": str(text_file), **changes}), 1)
+    corpus, planned = read(recipe.data, recipe.data.dataset), SimpleNamespace(quantized=[])
+    inputs = tokenized(recipe, tokenizer, corpus, planned, train=True)
+    rows = [inputs.training, inputs.validation.ids, inputs.test.ids, torch.cat(calibration(recipe, tokenizer))]
+    assert all((ids[:, 0] == tokenizer.bos_token_id).all() for ids in rows)
+    assert {ids.shape[1] for ids in rows} <= {recipe.data.length, recipe.eval.window}
+
+
+def test_families_that_need_bos_are_told_so(tokenizer):
+    assert "give --bos window" in bos_advice("gemma3_text", tokenizer, "stream")
+    assert bos_advice("gemma3_text", tokenizer, "window") == bos_advice("llama", tokenizer, "stream") == ""
 
 
 def test_a_named_calibration_set_is_not_streamed(papers_hub):
