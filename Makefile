@@ -11,9 +11,9 @@ OLDEST := .venv-oldest
 # few whole ways.
 OLDEST_TESTS := $(addprefix tests/,test_api.py test_mapped.py cli/test_commands.py compat \
   data/test_corpus.py data/test_folders.py data/test_named_sets.py data/test_sources.py \
-  forecast/test_cost.py forecast/test_stages.py formats models nn/test_kv_cache.py nn/test_lora.py nn/test_native_attention.py \
-  pipeline/test_measure_baselines.py pipeline/test_output.py pipeline/test_push.py pipeline/test_run.py::test_finetune \
-  recipes/test_trainers.py serve/test_attach.py serve/test_batch.py serve/test_covered.py serve/test_forward.py \
+  forecast/test_cost.py forecast/test_ending.py forecast/test_stages.py formats models nn/test_kv_cache.py nn/test_lora.py \
+  nn/test_native_attention.py pipeline/test_measure_baselines.py pipeline/test_output.py pipeline/test_push.py \
+  pipeline/test_run.py::test_finetune recipes/test_trainers.py serve/test_attach.py serve/test_batch.py serve/test_covered.py serve/test_forward.py \
   serve/test_generate.py serve/test_int8_cache.py serve/test_same_as_transformers.py serve/test_towers.py \
   train/test_adapter_files.py train/test_expert_adapters.py train/test_modes.py train/test_optimizers.py \
   train/test_sharding.py train/test_together.py train/test_tracking.py train/test_trainers.py)

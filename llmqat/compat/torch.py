@@ -18,7 +18,7 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-@leans_on("torch._dynamo.config.patch", test="tests/train/test_loop.py")
+@leans_on("torch._dynamo.config.recompile_limit", test="tests/train/test_loop.py")
 def variants_of_compiled_functions(limit: int) -> AbstractContextManager[Any]:
     """Let torch compile a function up to `limit` times inside the ``with``; after 8 by default it runs eagerly."""
     return torch._dynamo.config.patch(recompile_limit=limit)

@@ -249,5 +249,5 @@ def nudge(plain: PreTrainedModel) -> None:
         return
     new = nn.Parameter(moved, requires_grad=False)
     for module in plain.modules():
-        if module._parameters.get("weight") is weight:  # a tied head, too
+        if dict(module.named_parameters(recurse=False)).get("weight") is weight:  # a tied head, too
             module.weight = new

@@ -29,7 +29,7 @@ def move(monkeypatch, name: str) -> None:
     elif not hasattr(thing, last):
         source = inspect.getsource(thing)
         monkeypatch.setattr(inspect, "getsource", lambda _: source.replace(f'"{last}"', ""))
-    if last in vars(thing):
+    if last in vars(thing) or last in getattr(thing, "_config", {}):  # the latter of torch, no attributes of the module
         monkeypatch.delattr(thing, last)
     elif hasattr(thing, last):  # inherited, maybe from a class written in C
         monkeypatch.setattr(thing, last, Gone())
