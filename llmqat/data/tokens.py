@@ -90,8 +90,12 @@ def split_stream(stream: Tensor, length: int, what: str = "training", opening: i
             f"the {what} text has {len(stream)} tokens, fewer than one sequence of {length}; give more text or a "
             "shorter --length or --window"
         )
-    rows = stream[: count * own].view(count, own)
-    return rows if opening is None else torch.cat([rows.new_full((count, 1), opening), rows], 1)
+    return opened(stream[: count * own].view(count, own), opening)
+
+
+def opened(rows: Tensor, opening: int | None) -> Tensor:
+    """Rows of ids ``(rows, tokens)``, each behind an id that opens it; as they are if that is None."""
+    return rows if opening is None else torch.cat([rows.new_full((len(rows), 1), opening), rows], 1)
 
 
 def opening_of(tokenizer: Any, bos: str) -> int | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from llmqat.config import BOS_RULES
 from llmqat.data.chat import chat_rows, positions, token_count, unstack
 from llmqat.data.messages import Document, is_chat
-from llmqat.data.tokens import opening_of
+from llmqat.data.tokens import opened, opening_of
 from llmqat.errors import LlmqatError
 from llmqat.metrics.forwards import Forwards, ReferenceForwards
 from llmqat.metrics.layer_error import LayerErrors
@@ -151,8 +151,7 @@ def with_bos(tokenizer: Any, rows: Tensor, bos: str) -> Tensor:
     Raises:
         LlmqatError: if the tokenizer has none.
     """
-    opening = opening_of(tokenizer, bos)
-    return rows if opening is None else torch.cat([rows.new_full((len(rows), 1), opening), rows], 1)
+    return opened(rows, opening_of(tokenizer, bos))
 
 
 @dataclass(frozen=True)

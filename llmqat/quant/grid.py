@@ -50,12 +50,7 @@ def slices(total: int, step: int) -> Iterator[slice]:
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices over `rows` of about `CHUNK_ELEMENTS` elements each."""
-    return slices(rows, chunk_height(columns))
-
-
-def chunk_height(columns: int) -> int:
-    """How many rows a chunk has."""
-    return max(1, CHUNK_ELEMENTS // columns)
+    return slices(rows, max(1, CHUNK_ELEMENTS // columns))
 
 
 class Adapters(NamedTuple):

@@ -75,17 +75,23 @@ def test_an_export_comes_back(packed, tmp_path, monkeypatch, call, capsys, to, s
     assert verify(tmp_path / "back", logits=False).ok
 
 
+def quantized_by_others(gguf, path):
+    """Quantize one tensor of a file anew by the gguf package; returns its weights by that package's own code."""
+    reader = gguf.GGUFReader(path, "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
+    tensor.data[:] = gguf.quants.quantize(np.random.default_rng(0).normal(size=(96, 64)), tensor.tensor_type)
+    right = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    reader.data.flush()
+    return right
+
+
 def test_q4_0_of_the_gguf_package(packed, tmp_path, monkeypatch):
     """Blocks that another quantizer made, decoded by its own code: scales of either sign, and of 16 bits."""
     gguf = pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     export(packed(QuantScheme(4, 32)), "gguf", tmp_path / "out")
     path = tmp_path / "out" / "model.gguf"
-    reader = gguf.GGUFReader(path, "r+")
-    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
-    tensor.data[:] = gguf.quants.quantize(np.random.default_rng(0).normal(size=(96, 64)), tensor.tensor_type)
-    right = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    reader.data.flush()
+    right = quantized_by_others(gguf, path)
     import_checkpoint(path, tmp_path / "back")
     layer = layers_of(tmp_path / "back")["model.layers.0.mlp.up_proj"]
     codes, scale, _ = layer.unpack()
@@ -236,11 +242,7 @@ def test_q5_0_of_the_gguf_package(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     export(packed(QuantScheme(4, 32, False)), "gguf", tmp_path / "out")
     path = tmp_path / "out" / "model.gguf"
-    reader = gguf.GGUFReader(path, "r+")
-    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.ffn_up.weight")
-    tensor.data[:] = gguf.quants.quantize(np.random.default_rng(0).normal(size=(96, 64)), tensor.tensor_type)
-    right = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    reader.data.flush()
+    right = quantized_by_others(gguf, path)
     import_checkpoint(path, tmp_path / "back")
     found = layers_of(tmp_path / "back")
     layer = found["model.layers.0.mlp.up_proj"]
