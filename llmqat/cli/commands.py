@@ -107,6 +107,7 @@ def run_eval(args: argparse.Namespace) -> None:
     import torch
 
     from llmqat.machine import environment
+    from llmqat.models.architectures import needed_bos
     from llmqat.nn.context import check_context, position_limit
     from llmqat.pipeline.inputs import eval_windows
 
@@ -117,7 +118,8 @@ def run_eval(args: argparse.Namespace) -> None:
         return _run_tasks(args)
     model, tokenizer = load_any(args.model, args.device, torch.float32, args.activations)
     source = DataConfig(**{name: getattr(args, name) for name in EVAL_DATA_FIELDS})
-    data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, args.bos)
+    bos = args.bos or needed_bos(model)
+    data = eval_windows(source, tokenizer, context_of(model), args.window, args.tokens, bos)
     check_context(position_limit(model), data.ids.shape[-1])
     numbers = perplexity_numbers(args, model, data)
     if args.throughput:

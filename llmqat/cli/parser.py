@@ -6,7 +6,7 @@ from typing import Any
 
 import llmqat
 from llmqat.cli.flags import Parser, add_fields, add_recipe_flags
-from llmqat.config import DataConfig, EvalConfig, Recipe
+from llmqat.config import DEFAULT_BOS, DataConfig, EvalConfig, Recipe
 from llmqat.formats.export.holds import HOLDS
 from llmqat.pipeline.engines.table import ENGINES
 from llmqat.version import __version__
@@ -125,7 +125,7 @@ EVAL_DATA_FIELDS = ("dataset", "text_field", "rows", "streaming", "max_rows")
 EVAL_OPEN = {
     "window": f"{EvalConfig.window}; named sets: 2048",
     "tokens": f"{EvalConfig.tokens}; named sets: all",
-    "bos": f"{EvalConfig.bos}; named sets: tokenizer",
+    "bos": f"{DEFAULT_BOS}; named sets: tokenizer; Gemma: window",
 }
 PUSH = "then upload the directory to the Hub as owner/model, private if it is new"
 NO_TRAINING = "quantize does not train; llmqat finetune does"

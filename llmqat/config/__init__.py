@@ -7,10 +7,12 @@ folders of the machine.
 from llmqat.config.context import fit_context, log_cut, speed_lengths
 from llmqat.config.files import from_yaml, to_yaml
 from llmqat.config.recipe import (
+    DEFAULT_BOS,
     DEFAULT_LR,
     DEFAULT_LR_SCALE,
     Recipe,
     Resolved,
+    ResolvedEval,
     ResolvedQuant,
     ResolvedTrain,
     check_pattern,
@@ -37,6 +39,7 @@ from llmqat.config.sections import (
 __all__ = [
     "BASELINES",
     "BOS_RULES",
+    "DEFAULT_BOS",
     "DEFAULT_LR",
     "DEFAULT_LR_SCALE",
     "INITS",
@@ -52,6 +55,7 @@ __all__ = [
     "QuantConfig",
     "Recipe",
     "Resolved",
+    "ResolvedEval",
     "ResolvedQuant",
     "ResolvedTrain",
     "TrainConfig",

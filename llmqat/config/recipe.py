@@ -15,6 +15,7 @@ from llmqat.scheme import QuantScheme
 
 DEFAULT_LR = {"full": 2e-3, "lora": 3e-3, "scales": 3e-3}
 DEFAULT_LR_SCALE = {"full": 0.0, "lora": 3e-3, "scales": 0.0}  # where --lr is not that of the scales
+DEFAULT_BOS = "stream"  # of models that do not need another rule
 # Keys of the version before -> their names today.
 RENAMED = {"train.length": "data.length"}
 
@@ -80,11 +81,19 @@ class ResolvedTrain(TrainConfig):
 
 
 @dataclass(frozen=True)
+class ResolvedEval(EvalConfig):
+    """Scoring, its BOS rule chosen."""
+
+    bos: str = DEFAULT_BOS
+
+
+@dataclass(frozen=True)
 class Resolved(Recipe):
     """A recipe that leaves nothing open; see `resolve`."""
 
     quant: ResolvedQuant = field(default_factory=ResolvedQuant)
     train: ResolvedTrain = field(default_factory=ResolvedTrain)
+    eval: ResolvedEval = field(default_factory=ResolvedEval)
 
     def scheme(self) -> QuantScheme:
         """The grid of every layer that no override touches."""
@@ -92,13 +101,14 @@ class Resolved(Recipe):
         return QuantScheme(q.bits, q.group_size, q.symmetric, q.act_bits, q.act_static, q.scale_dtype)
 
 
-def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> Resolved:
-    """Choose what a recipe leaves to the model: group size, mode and learning rates.
+def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128, default_bos: str = DEFAULT_BOS) -> Resolved:
+    """Choose what a recipe leaves to the model: group size, mode, learning rates and BOS rule.
 
     Args:
         recipe: as it was asked for.
         parameters: of the model, which choose what trains.
         default_group_size: where the recipe names none; `llmqat.models.planning.resolve_for` finds it.
+        default_bos: likewise.
 
     Raises:
         LlmqatError: if an option is given that what trains leaves without effect.
@@ -115,6 +125,7 @@ def resolve(recipe: Recipe, parameters: int, default_group_size: int = 128) -> R
     chosen = {
         "quant": ResolvedQuant(**{**vars(quant), "group_size": group_size}),
         "train": ResolvedTrain(**{**vars(train), "mode": mode, **rates, "gradient_checkpointing": checkpointing}),
+        "eval": ResolvedEval(**{**vars(recipe.eval), "bos": recipe.eval.bos or default_bos}),
     }
     return Resolved(**{**vars(recipe), **chosen})
 

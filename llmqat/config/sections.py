@@ -237,10 +237,10 @@ class EvalConfig:
         "--also",
     )
     validation_tokens: int = option(16384, "held-out tokens that choose the best state", "--validation-tokens", least=2)
-    bos: str = option(
-        "stream",
+    bos: str | None = option(
+        None,
         "BOS once before the stream, before every window, as the tokenizer has it, or none; window also opens every "
-        "sequence that calibrates or trains, which Gemma needs",
+        "sequence that calibrates or trains; default: window for Gemma, which needs it, else stream",
         "--bos",
         choices=BOS_RULES,
     )

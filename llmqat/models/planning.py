@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmqat.config import Recipe, Resolved, fit_context, resolve
+from llmqat.config import DEFAULT_BOS, Recipe, Resolved, fit_context, resolve
 from llmqat.errors import LlmqatError
-from llmqat.models.architectures import block_paths
+from llmqat.models.architectures import block_paths, needed_bos
 from llmqat.models.coverage import (
     HEAD,
     TIED_HEAD,
@@ -130,7 +130,7 @@ def resolve_for(model: PreTrainedModel, recipe: Recipe) -> Resolved:
         LlmqatError: see `plan`.
     """
     group_size = default_group_size(model, recipe.quant.overrides, recipe.quant.lm_head_bits)
-    resolved = resolve(recipe, total_parameters(model), group_size)
+    resolved = resolve(recipe, total_parameters(model), group_size, needed_bos(model) or DEFAULT_BOS)
     return fit_context(resolved, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 

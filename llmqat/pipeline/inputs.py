@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmqat.config import DataConfig, EvalConfig, Resolved
+from llmqat.config import DEFAULT_BOS, DataConfig, EvalConfig, Resolved
 from llmqat.data.corpus import Corpus, load_corpus
 from llmqat.data.messages import Document
 from llmqat.data.named_sets import PUBLISHED_WINDOW, check_options, named_set
@@ -30,10 +30,6 @@ CALIBRATION_BATCH = 8
 CALIBRATION_TOKENS = 8_000_000
 # Text is tokenized up to this many tokens, or as many as the run trains on if that is more.
 LEAST_TRAIN_TOKENS = 8_000_000
-
-# Families that do badly in sequences without BOS: Gemma 3 270M has perplexities of 118 on WikiText-2 and 47 on C4 in
-# windows of 512 of which the first alone has it, and of 55 and 21 where all do (2,048 tokens each, bfloat16).
-OPENED_BY_BOS = "gemma"
 
 
 @dataclass(frozen=True)
@@ -101,22 +97,6 @@ def tokenized(recipe: Resolved, tokenizer: Any, corpus: Corpus, coverage: Covera
         inputs,
         validation=windows(tokenizer, corpus.validation, length, held_out, bos, f"{name} evaluation"),
         training=sequences(tokenizer, corpus.train, length, train_tokens(recipe), f"{name} training", bos),
-    )
-
-
-def bos_advice(model_type: str, tokenizer: Any, bos: str) -> str:
-    """Tell of a model that does badly in sequences without BOS; empty for others, and where each has it.
-
-    Args:
-        model_type: of its configuration.
-        tokenizer: of the model.
-        bos: the rule, see `llmqat.windows`.
-    """
-    if bos == "window" or not model_type.startswith(OPENED_BY_BOS) or tokenizer.bos_token_id is None:
-        return ""
-    return (
-        f"{model_type} does much worse in sequences that no BOS opens: give --bos window, which opens every one that "
-        "calibrates, trains or is scored"
     )
 
 
@@ -203,7 +183,7 @@ def eval_windows(
     if known is None:
         documents = read(data, data.dataset).test
         limits = window or EvalConfig.window, max_tokens or EvalConfig.tokens
-        return scored_windows(data.dataset, tokenizer, *limits, bos or EvalConfig.bos, documents)
+        return scored_windows(data.dataset, tokenizer, *limits, bos or DEFAULT_BOS, documents)
     check_options(data.dataset, data.streaming, data.rows)
     if window is None and context is not None and context < PUBLISHED_WINDOW:
         log(f"the model's context is {context} tokens: windows are cut to it; papers take {PUBLISHED_WINDOW}")

@@ -37,7 +37,7 @@ from llmqat.models.patcher import (
 from llmqat.models.widening import compute_in_float32
 from llmqat.nn.quantizers import disable_quantizers
 from llmqat.pipeline.bits import with_chosen_bits
-from llmqat.pipeline.inputs import bos_advice, hash_of_files, hash_of_tokenizer, hash_of_weights, read, tokenized
+from llmqat.pipeline.inputs import hash_of_files, hash_of_tokenizer, hash_of_weights, read, tokenized
 from llmqat.pipeline.low_memory import LowMemory
 from llmqat.pipeline.measure_baselines import Baselines
 from llmqat.pipeline.output import (
@@ -167,8 +167,6 @@ class Run:
 
     def record_inputs(self) -> None:
         """Cut all tokens, and hash what the run depends on."""
-        if advice := bos_advice(self.model.config.model_type, self.tokenizer, self.recipe.eval.bos):
-            log(advice)
         self.inputs = tokenized(self.recipe, self.tokenizer, self.corpus, self.coverage, self.train)
         self.calibration = list(self.inputs.calibration)
         hashes = self.inputs.hashes()

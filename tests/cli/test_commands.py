@@ -115,6 +115,15 @@ def test_eval(finished, model_dir, text_file, tmp_path, capsys, call):
     assert "--eval-tokens must be at least 2, got 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("bos", "rule"), [([], "window"), (["--bos", "stream"], "stream")])
+def test_eval_opens_every_window_of_a_gemma(tiny, tokenizer, text_file, tmp_path, call, bos, rule):
+    tiny("gemma3_text", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    flags = ["--dataset", text_file, "--window", 16, "--eval-tokens", 64, "--json", tmp_path / "e.json", *bos]
+    assert call(["eval", tmp_path / "gemma", *flags]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["bos"] == rule
+
+
 def test_verify(finished, tmp_path, capsys, call):
     assert call(["verify", finished]) == 0
     shown = table(capsys.readouterr().out)

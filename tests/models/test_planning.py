@@ -1,8 +1,9 @@
 import pytest
 from torch import nn
 
+from llmqat.config import Recipe
 from llmqat.errors import LlmqatError
-from llmqat.models.planning import check_divisible, default_group_size, plan
+from llmqat.models.planning import check_divisible, default_group_size, plan, resolve_for
 from llmqat.scheme import QuantScheme
 
 
@@ -40,3 +41,13 @@ def test_rows_shorter_than_a_group_stay_float(tiny):
     assert default_group_size(model) == 32
     own = {"coefficients": {"group_size": -1}}
     assert name in {layer.name for layer in plan(model, QuantScheme(4, 16), own).quantized}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "chosen"),
+    [("gemma", "window"), ("gemma2", "window"), ("gemma3_text", "window"), ("llama", "stream")],
+)
+def test_families_that_do_badly_without_bos_have_it_in_every_sequence(tiny, model_type, chosen):
+    model, recipe = tiny(model_type), Recipe()
+    assert resolve_for(model, recipe).eval.bos == chosen
+    assert resolve_for(model, recipe.with_values({"eval.bos": "none"})).eval.bos == "none"

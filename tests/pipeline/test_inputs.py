@@ -7,7 +7,7 @@ import torch
 from llmqat.config import DataConfig, resolve
 from llmqat.errors import LlmqatError
 from llmqat.metrics.published import scored_windows
-from llmqat.pipeline.inputs import bos_advice, calibration, eval_windows, other_texts, read, tokenized
+from llmqat.pipeline.inputs import calibration, eval_windows, other_texts, read, tokenized
 
 
 def test_eval_scores_a_named_set_as_papers_do(papers_hub, model_dir, tokenizer, tmp_path, call, capsys):
@@ -44,11 +44,6 @@ def test_bos_opens_whatever_trains_calibrates_or_is_scored(small_recipe, text_fi
     rows = [inputs.training, inputs.validation.ids, inputs.test.ids, torch.cat(calibration(recipe, tokenizer))]
     assert all((ids[:, 0] == tokenizer.bos_token_id).all() for ids in rows)
     assert {ids.shape[1] for ids in rows} <= {recipe.data.length, recipe.eval.window}
-
-
-def test_families_that_need_bos_are_told_so(tokenizer):
-    assert "give --bos window" in bos_advice("gemma3_text", tokenizer, "stream")
-    assert bos_advice("gemma3_text", tokenizer, "window") == bos_advice("llama", tokenizer, "stream") == ""
 
 
 def test_a_named_calibration_set_is_not_streamed(papers_hub):

@@ -49,7 +49,8 @@ def test_the_command_of_a_recipe_runs(name, family_dir, text_file, talks, tmp_pa
         assert {key: report["recipe"][section][key] for key in chosen} == chosen
     for key in ("mode", "lora_r", "loss", "accumulation"):
         assert getattr(recipe.train, key) in (None, report["recipe"]["train"][key])
-    assert report["recipe"]["eval"]["bos"] == recipe.eval.bos
+    opened = "window" if model_type.startswith("gemma") else "stream"
+    assert report["recipe"]["eval"]["bos"] == (recipe.eval.bos or opened)
     assert report["training"]["steps"] == (2 if arguments[0] == "finetune" else None)
     assert report["perplexity"]["packed"] > 0
     assert llmqat.verify(out).ok
