@@ -5,13 +5,14 @@ block, and there the layers can mend each other's. After GPTQ has found a block'
 and scales ``theta`` are trained together through the straight-through estimator, for a few hundred steps on the
 calibration data:
 
-    min over theta of  mean over tokens t of  ||f_q(X_q; theta)_t - f(X)_t||^2 / ||f(X)_t||^2
+    min over theta of  mean over tokens t of  ||g (f_q(X_q; theta)_t - f(X)_t)||^2 / ||g f(X)_t||^2
 
 ``f`` is the float block, and ``X`` what it reads in the float model; ``X_q`` is what the block reads behind the blocks
 that are quantized already, so that it learns to undo their error too (Block-AP of EfficientQAT, arXiv 2407.11062,
-section 3.2). Errors are relative to each token's output, because the next block normalizes it: else the few tokens
-whose outputs are many times as large as the others' have most of the say. Rates count in codes, as AutoRound's do
-(arXiv 2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
+section 3.2). Errors count as the norm behind the block sees them: relative to each token's output, and times its gain
+``g``. Else the few tokens whose outputs are many times as large as the others' have most of the say, and the few
+channels that are large in all of them (`llmqat.algorithms.read_gains`). Rates count in codes, as AutoRound's do (arXiv
+2309.05516, section 3): at a linear decay to zero, ``rate * steps / 2`` is how far a weight can move at most.
 
 The latents start near the float weight, with a part of GPTQ's change: that is fitted to the calibration text, and
 training from all of it fits it further, at the cost of other text. So a trained block is also kept where it is a little
@@ -55,6 +56,18 @@ class Blockwise(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
 
+class Target(NamedTuple):
+    """What a block is to return.
+
+    Attributes:
+        outputs: of the float block on the float prefix, a tensor per batch.
+        gain: by which an error counts in each channel, ``(channels,)``; see `llmqat.algorithms.read_gains`.
+    """
+
+    outputs: list[Tensor]
+    gain: Tensor
+
+
 class BlockError(NamedTuple):
     """Relative output error of a block on held-out calibration data, after GPTQ and after the reconstruction."""
 
@@ -80,22 +93,23 @@ class Pairs:
     Args:
         block: that is reconstructed.
         inputs: of the block.
-        targets: outputs of the float block, a tensor per batch.
+        target: what it is to return.
         dtype: in which the block computes.
     """
 
-    def __init__(self, block: nn.Module, inputs: BlockInputs, targets: list[Tensor], dtype: torch.dtype) -> None:
-        self.block, self.inputs, self.targets, self.dtype = block, inputs, targets, dtype
-        count = len(targets)
+    def __init__(self, block: nn.Module, inputs: BlockInputs, target: Target, dtype: torch.dtype) -> None:
+        self.block, self.inputs, self.target, self.dtype = block, inputs, target, dtype
+        count = len(target.outputs)
         self.held_out = list(range(0, count, HELD_OUT_EVERY)) if count >= HELD_OUT_EVERY else []
         self.training = sorted(set(range(count)) - set(self.held_out))
 
     def error(self, batch: int) -> Tensor:
-        """``||f_q(X_q)_t - f(X)_t||^2 / ||f(X)_t||^2``, the mean over the tokens of a batch."""
-        target = self.targets[batch].float()
-        with torch.autocast(target.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """``||g (f_q(X_q)_t - f(X)_t)||^2 / ||g f(X)_t||^2``, the mean over the tokens of a batch."""
+        exact, gain = self.target.outputs[batch].float(), self.target.gain
+        with torch.autocast(exact.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.inputs.outputs(self.block, batch)[0]
-        return ((output.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-20)).mean()
+        squares = ((output.float() - exact) * gain).square().sum(-1)
+        return (squares / (exact * gain).square().sum(-1).clamp(min=1e-20)).mean()
 
     def draw(self, steps: int) -> Iterator[int]:
         """A batch for each of `steps`: all that train in random order, again and again; the same in every run."""
@@ -149,18 +163,18 @@ def _training(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def reconstruct(
-    block: nn.Module, inputs: BlockInputs, targets: list[Tensor], weights: list[Tensor], settings: Blockwise
+    block: nn.Module, inputs: BlockInputs, target: Target, weights: list[Tensor], settings: Blockwise
 ) -> BlockError:
     """Train latents and scales of all layers of a block that are on a grid, in place; the best state is kept.
 
     Args:
         block: whose layers have `own_latents`; GPTQ's, or on the grid by rounding to nearest.
         inputs: what it reads on the quantized prefix, all batches.
-        targets: outputs of the float block on the float prefix, a tensor per batch.
+        target: what it is to return.
         weights: those of its layers in the float model.
         settings: see `Blockwise`.
     """
-    layers, pairs = list(layers_of(block).values()), Pairs(block, inputs, targets, settings.dtype)
+    layers, pairs = list(layers_of(block).values()), Pairs(block, inputs, target, settings.dtype)
     trained = [layer.weight for layer in layers] + [layer.scale for layer in layers]
     steps = [float(layer.scale.detach().abs().median()) for layer in layers]
     rates = [settings.lr * step for step in steps] + [settings.lr_scale * step for step in steps]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmqat.algorithms.blocks import BlockInputs, Statistics, eval_mode, hessians_of, layers_of, passes_of
-from llmqat.algorithms.blockwise import BlockError, Blockwise, own_latents, reconstruct, regrouped
+from llmqat.algorithms.blockwise import BlockError, Blockwise, Target, own_latents, reconstruct, regrouped
 from llmqat.algorithms.compensation import take_latent
 from llmqat.algorithms.gptq import check_hessian, gptq
+from llmqat.algorithms.read_gains import read_gains
 from llmqat.algorithms.stand_ins import StandIns, finding_parts
 from llmqat.algorithms.whole_runs import WholeRuns
 from llmqat.mapped import Disk
@@ -118,14 +119,14 @@ def gptq_block(block: nn.Module, inputs: BlockInputs, settings: GptqSettings, na
 
 
 def reconstructed_block(
-    block: nn.Module, inputs: BlockInputs, targets: list[Tensor], settings: GptqSettings, name: str = "block"
+    block: nn.Module, inputs: BlockInputs, target: Target, settings: GptqSettings, name: str = "block"
 ) -> BlockErrors:
     """GPTQ for every `FakeQuantLinear` of one block and then its reconstruction, in place; the `inputs` stay.
 
     Args:
         block: a prepared block.
         inputs: what it reads on the quantized prefix.
-        targets: outputs of the float block on the float prefix, a tensor per batch of `inputs`.
+        target: what it is to return, a tensor per batch of `inputs`.
         settings: see `GptqSettings`.
         name: of the block, for messages.
 
@@ -137,7 +138,7 @@ def reconstructed_block(
     with own_latents(layers, settings.keep_float) as weights:
         errors, _ = _gptq_layers(block, inputs, settings._replace(keep_float=False), name)
         if layers:
-            error = reconstruct(block, inputs, targets, weights, settings.blockwise)
+            error = reconstruct(block, inputs, target, weights, settings.blockwise)
     return BlockErrors(errors, error)
 
 
@@ -246,12 +247,13 @@ def _gptq_blocks(
         whole = [errors for errors in found if errors is not None]
         if len(whole) == len(blocks):  # else another way of finding them left these
             return whole
-    done, floats, name = list[BlockErrors](), None, "GPTQ"
+    done, floats, gains, name = list[BlockErrors](), None, list[Tensor](), "GPTQ"
     with eval_mode(model):
         if settings.blockwise is not None:
             name, batches = "GPTQ and block-wise reconstruction", regrouped(batches, settings.blockwise.sequences)
             with disable_quantizers(model):
                 floats = BlockInputs.capture(model, list(blocks), batches)
+                gains = read_gains(model, list(blocks), batches[0])
         # A reconstruction is not divided: each process does all of it, and the first one counts.
         own_team = team if floats is None else ALONE
         if settings.whole:
@@ -267,7 +269,8 @@ def _gptq_blocks(
                 if own is not None:
                     inputs.advance(block)
                 else:
-                    own = _quantized(block, inputs, floats, settings, f"block {index}", team)
+                    target = None if floats is None else Target(floats.hidden, gains[index])
+                    own = _quantized(block, inputs, target, settings, f"block {index}", team)
                     keep(block, index, own, settings, saved)
                 done.append(own)
                 error = own.block
@@ -276,13 +279,13 @@ def _gptq_blocks(
 
 
 def _quantized(
-    block: nn.Module, inputs: BlockInputs, floats: BlockInputs | None, settings: GptqSettings, name: str, team: Team
+    block: nn.Module, inputs: BlockInputs, target: Target | None, settings: GptqSettings, name: str, team: Team
 ) -> BlockErrors:
     """Find the codes of a block, by GPTQ alone or with a reconstruction, the same in all processes of `team`; then make
     its outputs the inputs of the next."""
-    if floats is None:
+    if target is None:
         return gptq_block(block, inputs, settings, name)
-    errors = reconstructed_block(block, inputs, floats.hidden, settings, name)
+    errors = reconstructed_block(block, inputs, target, settings, name)
     if team.count > 1:
         own = list(written_state(block, layers_of(block), settings.keep_float).items())
         block.load_state_dict(dict(team.tensors_of(0, own, inputs.hidden[0].device)), strict=False)

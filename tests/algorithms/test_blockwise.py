@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmqat.algorithms import blockwise
 from llmqat.algorithms import gptq_model as driver
 from llmqat.algorithms.blocks import BlockInputs, layers_of
-from llmqat.algorithms.blockwise import Blockwise, Pairs, reconstruct, regrouped
+from llmqat.algorithms.blockwise import Blockwise, Pairs, Target, reconstruct, regrouped
 from llmqat.algorithms.gptq_model import GptqSettings, gptq_model
 from llmqat.kernels import norms, training
 from llmqat.models.patcher import prepare, quantized_layers
@@ -53,9 +53,9 @@ def test_the_model_comes_nearer_to_the_float_model(tiny_llama, tokens, dtype):
 def test_a_block_learns_the_float_output_from_what_it_reads_on_the_quantized_prefix(tiny_llama, tokens, monkeypatch):
     seen, original = [], blockwise.reconstruct
 
-    def spy(block, inputs, targets, *rest):
-        seen.append(([x.clone() for x in inputs.hidden], [y.clone() for y in targets]))
-        return original(block, inputs, targets, *rest)
+    def spy(block, inputs, target, *rest):
+        seen.append(([x.clone() for x in inputs.hidden], [y.clone() for y in target.outputs]))
+        return original(block, inputs, target, *rest)
 
     monkeypatch.setattr(driver, "reconstruct", spy)
     model = quantized(tiny_llama(), tokens)
@@ -175,7 +175,7 @@ def test_every_batch_trains_or_is_held_out(tiny_llama, tokens):
     model = tiny_llama()
     prepare(model, QuantScheme(3, 16))
     inputs = BlockInputs.capture(model, list(model.model.layers), tokens)
-    pairs = Pairs(model.model.layers[0], inputs, [h + 1 for h in inputs.hidden], torch.float32)
+    pairs = Pairs(model.model.layers[0], inputs, Target([h + 1 for h in inputs.hidden], torch.ones(64)), torch.float32)
     assert pairs.held_out == [0, 8]
     assert sorted(pairs.held_out + pairs.training) == list(range(16))
     drawn = list(pairs.draw(28))
@@ -184,14 +184,18 @@ def test_every_batch_trains_or_is_held_out(tiny_llama, tokens):
     assert drawn == list(pairs.draw(28))
 
 
-def test_the_error_of_a_token_is_relative_to_its_output(tiny_llama, tokens):
+def test_errors_count_as_the_norm_behind_the_block_sees_them(tiny_llama, tokens):
     model = tiny_llama()
     inputs = BlockInputs.capture(model, list(model.model.layers), tokens[:1])
     exact = inputs.run(model.model.layers[0], 0)
     large = exact * torch.logspace(0, 3, 24)[:, None]  # each token another size
-    pairs = Pairs(model.model.layers[0], inputs, [large], torch.float32)
-    expected = (1 - torch.logspace(0, -3, 24)).square().mean()
-    torch.testing.assert_close(pairs.error(0).detach(), expected, rtol=1e-4, atol=0)
+    gain = torch.rand(exact.shape[-1])
+    found = Pairs(model.model.layers[0], inputs, Target([large], gain), torch.float32).error(0).detach()
+    torch.testing.assert_close(found, (1 - torch.logspace(0, -3, 24)).square().mean(), rtol=1e-4, atol=0)
+    large[..., 3] = 1e4 * exact[..., 3]  # holds nearly all of each output
+    gain[3] = 0  # and is not read
+    found = Pairs(model.model.layers[0], inputs, Target([large], gain), torch.float32).error(0).detach()
+    torch.testing.assert_close(found, (1 - torch.logspace(0, -3, 24)).square().mean(), rtol=1e-4, atol=0)
 
 
 def test_too_few_batches_to_hold_any_out(tiny_llama, tokens):
@@ -199,7 +203,9 @@ def test_too_few_batches_to_hold_any_out(tiny_llama, tokens):
     prepare(model, QuantScheme(3, 16))
     inputs = BlockInputs.capture(model, list(model.model.layers), tokens[:4])
     weights = [layer.weight.detach() for layer in layers_of(model.model.layers[0]).values()]
-    error = reconstruct(model.model.layers[0], inputs, [h + 1 for h in inputs.hidden], weights, FEW)
+    error = reconstruct(
+        model.model.layers[0], inputs, Target([h + 1 for h in inputs.hidden], torch.ones(64)), weights, FEW
+    )
     assert error.blockwise <= 1.1 * error.gptq
 
 
