@@ -57,7 +57,7 @@ class Blockwise(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a block is to return.
+    """The outputs that a block is to have, and what counts of them.
 
     Attributes:
         outputs: of the float block on the float prefix, a tensor per batch.
