@@ -1,8 +1,8 @@
 """How much each channel of a block's output counts where it is read: the gains of the norms behind the blocks.
 
 A few channels of the stream between blocks can be a hundred times as large as the others ("massive activations", arXiv
-2402.17762): 98 % of every squared output of Gemma 3 270M are in 4 of 640 channels. The norms that read the stream have
-small gains there, and it is behind them that an error does harm.
+2402.17762): four of Gemma 3 270M's 640 hold 82 to 98 % of the squared outputs of each block but the first. The norms
+that read the stream have small gains there, and it is behind them that an error does harm.
 """
 
 from collections.abc import Callable, Sequence
