@@ -113,7 +113,7 @@ def test_resolve_leaves_nothing_open(parameters, group_size, mode):
 
 def test_resolve_keeps_what_was_chosen():
     asked = from_dict({"quant": {"group_size": -1}, "train": {"mode": "scales", "lr": 0.5}})
-    chosen = asked.with_values({"train.lr_scale": 0.0})
+    chosen = asked.with_values({"train.lr_scale": 0.0, "eval.bos": "stream"})
     assert resolve(asked, int(7e9)).to_dict() == resolve(chosen, int(7e9)).to_dict() == chosen.to_dict()
     assert resolve(Recipe(), int(7e9)).train.lr_scale == DEFAULT_LR_SCALE["lora"]
     defaulted = from_dict({"train": {"mode": "scales"}})
