@@ -142,7 +142,9 @@ class Bench:
         }
         job.write_text(json.dumps(told))
         python = environments.python_of("llama-cpp", self.args.environments)
-        subprocess.run([python, WORKER, job], check=True, stderr=subprocess.DEVNULL)  # a line for each tensor
+        done = subprocess.run([python, WORKER, job], stderr=subprocess.PIPE, text=True)  # it has a line for each tensor
+        if done.returncode:
+            raise SystemExit(f"llama.cpp failed:\n{done.stderr[-4000:]}")
         return json.loads(output.read_text())
 
 
@@ -175,9 +177,12 @@ def compare(bench: Bench, results: dict[str, Any], save: Callable[[], None]) -> 
         best = min(best, (loss, model), key=lambda found: found[0])
     rows[SOURCE] = {"llmqat": bench.scores(best[1]), "validation": best[0]}
     save()
-    floats = {"float": bench.float_model(), SOURCE: best[1]}
-    files = {name: bench.write_float(model, bench.scratch / f"{len(name)}.gguf") for name, model in floats.items()}
-    found = bench.llama_cpp({**files, OURS: bench.exported})
+    files = {
+        "float": bench.write_float(bench.float_model(), bench.scratch / "float.gguf"),
+        SOURCE: bench.write_float(best[1], bench.scratch / "trained.gguf"),
+        OURS: bench.exported,
+    }
+    found = bench.llama_cpp(files)
     results["llama-cpp-python"] = found["version"]
     for name, row in found["rows"].items():
         rows[name] = {**rows.get(name, {}), "bytes": row.pop("bytes"), "llama.cpp": row}
