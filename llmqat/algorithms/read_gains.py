@@ -56,6 +56,6 @@ def gain_of(norm: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         norm: that is measured on a token of ones with alternating signs, whose mean is 0 and whose size is 1.
         like: a tensor of the shape, dtype and device that it reads.
     """
-    token = torch.ones_like(like[:1, :1])
-    token[..., 1::2] = -1
+    signs = 1 - 2 * (torch.arange(like.shape[-1], device=like.device) % 2)
+    token = signs.to(like.dtype)[None, None]
     return (norm(token) - norm(-token)).float().abs().flatten() / 2  # what a bias adds cancels out
