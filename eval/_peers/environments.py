@@ -68,7 +68,7 @@ def llama_cpp_recipe() -> str:
 def install_llama_cpp(directory: Path) -> None:
     """Build llama.cpp from source for this machine, its AMX fault mended. Minutes; needs a C++ compiler."""
     with tempfile.TemporaryDirectory() as scratch:
-        pip(directory, "download", "--no-deps", "--no-binary", ":all:", "-d", scratch, LLAMA_CPP)
+        pip(directory, "download", "--no-deps", "--no-binary", "llama-cpp-python", "-d", scratch, LLAMA_CPP)
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as file:
             file.extractall(scratch, filter="data")

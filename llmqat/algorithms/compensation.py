@@ -7,18 +7,11 @@ from llmqat.kernels.grid_rows import codes_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import grouped, quotient, smallest_scale
 from llmqat.quant.grid import Compensation, Grid, Latent
-from llmqat.quant.interval_ends import away_from_ends
-
-MARGIN = 0.05  # of a code between a latent and the end of its interval: a few dozen steps at the default rate
 
 
 def take_latent(layer: FakeQuantLinear, latent: Tensor, keep_float: bool) -> None:
     """Let a layer, on its grid, have the codes of a latent ``(out, in)``: as its weight, or as a change beside the
-    float weight, which stays.
-
-    The latents keep a distance from the ends of their codes' intervals, see `away_from_ends`.
-    """
-    latent = away_from_ends(latent, layer.grid, MARGIN)
+    float weight, which stays."""
     if keep_float:
         layer.compensation = compensation_of(layer.weight.detach().to(latent.dtype), latent, layer.grid)
     else:

@@ -28,6 +28,7 @@ from llmqat.team import whole_team
 from llmqat.train.checkpoint import Background, Checkpoints
 from llmqat.train.codes import FirstCodes
 from llmqat.train.compiled_blocks import compiled_blocks
+from llmqat.train.first_latents import MARGIN, keep_from_ends
 from llmqat.train.modes import parameter_groups
 from llmqat.train.objective import Objective, Teacher
 from llmqat.train.sharding import load_gathered_state, prepare_model
@@ -121,6 +122,7 @@ class Trainer:
         self.unwrapped_model = model
         state = None if checkpoints is None else checkpoints.state
         disk = Disk(checkpoints.directory) if checkpoints is not None and in_files(model) else None
+        keep_from_ends(model, MARGIN[config.loss], disk)
         self.first_codes = FirstCodes(model, disk)  # while every process has all of the model
         self.base = "" if checkpoints is None else hash_of_base(model, self.first_codes.packed)
         if checkpoints is not None and state is not None:

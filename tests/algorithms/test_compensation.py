@@ -1,10 +1,9 @@
 """GPTQ's change of a weight in a byte an entry."""
 
-import pytest
 import torch
 from torch import nn
 
-from llmqat.algorithms.compensation import MARGIN, compensation_of, take_latent
+from llmqat.algorithms.compensation import compensation_of
 from llmqat.nn.fake_quant_linear import FakeQuantLinear
 from llmqat.quant.affine import choose_scale, grouped
 from llmqat.quant.grid import Latent
@@ -43,20 +42,3 @@ def test_as_many_weights_lie_near_the_ends_of_their_interval_as_before():
     rounded = Latent(weight, found).rows(slice(None))
     for share_of_step in (0.1, 0.25, 0.5):
         assert abs(near(rounded, share_of_step) / near(latent, share_of_step) - 1) < 0.15
-
-
-@pytest.mark.parametrize("keep_float", [True, False])
-@torch.no_grad()
-def test_latents_keep_a_distance_from_the_ends_of_their_intervals(keep_float):
-    scheme, shape = QuantScheme(4, 64), (64, 128)
-    ends = torch.randint(-6, 7, shape) + torch.where(torch.rand(shape) < 0.5, -0.4999, 0.4999)
-    layer = FakeQuantLinear(nn.Parameter(ends + 0.3 * torch.randn(shape)), None, scheme, torch.float32)
-    layer.scale.data.fill_(1.0)
-    weight = layer.weight.clone()
-    take_latent(layer, ends, keep_float)
-    assert torch.equal(layer.codes().float(), ends.round())
-    assert torch.equal(layer.weight, weight) == keep_float
-    offset = (layer.latent().rows(slice(None)) - ends.round()).abs()
-    rounding = 1.5 * float(layer.compensation.step.max()) if keep_float else 1e-6
-    assert rounding < MARGIN / 2
-    assert ((offset - (0.5 - MARGIN)).abs() <= rounding).all()

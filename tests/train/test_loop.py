@@ -19,6 +19,7 @@ from llmqat.models.patcher import prepare, quantized_layers
 from llmqat.scheme import QuantScheme
 from llmqat.train import loop, objective
 from llmqat.train.checkpoint import NAME, Background, Checkpoints, discard
+from llmqat.train.first_latents import MARGIN, keep_from_ends
 from llmqat.train.loop import Trainer, TrainingData, fit, lr_factor
 from llmqat.train.modes import add_lora, select_trainable
 
@@ -135,6 +136,12 @@ def bytes_of(state):
     return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
 
 
+def first(run):
+    """What trains when training begins."""
+    keep_from_ends(run.model, MARGIN["kd"])
+    return trained(run.model)
+
+
 def test_a_checkpoint_holds_what_trains(prepared, train_config, mode, tmp_path):
     """Its values and two moments in float32; the best ones only where they are others."""
     run = prepared(mode)
@@ -148,6 +155,7 @@ def test_a_checkpoint_holds_what_trains(prepared, train_config, mode, tmp_path):
     assert same(state["trained"], trained(run.model))
     train(prepared(mode), train_config(mode, lr=50.0, warmup=0.0), mode, checkpoints=Checkpoints(tmp_path))
     state = Checkpoints(tmp_path).load()
+    before = first(prepared(mode))
     assert same(state["best"], before)
     assert not same(state["trained"], before)
     assert bytes_of(state) == 16 * count + small
@@ -263,7 +271,7 @@ def test_the_best_state_is_kept(prepared, train_config, mode, monkeypatch):
 
 def test_the_state_before_training_competes(prepared, train_config, mode):
     run = prepared(mode)
-    before, parameters = codes(run.model), trained(run.model)
+    before, parameters = codes(run.model), first(prepared(mode))
     result = train(run, train_config(mode, lr=50.0, warmup=0.0), mode)
     assert result.best_step == 0
     assert result.held_out[4] > result.held_out[0]
