@@ -47,7 +47,7 @@ from llmqat.train.loop import TrainingData, TrainResult, fit
 from llmqat.train.modes import add_lora, select_trainable
 
 
-def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
+def inspect(model: str | Path = "llama", **sections: Mapping[str, Any]) -> Inspection:
     """The dry run, to print: every Linear, quantized or not and why, predicted size and memory.
 
     Args:
@@ -60,7 +60,7 @@ def inspect(model: str = "llama", **sections: Mapping[str, Any]) -> Inspection:
     Raises:
         LlmqatError: if a section is wrong, the model cannot be found, or a group size does not divide.
     """
-    return inspect_recipe(config_module.from_dict({"model": model, **sections}))
+    return inspect_recipe(config_module.from_dict({"model": str(model), **sections}))
 
 
 def finetune(

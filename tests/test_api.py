@@ -193,12 +193,17 @@ def test_the_trainer_of_transformers_trains_it_unchanged(tiny_llama, tmp_path):
 
 
 def test_inspect_is_the_dry_run(model_dir):
-    plan = llmqat.inspect(str(model_dir), quant={"bits": 3, "group_size": 16}, train={"mode": "scales"})
+    plan = llmqat.inspect(model_dir, quant={"bits": 3, "group_size": 16}, train={"mode": "scales"})
     text = str(plan)
     assert "W3A16 g16 symmetric: 14 layers" in text
     assert "predicted memory for --train scales" in text
     with pytest.raises(LlmqatError, match=r"unknown key quant\.bit; did you mean quant\.bits\?"):
         llmqat.inspect(str(model_dir), quant={"bit": 3})
+
+
+def test_a_directory_is_named_by_text_or_path(model_dir):
+    for name in (model_dir, str(model_dir)):
+        assert llmqat.load_float(name).config.vocab_size == len(llmqat.load_tokenizer(name))
 
 
 def test_scoreboard_shows_in_a_notebook_and_on_a_terminal(tiny_llama):

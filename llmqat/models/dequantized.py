@@ -32,7 +32,7 @@ SHARD_BYTES = 4 << 30
 BESIDE = (".json", ".jinja", ".model", ".txt")
 
 
-def check_format(quantization: Any, name: str) -> None:
+def check_format(quantization: Any, name: str | Path) -> None:
     """Refuse a checkpoint that is quantized in a way that is not dequantized here; `quantization` is what its config
     says.
 

@@ -27,13 +27,13 @@ ALIASES = (*BUNDLED, "smollm2")
 REMEMBERED = "_llmqat_storage_dtype"
 
 
-def resolve_name(name: str) -> str:
+def resolve_name(name: str | Path) -> str:
     """The directory of a bundled model, that of what a GGUF file holds, or `name` as it is.
 
     Raises:
         LlmqatError: see `directory_of`, for a GGUF file, and `smollm2`, for the model of that name.
     """
-    path = Path(name)
+    name, path = str(name), Path(name)
     if name in ALIASES and not path.exists():
         if name in BUNDLED:
             return str(files("llmqat") / "models" / "bundled" / BUNDLED[name])
@@ -41,7 +41,7 @@ def resolve_name(name: str) -> str:
     return str(directory_of(path)) if path.suffix == EXTENSION else name
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str | Path) -> Any:
     """The config of a float model.
 
     Raises:
@@ -70,14 +70,14 @@ def load_config(name: str) -> Any:
     return config
 
 
-def stored_format(name: str) -> str:
+def stored_format(name: str | Path) -> str:
     """How a model's weights are quantized where they are dequantized to begin with, e.g. "FP8"; empty if they are
     float, or nothing of the model is here."""
     directory = _directory_of(resolve_name(name))
     return format_of(directory) if directory else ""
 
 
-def resolve_weights(name: str) -> str:
+def resolve_weights(name: str | Path) -> str:
     """Where the float weights of a model are: what its name resolves to, or a directory that is made of its files where
     they are not float.
 
@@ -88,7 +88,7 @@ def resolve_weights(name: str) -> str:
     return str(dequantized(local_directory(path))) if stored_format(name) else path
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a model.
 
     Args:
@@ -106,7 +106,7 @@ def load_tokenizer(name: str) -> Any:
         raise LlmqatError(f"model {name} has no tokenizer that transformers can load: {error}") from error
 
 
-def load_float(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_float(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A float model in evaluation mode, which remembers the dtype its weights are stored in: `storage_dtype_of`.
 
     Args:
