@@ -3,9 +3,9 @@
     python eval/trained.py --model smollm2 --dataset my.txt --also other.txt --init blockwise --full 2e-3
 
 All cells begin with the same codes, of GPTQ or of block-wise reconstruction, read the same tokens in one order, and
-keep the state with the least divergence on validation text, which also chooses between them; test text is scored once
-each, beside the start. Adapters are measured against the cell of full weights. Cells that the output file has are not
-run again.
+keep the state with the least divergence (or loss) on validation text, which also chooses between them; test text is
+scored once each, beside the start. Adapters are measured against the cell of full weights. Cells that the output file
+has are not run again.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Bench(NamedTuple):
         model = llmqat.add_lora(model, r=args.lora_r) if cell.mode == "lora" else model
         options = {"max_steps": args.max_steps, "batch_size": args.batch_size, "eval_every": args.eval_every}
         rates = {} if cell.mode == "full" else {**NOTHING, **_merged(RATES[word] for word in cell.along)}
-        teacher = self.reference if cell.mode == "full" else "self"
+        teacher = None if args.loss == "ce" else self.reference if cell.mode == "full" else "self"
         options = {**options, **rates, "lr": cell.lr, "seed": cell.seed}
         if cell.mode == "full":
             beside = {"lr_float": args.lr_float, "lr_scale": args.lr_scale}
@@ -130,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="llama", help="directory, Hub id or alias")
     parser.add_argument("--dataset", default="stdlib", help="as in llmqat finetune")
     parser.add_argument("--also", nargs="*", default=[], help="other datasets to score")
+    parser.add_argument("--loss", choices=("kd", "ce"), default="kd", help="as in llmqat finetune; ce: loss chooses")
     parser.add_argument("--init", choices=("rtn", "gptq", "blockwise"), default="gptq", help="where training starts")
     parser.add_argument("--block-steps", type=int, default=200, help="of the block-wise start")
     parser.add_argument("--bits", type=int, default=4)

@@ -45,6 +45,7 @@ class FakeQuantLinear(KeepsDtypes):
         holds_float: whether the weight is still that of the float model; see `llmqat.models.float_view`.
         act_scale: ``(1,)`` float32, of static int8 activations; None without, 0 as long as nothing was observed.
         observing: in training mode the range of static activations follows the inputs.
+        has_range: whether the range of static activations is known to be there.
         transposed: the layer it replaced keeps its weight as ``(in, out)``, and so does its packed file.
     """
 
@@ -89,7 +90,7 @@ class FakeQuantLinear(KeepsDtypes):
         """
         state = initial_state(kind).to(self.weight.device)
         static = self.scheme.inputs == "static"
-        self.observer, self.observing = kind, static
+        self.observer, self.observing, self.has_range = kind, static, False
         self.register_buffer("act_state", state if static else None)
         self.register_buffer("act_scale", torch.zeros(1, device=self.weight.device) if static else None)
 
@@ -110,11 +111,13 @@ class FakeQuantLinear(KeepsDtypes):
         """
         if self.act_scale is None:
             return None
-        if not self.act_scale.is_meta and not self.act_scale.all():
-            raise LlmqatError(
-                f"static activations of {self.name} have no range yet; call llmqat.observe_activations(model, batches) "
-                "after prepare"
-            )
+        if not (self.has_range or self.act_scale.is_meta):
+            if not self.act_scale.all():
+                raise LlmqatError(
+                    f"static activations of {self.name} have no range yet; call llmqat.observe_activations(model, "
+                    "batches) after prepare"
+                )
+            self.has_range = True  # looked at once: each look waits for the device
         return self.act_scale.to(self.storage_dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:

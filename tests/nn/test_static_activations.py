@@ -99,6 +99,18 @@ def test_without_a_range_nothing_runs(layer):
             use()
 
 
+def test_a_range_is_looked_for_once(layer, monkeypatch):
+    """Each look waits for the device."""
+    looks, look = [], torch.Tensor.all
+    monkeypatch.setattr(torch.Tensor, "all", lambda self: looks.append(self is layer.act_scale) or look(self))
+    for _ in range(3):
+        layer(torch.randn(4, 32))
+    assert sum(looks) == 1
+    layer.set_observer("minmax")
+    with pytest.raises(LlmqatError, match="have no range yet"):
+        layer.stored_act_scale()
+
+
 def test_dynamic_layers_have_no_state():
     layer = FakeQuantLinear.from_linear(nn.Linear(32, 8), QuantScheme(8, 16, act_bits=8), torch.bfloat16)
     assert not layer.observing
