@@ -14,7 +14,7 @@ from llmqat.errors import LlmqatDeprecationWarning, LlmqatError
 from llmqat.scheme import QuantScheme
 
 DEFAULT_LR = {"full": 2e-3, "lora": 3e-3, "scales": 3e-3}
-DEFAULT_LR_SCALE = {"full": 0.0, "lora": 3e-3, "scales": 0.0}  # where --lr is not that of the scales
+DEFAULT_LR_SCALE = {"full": 1e-3, "lora": 3e-3, "scales": 0.0}  # where --lr is not that of the scales
 DEFAULT_BOS = "stream"  # of models that do not need another rule
 # Keys of the version before -> their names today.
 RENAMED = {"train.length": "data.length"}

@@ -157,7 +157,7 @@ class TrainConfig:
     lr_scale: float | None = option(
         None,
         "full, lora: learning rate of the scales, as a fraction of the scale; 0 leaves them as they were initialized; "
-        "default: 0 for full, 3e-3 for lora",
+        "default: 1e-3 for full, 3e-3 for lora",
         "--lr-scale",
         least=0.0,
     )

@@ -173,7 +173,7 @@ def test_rates_of_the_other_modes(tiny_llama, train_config):
 @pytest.mark.parametrize(("mode", "moves"), [("full", True), ("lora", True), ("scales", False)])
 def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, moves):
     run = prepared(mode)
-    config = train_config(mode, max_steps=16)
+    config = train_config(mode, max_steps=16, **({"lr": 0.02} if moves else {}))
     before = FirstCodes(run.model).packed
     scales = {name: layer.scale.detach().clone() for name, layer, _ in quantized_layers(run.model)}
     result = fit(run.model, run.data, config, teacher=run.teacher)
@@ -181,8 +181,7 @@ def test_only_scales_mode_never_changes_a_code(prepared, train_config, mode, mov
     assert result.best_step > 0
     assert any(not torch.equal(before[name], after[name]) for name in before) == moves
     assert (result.codes_changed > 0) == moves
-    frozen = [torch.equal(layer.scale, scales[name]) for name, layer, _ in quantized_layers(run.model)]
-    assert all(frozen) if mode == "full" else not any(frozen)  # by default
+    assert not any(torch.equal(layer.scale, scales[name]) for name, layer, _ in quantized_layers(run.model))
 
 
 def test_a_layer_without_adapter_is_an_error(tiny_moe, monkeypatch):
