@@ -7,7 +7,7 @@ from llmqat.algorithms.compensation import compensation_of
 from llmqat.kernels.grid_rows import codes_of
 from llmqat.mapped import Disk
 from llmqat.models.patcher import OnGrid, quantized_layers
-from llmqat.quant.grid import Compensation, Latent
+from llmqat.quant.grid import Compensation
 from llmqat.quant.interval_ends import away_from_ends
 
 # Loss -> margin, in codes. Distillation begins next to its goal: its first gradients are noise, and flip codes for the
@@ -33,9 +33,9 @@ def keep_from_ends(model: nn.Module, margin: float, disk: Disk | None = None) ->
         layer, adapters = on_grid.layer, on_grid.adapters
         if not layer.enabled:
             continue
-        if adapters and layer.compensation:
+        if adapters is not None and layer.compensation is not None:
             layer.compensation = _change_inside(on_grid, margin, disk)
-        elif layer.weight.requires_grad or (adapters and not layer.holds_float):
+        elif layer.weight.requires_grad or (adapters is not None and not layer.holds_float):
             layer.weight.data = _weight_inside(on_grid, margin)
         on_grid.release()
 
@@ -49,9 +49,9 @@ def _change_inside(on_grid: OnGrid, margin: float, disk: Disk | None) -> Compens
 
 
 def _weight_inside(on_grid: OnGrid, margin: float) -> Tensor:
-    """A weight that keeps the margin, adapters added."""
+    """A weight that keeps the margin, with all that is added to it."""
     grid, latent = on_grid.layer.grid, on_grid.layer.latent(on_grid.adapters)
     weight, before = latent.weight.detach(), latent.rows(slice(None))
     moved = weight + (away_from_ends(before, grid, margin) - before).to(weight.dtype)
-    kept = codes_of(Latent(moved, adapters=latent.adapters), grid) == codes_of(latent, grid)
+    kept = codes_of(latent._replace(weight=moved), grid) == codes_of(latent, grid)
     return torch.where(kept, moved, weight)
