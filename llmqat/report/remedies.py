@@ -16,7 +16,10 @@ def remedies(training: TrainResult, mode: str) -> list[str]:
     found = []
     flipped = max(training.flipped.values(), default=0.0)
     if mode != "scales" and flipped < FEW_FLIPPED:
-        found.append(f"training flipped {flipped:.3%} of the codes at most: raise the learning rate (--lr)")
+        found.append(
+            f"training flipped {flipped:.3%} of the codes at most, and what it learned is in scales and norms: give "
+            "more steps (--max-steps), or raise the learning rate (--lr)"
+        )
     elif training.best_step < EARLY * training.steps:
         found.append(
             f"the held-out loss was least at step {training.best_step} of {training.steps}, and what came after it was "

@@ -115,10 +115,13 @@ def verdict(measured: Measured) -> str:
         return "training found nothing better than its start, which is what was packed; try a lower --lr"
     base, packed = measured.ppl("float"), measured.ppl("packed")
     if base is not None and packed is not None and packed < base:
-        text = "the packed model is better than float: training learned the text, not only the grid"
-        return (
-            text if "float_finetuned" in measured.perplexity else text + "; --control trains float on the same tokens"
+        text, control = (
+            "the packed model is better than float: training learned the text",
+            measured.ppl("float_finetuned"),
         )
+        if control is None:
+            return text + ", not only the grid; --control trains float on the same tokens"
+        return f"{text}; the grid costs {packed / control - 1:+.2%} beside float trained on the same tokens"
     if recovered is None:
         return f"post-training quantization costs nothing here ({gap:+.2%} of perplexity): there is nothing to recover"
     if recovered < 0:

@@ -249,7 +249,8 @@ def test_gap_recovered(rows, gap, recovered):
         ),
         (
             {"float": 10, "float_finetuned": 9.4, "rtn": 11, "qat": 1, "packed": 9.5},
-            "the packed model is better than float: training learned the text, not only the grid",
+            "the packed model is better than float: training learned the text; the grid costs +1.06% beside float "
+            "trained on the same tokens",
         ),
     ],
 )

@@ -16,7 +16,11 @@ def result(best_step=90, flipped=0.03, clip_rate=0.001):
     ("values", "mode", "said"),
     [
         ({}, "full", []),
-        ({"flipped": 0.0001}, "lora", ["flipped 0.010% of the codes at most: raise the learning rate"]),
+        (
+            {"flipped": 0.0001},
+            "lora",
+            ["flipped 0.010% of the codes at most, and what it learned is in scales and norms: give more steps"],
+        ),
         ({"flipped": 0.0001}, "scales", []),  # whose codes stay
         ({"flipped": 0.0001, "best_step": 0}, "full", ["raise the learning rate"]),
         ({"best_step": 20}, "full", ["least at step 20 of 100, .* lower the learning rate"]),
@@ -32,5 +36,6 @@ def test_what_the_numbers_ask_for(values, mode, said):
 
 def test_nothing_was_counted():
     assert remedies(TrainResult(steps=1, best_step=1), "full") == [
-        "training flipped 0.000% of the codes at most: raise the learning rate (--lr)"
+        "training flipped 0.000% of the codes at most, and what it learned is in scales and norms: give more steps "
+        "(--max-steps), or raise the learning rate (--lr)"
     ]
