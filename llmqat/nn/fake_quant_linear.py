@@ -250,9 +250,11 @@ class FakeQuantLinear(KeepsDtypes):
 
 def _take_over_optional(layer: FakeQuantLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a layer have `code_scale` and `compensation` where the state that it loads has them, and only there; and
-    weight and scale that are as wide as those that it loads. A state without the layer (of adapters) changes none."""
+    weight and scale that are as wide as those that it loads; its range is looked for again. A state without the layer
+    (of adapters) changes none."""
     if f"{prefix}scale" not in state_dict:
         return
+    layer.has_range = False
     for name, own in (("weight", layer.weight), ("scale", layer.scale)):
         loaded = state_dict.get(prefix + name)
         if loaded is not None and loaded.dtype != own.dtype:

@@ -115,13 +115,11 @@ def verdict(measured: Measured) -> str:
         return "training found nothing better than its start, which is what was packed; try a lower --lr"
     base, packed = measured.ppl("float"), measured.ppl("packed")
     if base is not None and packed is not None and packed < base:
-        text, control = (
-            "the packed model is better than float: training learned the text",
-            measured.ppl("float_finetuned"),
-        )
+        learned = "the packed model is better than float: training learned the text"
+        control = measured.ppl("float_finetuned")
         if control is None:
-            return text + ", not only the grid; --control trains float on the same tokens"
-        return f"{text}; the grid costs {packed / control - 1:+.2%} beside float trained on the same tokens"
+            return f"{learned}, not only the grid; --control trains float on the same tokens"
+        return f"{learned}; the grid costs {packed / control - 1:+.2%} beside float trained on the same tokens"
     if recovered is None:
         return f"post-training quantization costs nothing here ({gap:+.2%} of perplexity): there is nothing to recover"
     if recovered < 0:

@@ -93,6 +93,14 @@ def test_state_travels(layer):
     assert layer.to(torch.bfloat16).act_scale.dtype == torch.float32
 
 
+def test_a_state_without_a_range_is_refused_by_a_layer_that_had_one(layer):
+    empty = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer(torch.randn(4, 32))
+    layer.load_state_dict(empty)
+    with pytest.raises(LlmqatError, match="have no range yet"):
+        layer.eval()(torch.randn(4, 32))
+
+
 def test_without_a_range_nothing_runs(layer):
     for use in (lambda: layer.eval()(torch.randn(4, 32)), lambda: PackedLinear.from_fake_quant(layer, layer.codes())):
         with pytest.raises(LlmqatError, match=r"have no range yet; call llmqat\.observe_activations\(model, batches\)"):
